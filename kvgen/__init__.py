@@ -1,0 +1,79 @@
+"""kvgen: a text generator whose KV cache you can trust.
+
+    >>> import kvgen
+    >>> loaded = kvgen.load("smollm2")
+    >>> kvgen.generate(loaded, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=13)
+    ' the city of Nova Haven was a thriving metropolis, with towering'
+
+`load` returns the model behind the contract `logits, cache = loaded.model(ids, cache)`, with `ids` always the
+whole sequence. Names below are imported on first use, so `import kvgen` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvgen.errors import (
+    CacheError,
+    CheckpointError,
+    KvgenError,
+    ModelError,
+    NotFoundError,
+    UnsupportedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from kvgen.contract import Model
+    from kvgen.generation.decode import Step
+    from kvgen.generation.settings import Sampling
+    from kvgen.generation.stream import generate, stream
+    from kvgen.generation.text import Chunk
+    from kvgen.loading import Loaded, load
+    from kvgen.model.cache import KVCache
+    from kvgen.tokenizer import Tokenizer
+    from kvgen.tokenizer.chat import Message
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "Chunk",
+    "KVCache",
+    "KvgenError",
+    "Loaded",
+    "Message",
+    "Model",
+    "ModelError",
+    "NotFoundError",
+    "Sampling",
+    "Step",
+    "Tokenizer",
+    "UnsupportedError",
+    "UsageError",
+    "generate",
+    "load",
+    "stream",
+]
+
+_HOMES = {
+    "Chunk": "kvgen.generation.text",
+    "KVCache": "kvgen.model.cache",
+    "Loaded": "kvgen.loading",
+    "Message": "kvgen.tokenizer.chat",
+    "Model": "kvgen.contract",
+    "Sampling": "kvgen.generation.settings",
+    "Step": "kvgen.generation.decode",
+    "Tokenizer": "kvgen.tokenizer",
+    "generate": "kvgen.generation.stream",
+    "load": "kvgen.loading",
+    "stream": "kvgen.generation.stream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvgen' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

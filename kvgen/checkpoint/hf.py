@@ -1,0 +1,76 @@
+"""Hugging Face folders: config.json and safetensors, in one file or in shards."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, read_json_object
+from kvgen.errors import CheckpointError, UnsupportedError
+
+_INDEX = "model.safetensors.index.json"
+_FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+
+
+def read(folder: Path) -> RawCheckpoint:
+    """Read a folder. Raises CheckpointError, or UnsupportedError for weights that are not plain safetensors."""
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise CheckpointError(f"{folder}: has no config.json; give a .gguf file or a Hugging Face folder")
+    config = read_json_object(config_path)
+    if "quantization_config" in config:
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(f"{config_path}: quantization_config ({method}) is not supported")
+    tensors: dict[str, RawTensor] = {}
+    for shard in _shards(folder):
+        _add_shard(tensors, shard)
+    return RawCheckpoint(folder, "hf", config, tensors)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index_path = folder / _INDEX
+    if not index_path.exists():
+        single = folder / "model.safetensors"
+        if single.exists():
+            return [single]
+        found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        hint = f" ({found[0]} is a pickle, which kvgen never loads)" if found else ""
+        raise UnsupportedError(f"{folder}: has no model.safetensors and no {_INDEX}{hint}")
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index_path}: weight_map must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index_path}: names a file outside the folder ({name!r})")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the checkpoint again")
+    return [folder / name for name in names]
+
+
+def _add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
+    try:
+        shard: Any = safe_open(path, framework="pt")
+        for name in shard.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
+            view = shard.get_slice(name)
+            if name in tensors:
+                raise CheckpointError(f"{path}: the tensor {name!r} is also in another shard")
+            if view.get_dtype() not in _FLOAT_TYPES:
+                raise UnsupportedError(f"{path}: tensor {name!r} has the type {view.get_dtype()}")
+            read_tensor = partial(_read_tensor, shard, path, name)
+            tensors[name] = RawTensor(tuple(view.get_shape()), view.get_dtype(), read_tensor)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _read_tensor(shard: Any, path: Path, name: str) -> Tensor:
+    try:
+        tensor: Tensor = shard.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+    return tensor

@@ -1,0 +1,65 @@
+"""What every checkpoint reader returns: metadata and tensors under the names that the file gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kvgen.errors import CheckpointError
+
+_MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
+
+Format = Literal["gguf", "hf"]
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor that is still on disk.
+
+    shape: as torch sees it, slowest dimension first.
+    type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
+    read: returns the tensor in a float dtype; blocks of a quantized type are dequantized to fp32.
+    """
+
+    shape: tuple[int, ...]
+    type: str
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """A checkpoint as its files have it.
+
+    path: the GGUF file or the folder.
+    metadata: a GGUF's key-value pairs, or the content of a folder's config.json.
+    """
+
+    path: Path
+    format: Format
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, RawTensor]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CheckpointError if it is missing, too large or malformed."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES} bytes; this is no checkpoint file")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that must hold an object. Raises CheckpointError."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return content

@@ -1,0 +1,52 @@
+"""The command line. It alone touches the terminal, and uses of the library only what a user could."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import kvgen
+from kvgen.cli.errors import Group
+from kvgen.cli.generate import generate
+
+app = typer.Typer(
+    cls=Group,
+    help="Generate text with a KV cache that you can trust.",
+    epilog=(
+        "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.\n\n"
+        "Environment: KVGEN_MODEL is the default model, KVGEN_CACHE_DIR where fetched models are kept, "
+        "KVGEN_OFFLINE=1 forbids the network."
+    ),
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvgen {kvgen.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        'kvgen generate -p "Once upon a time,"\n\n'
+        'kvgen generate --chat -p "What is the capital of Japan?" --temperature 0\n\n'
+        'cat article.txt | kvgen generate -f - -p "In short:" --max-tokens 60\n\n'
+        "kvgen generate --lines -f prompts.txt --json > completions.jsonl\n\n"
+        'kvgen generate -m ./my-model -p "def fib(n):" --no-cache --stats'
+    )
+)(generate)

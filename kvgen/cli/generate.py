@@ -1,0 +1,157 @@
+"""`kvgen generate`: complete prompts and stream the text."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from kvgen.cli import options
+from kvgen.cli.prompts import read_prompts
+from kvgen.cli.render import TextWriter, download_progress, print_note, write_json
+from kvgen.cli.stats import Meter, format_stats
+from kvgen.errors import UsageError
+from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Sampling
+
+if TYPE_CHECKING:
+    from kvgen import Loaded, Message, Step, Tokenizer
+
+
+def generate(
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
+    lines: options.Lines = False,
+    chat: options.Chat = False,
+    system: options.System = None,
+    parse_special: options.ParseSpecial = False,
+    model: options.Model = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
+    stop: options.Stop = None,
+    temperature: options.Temperature = Sampling.temperature,
+    top_k: options.TopK = Sampling.top_k,
+    top_p: options.TopP = Sampling.top_p,
+    min_p: options.MinP = Sampling.min_p,
+    typical_p: options.TypicalP = Sampling.typical_p,
+    repetition_penalty: options.RepetitionPenalty = Sampling.repetition_penalty,
+    presence_penalty: options.PresencePenalty = Sampling.presence_penalty,
+    frequency_penalty: options.FrequencyPenalty = Sampling.frequency_penalty,
+    logit_bias: options.LogitBias = None,
+    seed: options.Seed = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
+    logprobs: options.Logprobs = None,
+    stats: options.Stats = False,
+    raw: options.Raw = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Complete prompts, streaming the text to stdout.
+
+    With neither --prompt nor --prompt-file, the prompt is read from stdin, unless that is a terminal.
+    """
+    if system is not None and not chat:
+        raise UsageError("--system goes with --chat")
+    if logprobs is not None and not json:
+        raise UsageError("--logprobs goes with --json")
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=options.parse_logit_bias(logit_bias),
+        seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
+    )
+    prompts = read_prompts(prompt, prompt_file, lines=lines)
+    first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
+    if not first:
+        return  # --lines of an empty file: nothing to do
+    started = time.perf_counter()
+    loaded = _load(model, dtype, device, threads, quiet=quiet)
+    load_seconds = time.perf_counter() - started
+
+    from kvgen import stream
+
+    cache = None
+    for number, text in enumerate(chain(first, prompts), start=1):
+        if lines and not quiet and sys.stderr.isatty():
+            print_note(f"[{number}] {text}")
+        ids = _encode(loaded.tokenizer, text, chat=chat, system=system, parse_special=parse_special)
+        chunks = stream(
+            loaded,
+            ids,
+            sampling,
+            max_tokens=max_tokens,
+            stop=stop or (),
+            use_cache=not no_cache,
+            cache=cache,
+            top_logprobs=logprobs,
+        )
+        meter = Meter()
+        if json:
+            completion = "".join(chunk.text for chunk in meter.watch(chunks))
+            write_json(_as_json(loaded, text, ids, completion, meter, sampling, logprobs is not None))
+        else:
+            with TextWriter(raw=raw) as writer:
+                for chunk in meter.watch(chunks):
+                    writer.write(chunk.text)
+        cache = meter.last.step.cache  # what the next prompt shares with this one is not computed again
+        if stats and not quiet:
+            print_note(format_stats(meter, loaded, load_seconds, sampling))
+
+
+def _load(model: str | None, dtype: str, device: str, threads: int | None, *, quiet: bool) -> Loaded:
+    import torch
+
+    from kvgen import load
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with download_progress(quiet=quiet) as progress:
+        return load(model, dtype=dtype, device=device, progress=progress)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None, parse_special: bool) -> list[int]:
+    if not chat:
+        return tokenizer.encode(prompt, parse_special=parse_special)
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+
+
+def _as_json(
+    loaded: Loaded,
+    prompt: str,
+    ids: list[int],
+    completion: str,
+    meter: Meter,
+    sampling: Sampling,
+    logprobs: bool,
+) -> dict[str, Any]:
+    steps = [chunk.step for chunk in meter.chunks]
+    value: dict[str, Any] = {
+        "prompt": prompt,
+        "completion": completion,
+        "finish_reason": meter.last.finish_reason,
+        "prompt_ids": ids,
+        "completion_ids": [step.token for step in steps],
+        "seed": sampling.seed,
+        "model": str(loaded.path),
+        **meter.as_json(),
+    }
+    if logprobs:
+        value["logprobs"] = [_logprobs_as_json(loaded.tokenizer, step) for step in steps]
+    return value
+
+
+def _logprobs_as_json(tokenizer: Tokenizer, step: Step) -> dict[str, Any]:
+    def entry(id_: int, logprob: float | None) -> dict[str, Any]:
+        return {"id": id_, "token": tokenizer.token(id_), "logprob": logprob}
+
+    return {**entry(step.token, step.logprob), "top": [entry(*pair) for pair in step.top_logprobs]}

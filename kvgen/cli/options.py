@@ -1,0 +1,150 @@
+"""The options that commands share, as annotated types. Their defaults live in the library's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from kvgen.errors import UsageError
+
+_MODEL = "Model"
+_SAMPLING = "Sampling"
+_STOP = "When to stop"
+_OUTPUT = "Output"
+_PROMPT = "Prompt"
+
+Model = Annotated[
+    str | None,
+    Option(
+        "--model",
+        "-m",
+        help="A .gguf file, a Hugging Face folder, a name of the catalogue, or a hub id owner/name.",
+        envvar="KVGEN_MODEL",
+        show_default="smollm2",
+        rich_help_panel=_MODEL,
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option(
+        help="Of weights and computation. auto: float32 on a CPU, the checkpoint's own on a GPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
+Threads = Annotated[int | None, Option(min=1, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)]
+
+Prompt = Annotated[
+    str | None,
+    Option("--prompt", "-p", help="The prompt; - reads it from stdin.", rich_help_panel=_PROMPT),
+]
+PromptFile = Annotated[
+    Path | None,
+    Option(
+        "--prompt-file",
+        "-f",
+        help="A file with the prompt, without its last line break; - is stdin. With --prompt too: the file, "
+        "a line break, the prompt.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+Lines = Annotated[
+    bool, Option("--lines", help="Each line of the file or of stdin is a prompt.", rich_help_panel=_PROMPT)
+]
+Chat = Annotated[
+    bool,
+    Option("--chat", help="Put the prompt into the checkpoint's chat template.", rich_help_panel=_PROMPT),
+]
+System = Annotated[str | None, Option(help="A system message, with --chat.", rich_help_panel=_PROMPT)]
+ParseSpecial = Annotated[
+    bool,
+    Option(
+        "--parse-special",
+        help="Let text like <|im_end|> in the prompt be the special token. Not for text that others wrote.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+
+Temperature = Annotated[
+    float,
+    Option("--temperature", "-t", help="0 takes the most likely token each time.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[int, Option(help="Only the k most likely tokens; 0 for all.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[
+    float,
+    Option(help="Only the most likely tokens that hold this probability together.", rich_help_panel=_SAMPLING),
+]
+MinP = Annotated[
+    float,
+    Option(help="Only tokens at least this likely, as a share of the likeliest.", rich_help_panel=_SAMPLING),
+]
+TypicalP = Annotated[
+    float,
+    Option(help="Only tokens of about the expected surprise, up to this probability.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float,
+    Option(help="Above 1: tokens of prompt and completion become less likely.", rich_help_panel=_SAMPLING),
+]
+PresencePenalty = Annotated[
+    float, Option(help="Off the logit of each token in the completion.", rich_help_panel=_SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float, Option(help="Off the logit for each time that the token occurs there.", rich_help_panel=_SAMPLING)
+]
+LogitBias = Annotated[
+    list[str] | None,
+    Option(metavar="ID=BIAS", help="Added to a token id's logit. Repeatable.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    Option(
+        help="Same seed, same machine, same text.",
+        show_default="a new one, see --stats",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+MaxTokens = Annotated[
+    int, Option("--max-tokens", "-n", min=1, help="The most tokens to generate.", rich_help_panel=_STOP)
+]
+Stop = Annotated[
+    list[str] | None,
+    Option(metavar="TEXT", help="End before this text. Repeatable.", rich_help_panel=_STOP),
+]
+
+NoCache = Annotated[
+    bool,
+    Option(
+        "--no-cache",
+        help="Decode uncached: compute every position anew for each token.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Json = Annotated[bool, Option("--json", help="One JSON object for each prompt.", rich_help_panel=_OUTPUT)]
+Logprobs = Annotated[
+    int | None,
+    Option(
+        min=0,
+        metavar="N",
+        help="With --json: log-probabilities of each chosen token and of the N likeliest.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Stats = Annotated[bool, Option("--stats", help="Times and positions, on stderr.", rich_help_panel=_OUTPUT)]
+Raw = Annotated[bool, Option("--raw", help="Do not escape control characters on a terminal.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=_OUTPUT)]
+
+
+def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:
+    """`["50256=-100"]` as `{50256: -100.0}`. Raises UsageError."""
+    bias = {}
+    for entry in entries or []:
+        id_, _, value = entry.partition("=")
+        try:
+            bias[int(id_)] = float(value)
+        except ValueError:
+            raise UsageError(f"--logit-bias {entry!r}: give a token id and a number, as in 50256=-100") from None
+    return bias

@@ -1,0 +1,82 @@
+"""Where prompts come from: an option, a file, or stdin, and stdin only when it is meant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kvgen.errors import NotFoundError, UsageError
+
+_STDIN = Path("-")
+
+
+def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Iterator[str]:
+    """The prompts that the options mean, read as they are asked for.
+
+    Raises UsageError, at once for options that contradict each other and when it comes to it for an empty
+    prompt; NotFoundError for a file that cannot be read.
+    """
+    if prompt == "-":
+        if file is not None:
+            raise UsageError("--prompt - reads stdin; leave --prompt-file out")
+        prompt, file = None, _STDIN
+    if prompt is None and file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe text in")
+        file = _STDIN
+    if lines:
+        if prompt is not None or file is None:
+            raise UsageError("--lines takes the prompts from --prompt-file or stdin; leave --prompt out")
+        return _lines(file)
+    return iter([_whole(prompt, file)])
+
+
+def _whole(prompt: str | None, file: Path | None) -> str:
+    parts = []
+    if file is not None:
+        with _open(file) as source:
+            parts.append(_without_line_break(_decode(source.read(), file)))
+    if prompt is not None:
+        parts.append(prompt)
+    text = "\n".join(part for part in parts if part)
+    if not text:
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with _open(file) as source:
+        for number, line in enumerate(source, start=1):
+            text = _without_line_break(_decode(line, file))
+            if not text:
+                raise UsageError(f"{_name(file)}, line {number}: the prompt is empty")
+            yield text
+
+
+def _open(file: Path) -> BinaryIO:
+    if file == _STDIN:
+        if sys.stdin is None:
+            raise UsageError("stdin is closed: there is no prompt to read")
+        return sys.stdin.buffer
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise NotFoundError(f"--prompt-file {file}: cannot be read ({error.strerror})") from error
+
+
+def _decode(data: bytes, file: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{_name(file)}: not UTF-8 text (byte {error.start})") from None
+
+
+def _without_line_break(text: str) -> str:
+    """Shells and editors end text with a line break that is no part of the prompt."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _name(file: Path) -> str:
+    return "stdin" if file == _STDIN else str(file)

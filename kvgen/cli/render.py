@@ -1,0 +1,92 @@
+"""What the commands put on the two streams. stdout carries text or JSON; all that is for eyes goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from kvgen.catalogue import Progress as ProgressCallback
+from kvgen.cli.escape import escape_controls
+
+
+class TextWriter:
+    """Streams a completion to stdout: through Rich on a terminal, untouched into a pipe.
+
+    A context: on leaving it, however that happens, the line is ended.
+    """
+
+    def __init__(self, *, raw: bool) -> None:
+        self._raw = raw
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self._at_line_start = True
+
+    def __enter__(self) -> TextWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._at_line_start and not (kind and issubclass(kind, BrokenPipeError)):
+            self.write("\n")
+
+    def write(self, text: str) -> None:
+        if not text:
+            return
+        if self._console.is_terminal and not self._raw:
+            self._console.out(escape_controls(text), end="", highlight=False)
+        else:
+            sys.stdout.write(text)
+        sys.stdout.flush()
+        self._at_line_start = text.endswith("\n")
+
+
+def write_json(value: Any) -> None:
+    """One line of JSON on stdout. On a terminal it is plain ASCII, so nothing in it can steer the terminal."""
+    on_terminal = sys.stdout.isatty()
+    line = json.dumps(value, ensure_ascii=on_terminal, allow_nan=False)
+    sys.stdout.write((escape_json_delete(line) if on_terminal else line) + "\n")
+    sys.stdout.flush()
+
+
+def escape_json_delete(line: str) -> str:
+    """DEL is the one control character that JSON does not escape."""
+    return line.replace("\x7f", "\\u007f")
+
+
+def print_note(text: str, style: str = "dim") -> None:
+    """A line on stderr."""
+    Console(stderr=True, highlight=False).print(Text(escape_controls(text), style=style), soft_wrap=True)
+
+
+@contextmanager
+def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
+    """A callback for `kvgen.load` that shows a bar on a terminal, a line elsewhere, nothing if `quiet`."""
+    bar = Progress(
+        TextColumn("[progress.description]{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+    def show(what: str, done: int, total: int) -> None:
+        if quiet:
+            return
+        if not bar.tasks:
+            bar.add_task(what, total=total)
+            if bar.console.is_terminal:
+                bar.start()
+            else:
+                print_note(f"fetching {what}")
+        bar.update(bar.tasks[0].id, completed=done)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,0 +1,113 @@
+"""Counting and timing one completion, from the chunks of the stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvgen import Chunk, Loaded, Sampling
+
+
+@dataclass
+class Meter:
+    """Watches a stream of chunks go by.
+
+    prefill is the first step, over the prompt; decode the steps after it. Times are in seconds.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    started: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+
+    def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        self.started = time.perf_counter()
+        for chunk in chunks:
+            self.ended = time.perf_counter()
+            if not self.chunks:
+                self.first = self.ended
+            self.chunks.append(chunk)
+            yield chunk
+
+    @property
+    def last(self) -> Chunk:
+        return self.chunks[-1]
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From the start to the first token."""
+        return self.first - self.started
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.ended - self.first
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.chunks[0].step.positions
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt positions computed a second; None if the cache does not say how many were."""
+        computed = self.chunks[0].step.computed
+        return None if computed is None else computed / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second after the first; None if there is only one."""
+        return (len(self.chunks) - 1) / self.decode_seconds if len(self.chunks) > 1 else None
+
+    @property
+    def reused(self) -> int | None:
+        """Positions taken from the cache, over all steps."""
+        return _total(chunk.step.reused for chunk in self.chunks)
+
+    @property
+    def computed(self) -> int | None:
+        """Positions computed, over all steps."""
+        return _total(chunk.step.computed for chunk in self.chunks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": len(self.chunks),
+            "positions_reused": self.reused,
+            "positions_computed": self.computed,
+            "first_token_seconds": round(self.prefill_seconds, 4),
+            "prefill_tokens_per_second": _rounded(self.prefill_rate),
+            "decode_tokens_per_second": _rounded(self.decode_rate),
+        }
+
+
+def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
+    """The line that --stats prints."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return " | ".join(
+        (
+            f"{meter.prompt_tokens} prompt tokens, {len(meter.chunks)} generated ({meter.last.finish_reason})",
+            f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
+            f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
+            f"positions: {_count(meter.reused)} reused, {_count(meter.computed)} computed",
+            f"seed {sampling.seed} | {dtype} on {loaded.device}",
+        )
+    )
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 1)
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1f} tok/s"
+
+
+def _count(count: int | None) -> str:
+    return "unknown" if count is None else str(count)

@@ -1,0 +1,114 @@
+"""The one decoding loop. It hands the model the whole sequence each time and knows nothing of text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvgen.contract import Model
+from kvgen.errors import ModelError, UsageError
+from kvgen.generation.sampling import Sampler
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+"""Why a completion ended: an end token, a stop text, the most tokens asked for, or the model's context is full."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the loop.
+
+    token: the id that was chosen.
+    cache: what the model returned; it covers the sequence before `token`.
+    positions: the length of that sequence. reused: how many of its positions came from the cache; None if the
+        cache does not say.
+    logprob: natural log-probability of the token under the model, before any filter; None if not asked for.
+    top_logprobs: the most likely tokens and their log-probabilities, most likely first.
+    """
+
+    token: int
+    cache: Any
+    positions: int
+    reused: int | None
+    finish_reason: FinishReason | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def computed(self) -> int | None:
+        """How many positions the model computed for this step."""
+        return None if self.reused is None else self.positions - self.reused
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the loop ends: after max_tokens, at an id of eos_ids, or when context_length positions are full."""
+
+    max_tokens: int
+    eos_ids: Collection[int] = ()
+    context_length: int | None = None
+
+
+def decode(
+    model: Model,
+    ids: Tensor,
+    sampler: Sampler,
+    limits: Limits,
+    *,
+    use_cache: bool = True,
+    cache: Any = None,
+    top_logprobs: int | None = None,
+) -> Iterator[Step]:
+    """Decode from the prompt `ids`, (1, n) int64, one token a step.
+
+    use_cache: False hands in None on every step; nothing else changes.
+    cache: from an earlier call with this model, to go on from.
+    top_logprobs: how many of the most likely tokens to report; 0 for the chosen one alone, None for no
+        log-probabilities.
+
+    Raises UsageError for a prompt that is empty or fills the context, ModelError for logits that are not numbers.
+    """
+    prompt_length = ids.shape[1]
+    _check_prompt(prompt_length, limits)
+    sequence = ids.new_empty(1, prompt_length + limits.max_tokens)
+    sequence[:, :prompt_length] = ids
+    for length in range(prompt_length, prompt_length + limits.max_tokens):
+        logits, cache = model(sequence[:, :length], cache if use_cache else None)
+        last = logits[0, -1].to("cpu", torch.float32)
+        if last.isnan().any():
+            raise ModelError(f"the model's logits after position {length} are not numbers (NaN)")
+        token = sampler(last, sequence[0, :length].cpu(), prompt_length)
+        sequence[0, length] = token
+        logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
+        finish = _finish_reason(token, length + 1, sequence.shape[1], limits)
+        reused = getattr(cache, "reused", None) if use_cache else 0
+        yield Step(token, cache, length, reused, finish, logprob, top)
+        if finish:
+            return
+
+
+def _check_prompt(length: int, limits: Limits) -> None:
+    if length == 0:
+        raise UsageError("the prompt is empty")
+    if limits.context_length is not None and length >= limits.context_length:
+        raise UsageError(
+            f"the prompt has {length} tokens, but the model's context has room for {limits.context_length}, "
+            "completion included"
+        )
+
+
+def _finish_reason(token: int, length: int, capacity: int, limits: Limits) -> FinishReason | None:
+    if token in limits.eos_ids:
+        return "eos"
+    if length == capacity:
+        return "length"
+    return "context" if length == limits.context_length else None
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(count, len(logprobs)))
+    return float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,0 +1,121 @@
+"""How the next token is chosen: pure filters on logits, and the sampler that the settings compose them into.
+
+The filters run in this order, which is that of transformers for the ones that it has: logit bias, repetition
+penalty, presence and frequency penalties, temperature, top-k, top-p, min-p, typical-p. Each takes logits of
+shape (vocab,) and returns new ones, with -inf for the tokens that it rules out; at least one token stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvgen.errors import UsageError
+from kvgen.generation.settings import Sampling
+
+Sampler = Callable[[Tensor, Tensor, int], int]
+"""logits (vocab,) fp32 on the CPU, ids so far (n,) int64, how many of them are the prompt -> the next id."""
+
+Filter = Callable[[Tensor], Tensor]
+
+
+def make_sampler(settings: Sampling) -> Sampler:
+    """Compose the settings into a sampler with a random generator of its own."""
+    penalties = _penalties(settings)
+    if settings.temperature == 0:
+        return lambda logits, ids, prompt_length: int(penalties(logits, ids, prompt_length).argmax())
+    filters = _filters(settings)
+    generator = torch.Generator()
+    if settings.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.seed)
+
+    def sample(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
+        logits = penalties(logits, ids, prompt_length)
+        for apply in filters:
+            logits = apply(logits)
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+    return sample
+
+
+def _filters(settings: Sampling) -> list[Filter]:
+    """The filters that the settings switch on, in order."""
+    choices: list[tuple[bool, Filter]] = [
+        (settings.temperature != 1, partial(scale, temperature=settings.temperature)),
+        (settings.top_k > 0, partial(top_k, k=settings.top_k)),
+        (settings.top_p < 1, partial(top_p, p=settings.top_p)),
+        (settings.min_p > 0, partial(min_p, p=settings.min_p)),
+        (settings.typical_p < 1, partial(typical_p, mass=settings.typical_p)),
+    ]
+    return [apply for wanted, apply in choices if wanted]
+
+
+def _penalties(settings: Sampling) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """What depends on the ids so far, and the bias that comes before it."""
+    bias_ids = torch.tensor(list(settings.logit_bias), dtype=torch.int64)
+    bias = torch.tensor(list(settings.logit_bias.values()), dtype=torch.float32)
+
+    def apply(logits: Tensor, ids: Tensor, prompt_length: int) -> Tensor:
+        if len(bias_ids):
+            if int(bias_ids.max()) >= len(logits) or int(bias_ids.min()) < 0:
+                raise UsageError(f"logit_bias names a token id outside the vocabulary of {len(logits)}")
+            logits = logits.index_add(0, bias_ids, bias)
+        if settings.repetition_penalty != 1:
+            logits = repetition_penalty(logits, ids, settings.repetition_penalty)
+        if settings.presence_penalty or settings.frequency_penalty:
+            counts = torch.bincount(ids[prompt_length:], minlength=len(logits))
+            logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
+        return logits
+
+    return apply
+
+
+def repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Make the tokens in `ids` less likely, by a factor on their logits that pushes both signs down."""
+    seen = logits[ids]
+    return logits.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def scale(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature."""
+    return logits / temperature
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits, and any equal to the smallest of them."""
+    if k >= len(logits):
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probabilities add up to p or more."""
+    ordered, order = logits.sort(descending=False)
+    below = ordered.softmax(-1).cumsum(-1)  # probability up to and with each token, from the least likely
+    dropped = below <= 1 - p
+    dropped[-1] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), -torch.inf)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens at least p times as likely as the most likely one."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+
+
+def typical_p(logits: Tensor, mass: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they hold `mass` together."""
+    log_probabilities = logits.log_softmax(-1)
+    probabilities = log_probabilities.exp()
+    entropy = -(probabilities * log_probabilities).nansum()
+    distance, order = (-log_probabilities - entropy).abs().sort()
+    held = probabilities[order].cumsum(-1)
+    last = min(int((held < mass).sum()), len(logits) - 1)
+    dropped = distance > distance[last]
+    dropped[0] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), -torch.inf)

@@ -1,0 +1,64 @@
+"""What a caller can set about generation. Free of torch, so that the command line can show it at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvgen.errors import UsageError
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token.
+
+    temperature: divides the logits; 0 takes the most likely token, and then the filters below do not matter.
+    top_k: only the k most likely tokens; 0 for all.
+    top_p: only the most likely tokens that hold this much probability together (Holtzman et al. 2019,
+        arXiv:1904.09751); 1 for all.
+    min_p: only tokens at least this fraction as likely as the most likely one (arXiv:2407.01082); 0 for all.
+    typical_p: only the tokens whose surprise is nearest to the expected one, with this much probability
+        together (Meister et al. 2022, arXiv:2202.00666); 1 for all.
+    repetition_penalty: divides positive logits, and multiplies negative ones, of the tokens in prompt and
+        completion (Keskar et al. 2019, arXiv:1909.05858); 1 for none.
+    presence_penalty: subtracted from the logit of each token that is in the completion (OpenAI's definition).
+    frequency_penalty: subtracted as many times as the token occurs in the completion.
+    logit_bias: added to the logits of these token ids.
+    seed: of the random generator; None for a new one each time. The same seed on the same machine gives the same
+        text.
+
+    Raises UsageError for a value out of its range.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check(0 <= self.temperature < math.inf, "temperature", "0 or more")
+        self._check(self.top_k >= 0, "top_k", "0 or more")
+        self._check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self._check(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
+        self._check(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1")
+        self._check(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
+        self._check(math.isfinite(self.presence_penalty), "presence_penalty", "a finite number")
+        self._check(math.isfinite(self.frequency_penalty), "frequency_penalty", "a finite number")
+        self._check(all(map(math.isfinite, self.logit_bias.values())), "logit_bias", "finite numbers by token id")
+        self._check(self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
+
+    def _check(self, valid: bool, name: str, wanted: str) -> None:
+        if not valid:
+            raise UsageError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+
+
+DEFAULT_SAMPLING = Sampling()

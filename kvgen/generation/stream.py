@@ -1,0 +1,64 @@
+"""Generation as a user sees it: a loaded checkpoint and a prompt in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from kvgen.errors import UsageError
+from kvgen.generation.decode import Limits, decode
+from kvgen.generation.sampling import make_sampler
+from kvgen.generation.settings import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
+from kvgen.generation.text import Chunk, to_chunks
+from kvgen.loading import Loaded
+
+
+def stream(
+    loaded: Loaded,
+    prompt: str | Sequence[int],
+    sampling: Sampling = DEFAULT_SAMPLING,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    stop: Sequence[str] = (),
+    use_cache: bool = True,
+    cache: Any = None,
+    top_logprobs: int | None = None,
+) -> Iterator[Chunk]:
+    """Complete a prompt; one chunk for each token, as soon as it is there.
+
+    prompt: text, in which nothing counts as a special token; or token ids, from `loaded.tokenizer.encode` or
+        `encode_chat`.
+    max_tokens: the most tokens to generate.
+    stop: texts that end the completion; they are not part of it.
+    use_cache: False computes every position anew on each step.
+    cache: the `step.cache` of an earlier chunk, from this checkpoint. What it shares with this prompt is not
+        computed again.
+    top_logprobs: how many of the most likely tokens to report with each step, besides the chosen one; None for
+        no log-probabilities.
+
+    Raises UsageError for a prompt or a setting that cannot be used. Nothing is computed before the first chunk
+    is asked for.
+    """
+    ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
+    outside = next((id_ for id_ in ids if not 0 <= id_ < loaded.config.vocab_size), None)
+    if outside is not None:
+        raise UsageError(f"token id {outside} is outside the model's vocabulary of {loaded.config.vocab_size}")
+    steps = decode(
+        loaded.model,
+        torch.tensor([ids], dtype=torch.int64, device=loaded.device),
+        make_sampler(sampling),
+        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.config.context_length),
+        use_cache=use_cache,
+        cache=cache,
+        top_logprobs=top_logprobs,
+    )
+    return to_chunks(steps, loaded.tokenizer, stop)
+
+
+def generate(loaded: Loaded, prompt: str | Sequence[int], sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> str:
+    """The whole completion of a prompt. `options` are those of `stream`."""
+    return "".join(chunk.text for chunk in stream(loaded, prompt, sampling, **options))

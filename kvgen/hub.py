@@ -1,0 +1,99 @@
+"""From a reference to files on this machine: paths, the built-in catalogue, the Hugging Face hub.
+
+Nothing is downloaded unless the caller names a model that is not here yet, and nothing at all with
+$KVGEN_OFFLINE set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from kvgen import catalogue
+from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
+from kvgen.errors import NotFoundError
+
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+    "*.safetensors",
+]
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The `Progress` of a caller who does not want to know."""
+
+
+def resolve(reference: str | Path | None = None, *, progress: Progress = no_progress) -> Path:
+    """The file or folder that `reference` means; None is $KVGEN_MODEL or the default model.
+
+    Tried in this order: a path that exists, a name of the catalogue, a hub id `owner/name`.
+    Raises NotFoundError if none of them fits or the files cannot be had.
+    """
+    reference = str(reference or os.environ.get("KVGEN_MODEL") or DEFAULT_MODEL)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    if entry := CATALOGUE.get(reference):
+        folder = cache_dir() / "models"
+        present = catalogue.find(entry, folder)
+        if present is None and is_offline():
+            raise NotFoundError(
+                f"model {reference!r} is not in {folder} and KVGEN_OFFLINE is set: unset it once to fetch the model"
+            )
+        return present or catalogue.fetch(entry, folder, progress)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference) and path.suffix != ".gguf":
+        return _hub_folder(reference)
+    raise NotFoundError(
+        f"model {reference!r}: no such file or folder, and neither a name of the catalogue "
+        f"({', '.join(CATALOGUE)}) nor a hub id owner/name"
+    )
+
+
+def cache_dir() -> Path:
+    """Where kvgen keeps what it fetched: $KVGEN_CACHE_DIR, or the user's cache folder."""
+    chosen = os.environ.get("KVGEN_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else user_cache_path("kvgen", appauthor=False)
+
+
+def is_offline() -> bool:
+    """Whether $KVGEN_OFFLINE forbids the network."""
+    return os.environ.get("KVGEN_OFFLINE", "").lower() not in ("", "0", "false", "no")
+
+
+def _hub_folder(repository: str) -> Path:
+    """The repository's snapshot: from the hub's own cache if it is whole there, else downloaded into it."""
+    import huggingface_hub  # here because it is slow to import and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def snapshot(*, local: bool) -> Path:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=local))
+
+    try:
+        cached = snapshot(local=True)
+        if is_offline() or _is_whole(cached):
+            return cached
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        if is_offline():
+            raise NotFoundError(
+                f"model {repository!r} is not in the hub's cache and KVGEN_OFFLINE is set: unset it once to fetch it"
+            ) from None
+    except HFValidationError as error:
+        raise NotFoundError(f"model {repository!r}: no such file or folder, and not a valid hub id") from error
+    try:
+        return snapshot(local=False)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise NotFoundError(f"model {repository!r} is no local path and could not be fetched: {reason}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has weights; which shards there must be is the checkpoint reader's business."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""The native decoder. It knows nothing of files, text or model families."""

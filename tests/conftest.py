@@ -1,0 +1,115 @@
+"""Shared ground: the default model, and tiny random checkpoints written by transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvgen
+
+# The scripts, signs and oddities that tokenizers and streams must get right.
+CORPUS = [
+    "Hello, world!",
+    "The quick brown fox jumps over the lazy dog. It's 2024; we've paid $12,345.67 (10%).",
+    "  two leading and two trailing spaces  ",
+    "tabs\tand\n\nnewlines\r\nand \u00a0 non-breaking \u3000 wide spaces",
+    "Füße naïve café ÀÉÎÕÜ ß ø å İıŞş",
+    "Здравствуй, мир! Ελληνικά Հայերեն ქართული",
+    "日本語のテキスト、漢字かな交じり。中文文本，混排。한국어 텍스트",
+    "العربية والעברית ภาษาไทย हिन्दी தமிழ் বাংলা",
+    "emoji 😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ☺︎",
+    "combining e\u0301 a\u0308 Z\u0351\u0352a\u0325l\u0346go zero\u200bwidth\u200djoin",
+    "def f(x: int) -> str:\n    return f'{x:>10}'  # comment\n\tif x != 0 && y <= 1e-9: pass",
+    "<html><body class=\"a\">&amp;</body></html> {\"json\": [1, 2.5, null]}",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "0 00 000 0000 12345678901234567890 3.14159 1e10 0xDEADBEEF",
+    "<|im_start|>user\nhi<|im_end|> <|endoftext|> <s> </s> <unk> [INST] <|im_",
+    "\x00\x01\x1b[31m\x7f\x80\x9b control",
+    "don't DON'T we'll I'M they've 'quoted' ''",
+    " ",
+    "\n",
+    "a",
+]
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model, fetched as a user would fetch it."""
+    subprocess.run(
+        [sys.executable, "-m", "kvgen", "generate", "-p", "x", "-n", "1", "-q"], check=True, stdout=subprocess.DEVNULL
+    )
+    from kvgen.hub import resolve
+
+    return resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> kvgen.Loaded:
+    return kvgen.load(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_path: Path) -> Any:
+    """The same file in transformers, by transformers' own GGUF reader, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(smollm2_path.parent), "gguf_file": smollm2_path.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(**where)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE of 384 entries, with BOS and EOS."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken("<s>", special=True), AddedToken("</s>", special=True)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path, tiny_tokenizer: tokenizers.Tokenizer) -> Callable[..., tuple[Path, Any]]:
+    """Makes a folder with a random model of transformers; returns it and the model."""
+
+    def make(seed: int = 0, name: str = "tiny", shard_size: str = "1GB", **config: Any) -> tuple[Path, Any]:
+        defaults: dict[str, Any] = {
+            "vocab_size": 384,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**defaults | config)).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):  # transformers starts them at zero, which would test nothing
+                torch.nn.init.normal_(parameter, std=0.2)
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        tiny_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+        return folder, model
+
+    return make

@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 
 from kvgen import catalogue
 from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
+from kvgen.checkpoint.raw import read_json_object
 from kvgen.errors import NotFoundError
 
 _HUB_FILES = [
@@ -95,5 +96,7 @@ def _hub_folder(repository: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has weights; which shards there must be is the checkpoint reader's business."""
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    """Whether a snapshot has all that a checkpoint needs; a download that was interrupted leaves less."""
+    index = folder / "model.safetensors.index.json"
+    shards = read_json_object(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
+    return all((folder / name).exists() for name in ("config.json", "tokenizer.json", *shards))

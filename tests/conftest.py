@@ -30,7 +30,7 @@ CORPUS = [
     "emoji 😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ☺︎",
     "combining e\u0301 a\u0308 Z\u0351\u0352a\u0325l\u0346go zero\u200bwidth\u200djoin",
     "def f(x: int) -> str:\n    return f'{x:>10}'  # comment\n\tif x != 0 && y <= 1e-9: pass",
-    "<html><body class=\"a\">&amp;</body></html> {\"json\": [1, 2.5, null]}",
+    '<html><body class="a">&amp;</body></html> {"json": [1, 2.5, null]}',
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "0 00 000 0000 12345678901234567890 3.14159 1e10 0xDEADBEEF",
     "<|im_start|>user\nhi<|im_end|> <|endoftext|> <s> </s> <unk> [INST] <|im_",

@@ -99,7 +99,7 @@ class _Header:
             if key in metadata:
                 self.fail(f"the key {key!r} occurs twice")
             metadata[key] = self.value(self.value_type())
-        if metadata.get("split.count", 0) > 1:
+        if metadata.get("split.count", 0) not in (0, 1):
             raise UnsupportedError(f"{self.path}: one of several split files; merge them with gguf-split --merge")
         return RawCheckpoint(self.path, "gguf", metadata, self.tensors(tensor_count, metadata))
 

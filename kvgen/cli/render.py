@@ -37,12 +37,12 @@ class TextWriter:
     def write(self, text: str) -> None:
         if not text:
             return
+        self._at_line_start = text.endswith("\n")  # before writing: an interruption may come right after
         if self._console.is_terminal and not self._raw:
             self._console.out(escape_controls(text), end="", highlight=False)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()
-        self._at_line_start = text.endswith("\n")
 
 
 def write_json(value: Any) -> None:
@@ -60,15 +60,16 @@ def escape_json_delete(line: str) -> str:
 
 def print_note(text: str, style: str = "dim") -> None:
     """A line on stderr."""
-    Console(stderr=True, highlight=False).print(Text(escape_controls(text), style=style), soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    console.print(Text(escape_controls(text), style=style), soft_wrap=not console.is_terminal)
 
 
 @contextmanager
 def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """A callback for `kvgen.load` that shows a bar on a terminal, a line elsewhere, nothing if `quiet`."""
     bar = Progress(
-        TextColumn("[progress.description]{task.description}", markup=False),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
         DownloadColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),

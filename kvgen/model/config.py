@@ -10,7 +10,7 @@ class Rotary:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout.
 
     inverse_frequencies: radians per position, one for each pair of dimensions of a head. Context-extension
-        schemes (linear, YaRN, Llama 3) are already folded into them.
+        schemes (linear, YaRN and their like) are already folded into them.
     scale: multiplies the rotated queries and keys (YaRN's attention factor); 1 for the other schemes.
     """
 

@@ -25,11 +25,14 @@ class Detokenizer:
         self._byte_ids = frozenset(id_ for id_ in fallback if id_ is not None)
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text that are out
+        self._in_bytes = False
 
     def add(self, id_: int) -> str:
         """The text that has become certain with one more id; often the token's own, at times empty."""
         self._window.append(id_)
-        if id_ in self._byte_ids:
+        if self._has_text(id_):
+            self._in_bytes = id_ in self._byte_ids
+        if self._in_bytes:
             return ""
         text = self._decode(self._window)
         certain = len(text) - text.endswith(_REPLACEMENT)
@@ -45,11 +48,11 @@ class Detokenizer:
         """What is still held back, at the end of the stream."""
         text = self._decode(self._window)
         piece = text[self._emitted :]
-        self._window, self._emitted = [], 0
+        self._window, self._emitted, self._in_bytes = [], 0, False
         return piece
 
     def _has_text(self, id_: int) -> bool:
-        """Whether a token is part of the text, so that the next one is not the first."""
+        """Whether a token is part of the text: special ones are left out, as are ids without a token."""
         return id_ not in self._special_ids and self._backend.id_to_token(id_) is not None
 
     def _decode(self, ids: list[int]) -> str:

@@ -57,6 +57,8 @@ def read(raw: RawCheckpoint) -> Tokenizer:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.token_type does not have one entry for each token")
     backend = _backend(raw, tokens, types)
     template = keys.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{raw.path}: tokenizer.chat_template is not a text")
     return Tokenizer(
         backend,
         _eos_ids(keys, tokens, types),

@@ -1,0 +1,382 @@
+"""The command line as its users have it: real processes, pipes, signals and a pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KVGEN = [sys.executable, "-m", "kvgen"]
+GREEDY = ["-t", "0", "-n", "8"]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"stdin": subprocess.DEVNULL} | options if "input" not in options else options
+    return subprocess.run([*KVGEN, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def tiny(tiny_llama) -> list[str]:
+    """`generate` with a tiny model."""
+    folder, _ = tiny_llama()
+    return ["generate", "-m", str(folder), *GREEDY]
+
+
+# --- The main job ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_tells_its_story(smollm2_path: Path) -> None:
+    result = run("generate", "-p", "Once upon a time,", "--temperature", "0", "--max-tokens", "24")
+    assert result.returncode == 0
+    assert result.stdout == (
+        " the city of Nova Haven was a thriving metropolis, with towering skyscrapers and bustling streets. "
+        "But as the years went by,\n"
+    )
+    assert result.stderr == ""
+
+
+def test_the_default_model_answers_and_stops(smollm2_path: Path) -> None:
+    result = run("generate", "--chat", "-p", "What is the capital of Japan?", "--temperature", "0", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["completion"] == "The capital of Japan is Tokyo."
+    assert answer["finish_reason"] == "eos"
+
+
+# --- Where prompts come from -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "prompt"),
+    [
+        (["-p", "abc"], None, "abc"),
+        (["-p", "abc"], "never read", "abc"),
+        (["-p", "-"], "from stdin\n", "from stdin"),
+        (["-f", "-"], "from stdin\r\n", "from stdin"),
+        ([], "piped\n\n", "piped\n"),
+        (["-f", "{file}"], None, "in a file"),
+        (["-f", "{file}", "-p", "and more"], None, "in a file\nand more"),
+        (["-f", "-", "-p", "and more"], "piped\n", "piped\nand more"),
+    ],
+)
+def test_prompts_come_from_where_the_options_say(tiny, tmp_path: Path, arguments, stdin, prompt: str) -> None:
+    (tmp_path / "prompt.txt").write_text("in a file\n")
+    arguments = [argument.format(file=tmp_path / "prompt.txt") for argument in arguments]
+    options = {} if stdin is None else {"input": stdin}
+    result = run(*tiny, "--json", *arguments, **options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["prompt"] == prompt
+
+
+def test_prompt_alone_does_not_wait_for_an_idle_stdin(tiny) -> None:
+    read_end, write_end = os.pipe()  # open and silent, as a script's stdin can be
+    try:
+        assert run(*tiny, "-p", "abc", stdin=read_end).returncode == 0
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_lines_are_prompts_and_share_what_they_share(tiny) -> None:
+    result = run(*tiny, "--lines", "--json", input="the same start\nthe same start, and more\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the same start", "the same start, and more"]
+    alone = json.loads(run(*tiny, "--json", "-p", "the same start, and more").stdout)
+    assert rows[1]["completion_ids"] == alone["completion_ids"]
+    assert rows[1]["positions_computed"] < alone["positions_computed"]
+
+
+def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
+    with subprocess.Popen(
+        [*KVGEN, *tiny, "--lines", "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        for prompt in ("one", "two"):
+            process.stdin.write(f"{prompt}\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["prompt"] == prompt
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+# --- Wrong usage and errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--no-such-option"], 2, "--no-such-option"),
+        (["-p", ""], 2, "prompt is empty"),
+        (["-f", "/dev/null"], 2, "prompt is empty"),
+        ([], 2, "prompt is empty"),  # stdin is /dev/null
+        (["-p", "-", "-f", "-"], 2, "--prompt -"),
+        (["-p", "x", "--lines"], 2, "--lines"),
+        (["-p", "x", "--system", "y"], 2, "--system"),
+        (["-p", "x", "--logprobs", "2"], 2, "--logprobs"),
+        (["-p", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["-p", "x", "--top-p", "1.5"], 2, "top_p is 1.5"),
+        (["-p", "x", "--dtype", "float8"], 2, "--dtype"),
+        (["-p", "x", "--device", "toaster"], 2, "toaster"),
+        (["-p", "x", "--logit-bias", "a=b"], 2, "--logit-bias"),
+        (["-p", "x", "--chat"], 2, "no chat template"),
+        (["-p", "abc " * 600], 2, "context has room for 512"),
+        (["-f", "/no/such/file"], 1, "/no/such/file"),
+        (["-f", "/"], 1, "--prompt-file /"),
+        (["-p", "x", "-m", "/no/such/model.gguf"], 1, "/no/such/model.gguf"),
+        (["-p", "x", "-m", "no-such-name"], 1, "smollm2"),
+        (["-p", b"\xff".decode(errors="surrogateescape")], 2, "not valid Unicode"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line_on_stderr(tiny, arguments: list[str], code: int, message: str) -> None:
+    result = run(*tiny, *arguments)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.startswith("kvgen: error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_text_that_is_not_utf8_is_refused(tiny, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    result = run(*tiny, "-f", str(tmp_path / "latin.txt"))
+    assert result.returncode == 2
+    assert "not UTF-8 text (byte 3)" in result.stderr
+
+
+def test_an_empty_line_is_refused_by_its_number_after_the_lines_before_it(tiny) -> None:
+    result = run(*tiny, "--lines", "--json", input="one\n\ntwo\n")
+    assert result.returncode == 2
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["one"]
+    assert "stdin, line 2" in result.stderr
+
+
+def test_a_closed_stdin_is_no_prompt(tiny) -> None:
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *KVGEN, *tiny], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no prompt" in result.stderr
+
+
+# --- Help --------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_import_do_not_load_torch() -> None:
+    for code in (
+        "import kvgen",
+        "import kvgen.cli",
+        "import sys; sys.argv = ['kvgen', 'generate', '--help']; import kvgen.__main__ as m; m.main()",
+    ):
+        wrapped = f"import atexit, sys\natexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))\n{code}"
+        result = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True)
+        assert result.stderr == "False"
+
+
+def test_bare_command_shows_help_and_version_is_told() -> None:
+    result = run()
+    assert result.returncode == 0
+    assert "generate" in result.stdout
+    assert re.fullmatch(r"kvgen \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_help_shows_groups_and_examples() -> None:
+    text = run("generate", "--help", env={**os.environ, "COLUMNS": "120"}).stdout
+    for part in ("Prompt", "Model", "Sampling", "When to stop", "Output", "Examples:", 'kvgen generate -p "Once'):
+        assert part in text
+    assert "\x1b" not in text
+
+
+def test_the_shell_can_complete_commands_and_options() -> None:
+    for words, completion in (("kvgen gen", "generate"), ("kvgen generate --max", "--max-tokens")):
+        asked = {"_KVGEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert completion in run(env={**os.environ, **asked}).stdout
+
+
+# --- Output ------------------------------------------------------------------------------------------------------
+
+
+def test_stats_go_to_stderr_and_quiet_silences_them(tiny) -> None:
+    result = run(*tiny, "-p", "abc", "--stats", "--seed", "7")
+    for part in ("8 generated (length)", "first token", "prefill", "decode", "reused", "computed", "seed 7", "float32"):
+        assert part in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert run(*tiny, "-p", "abc", "--stats", "--quiet").stderr == ""
+
+
+def test_json_holds_everything(tiny) -> None:
+    result = run(*tiny, "-p", "abc", "--json", "--logprobs", "2", "--seed", "7")
+    value = json.loads(result.stdout)
+    assert value["prompt"] == "abc"
+    assert value["seed"] == 7
+    assert value["finish_reason"] == "length"
+    assert value["prompt_tokens"] == len(value["prompt_ids"])
+    assert value["completion_tokens"] == len(value["completion_ids"]) == len(value["logprobs"]) == 8
+    assert value["positions_computed"] == value["prompt_tokens"] + 7
+    first = value["logprobs"][0]
+    assert first["id"] == first["top"][0]["id"]
+    assert first["logprob"] == first["top"][0]["logprob"] < 0
+    assert len(first["top"]) == 2
+    plain = run(*tiny, "-p", "abc").stdout
+    assert plain.rstrip("\n") == value["completion"].rstrip("\n")
+
+
+def test_no_cache_gives_the_same_text_and_computes_everything(tiny) -> None:
+    cached = json.loads(run(*tiny, "-p", "abc", "--json").stdout)
+    uncached = json.loads(run(*tiny, "-p", "abc", "--json", "--no-cache").stdout)
+    assert cached["completion_ids"] == uncached["completion_ids"]
+    n = cached["prompt_tokens"]
+    assert uncached["positions_computed"] == sum(range(n, n + 8))
+    assert uncached["positions_reused"] == 0
+
+
+def test_the_same_seed_gives_the_same_text(tiny) -> None:
+    texts = [run(*tiny, "-p", "abc", "-t", "1", "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked(tiny) -> None:
+    as_text = json.loads(run(*tiny, "-p", "a</s>", "--json").stdout)
+    as_token = json.loads(run(*tiny, "-p", "a</s>", "--json", "--parse-special").stdout)
+    assert 1 not in as_text["prompt_ids"]
+    assert as_token["prompt_ids"][-1] == 1
+
+
+def test_the_environment_names_the_model(tiny) -> None:
+    environment = {**os.environ, "KVGEN_MODEL": tiny[2]}
+    assert run("generate", *GREEDY, "-p", "abc", env=environment).stdout == run(*tiny, "-p", "abc").stdout
+
+
+# --- Pipes and signals -------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny) -> None:
+    with subprocess.Popen(
+        [*KVGEN, *tiny, "-n", "400", "-t", "1", "--seed", "3", "-p", "abc"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""
+
+
+def test_text_reaches_a_pipe_as_it_is_made_and_ctrl_c_keeps_it(smollm2_path: Path) -> None:
+    with subprocess.Popen(
+        [*KVGEN, "generate", "-p", "Once upon a time,", "-t", "0", "-n", "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout and process.stderr
+        first = os.read(process.stdout.fileno(), 1000)
+        assert len(first) < 100
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(60) == 130
+        assert (first + rest).startswith(b" the")
+        assert (first + rest).endswith(b"\n")
+        assert process.stderr.read() == b""
+
+
+# --- On a terminal -----------------------------------------------------------------------------------------------
+
+
+def run_on_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[int, str]:
+    """Run on a pseudo-terminal; returns the exit code and all that the terminal got."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", COLUMNS="80")
+        os.execv(sys.executable, [*KVGEN, *arguments])
+    output = b""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([terminal], [], [], 1)
+        if not ready:
+            continue
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:  # the other side is closed
+            break
+        output += data
+        if interrupt_after and interrupt_after.encode() in output:
+            os.write(terminal, b"\x03")
+            interrupt_after = None
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), output.decode()
+
+
+def test_a_terminal_without_a_prompt_is_wrong_usage(tiny) -> None:
+    code, output = run_on_terminal(*tiny)
+    assert code == 2
+    assert "no prompt" in output
+
+
+def test_a_terminal_shows_the_same_text_as_a_pipe(smollm2_path: Path) -> None:
+    arguments = ["generate", "-p", "Once upon a time,", "-t", "0", "-n", "40"]
+    code, output = run_on_terminal(*arguments)
+    assert code == 0
+    assert output.replace("\r\n", "\n") == run(*arguments).stdout
+
+
+def test_ctrl_c_on_a_terminal_keeps_the_text_and_exits_130(smollm2_path: Path) -> None:
+    code, output = run_on_terminal(
+        "generate", "-p", "Once upon a time,", "-t", "0", "-n", "2000", interrupt_after="city"
+    )
+    assert code == 130
+    assert " the city" in output
+    assert "Traceback" not in output
+    assert output.endswith("\n")
+
+
+@pytest.fixture
+def hostile(tiny_llama) -> list[str]:
+    """`generate` with a model whose every token is an escape sequence, a control character or Rich markup."""
+    folder, _ = tiny_llama()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    evil = ["\x1b[31m", "\x1b]52;c;ZXZpbA==\x07", "[bold red]x[/]", "\x9b2J", "\u202eevil", "\r", "\x7f"]
+    vocabulary = {f"{evil[id_ % len(evil)]}{'' if id_ < len(evil) else id_}": id_ for id_ in range(2, 384)}
+    tokenizer["model"] = {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, **vocabulary}, "unk_token": "<s>"}
+    tokenizer["pre_tokenizer"] = None
+    tokenizer["decoder"] = {"type": "Fuse"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return ["generate", "-m", str(folder), "-n", "60", "-t", "1.5", "--seed", "1", "-p", "\r"]
+
+
+def test_model_text_cannot_steer_a_terminal(hostile) -> None:
+    code, output = run_on_terminal(*hostile)
+    assert code == 0
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", output.replace("\r\n", "\n"))
+    assert "\\x1b[31m" in output
+    assert "[bold red]x[/]" in output
+    assert "\\u202e" in output
+
+
+def test_model_text_in_json_cannot_steer_a_terminal(hostile) -> None:
+    code, output = run_on_terminal(*hostile, "--json")
+    assert code == 0
+    assert not re.search("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", output.replace("\r\n", "\n"))
+    assert "\x1b[31m" in json.loads(output)["completion"]
+
+
+def test_raw_and_pipes_get_the_text_as_it_is(hostile) -> None:
+    _, output = run_on_terminal(*hostile, "--raw")
+    assert "\x1b[31m" in output
+    assert "\x1b[31m" in run(*hostile).stdout
+
+
+def test_error_messages_cannot_steer_a_terminal() -> None:
+    code, output = run_on_terminal("generate", "-p", "x", "-m", "\x1b[31mred")
+    assert code == 1
+    assert "\x1b" not in output

@@ -1,0 +1,168 @@
+"""The loop and the text over it: what is handed to the model, when it ends, what is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvgen
+from kvgen import ModelError, UsageError
+from kvgen.generation.decode import Limits, decode
+from kvgen.generation.sampling import make_sampler
+from kvgen.generation.text import StopMatcher
+
+GREEDY = kvgen.Sampling(temperature=0)
+
+
+class Counting:
+    """A model of ten tokens that answers each token with the next, and records what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[int], Any]] = []
+
+    def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        self.calls.append((ids[0].tolist(), cache))
+        logits = torch.zeros(1, 1, 10)
+        logits[0, 0, (int(ids[0, -1]) + 1) % 10] = 1.0
+        return logits, f"cache {len(self.calls)}"
+
+
+def run(model: Any, prompt: list[int], max_tokens: int = 4, **options: Any) -> list[kvgen.Step]:
+    limits = Limits(max_tokens, options.pop("eos_ids", ()), options.pop("context_length", None))
+    return list(decode(model, torch.tensor([prompt]), make_sampler(GREEDY), limits, **options))
+
+
+def test_the_model_always_gets_the_whole_sequence_and_its_own_cache() -> None:
+    model = Counting()
+    steps = run(model, [3, 4], max_tokens=3)
+    assert model.calls == [([3, 4], None), ([3, 4, 5], "cache 1"), ([3, 4, 5, 6], "cache 2")]
+    assert [step.token for step in steps] == [5, 6, 7]
+    assert [step.cache for step in steps] == ["cache 1", "cache 2", "cache 3"]
+
+
+def test_uncached_decoding_differs_in_the_cache_alone() -> None:
+    model = Counting()
+    steps = run(model, [3, 4], max_tokens=3, use_cache=False)
+    assert model.calls == [([3, 4], None), ([3, 4, 5], None), ([3, 4, 5, 6], None)]
+    assert [(step.reused, step.computed) for step in steps] == [(0, 2), (0, 3), (0, 4)]
+
+
+def test_a_cache_of_before_is_handed_in_first() -> None:
+    model = Counting()
+    run(model, [1], max_tokens=1, cache="earlier")
+    assert model.calls == [([1], "earlier")]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "reason"),
+    [
+        ({"max_tokens": 3}, [2, 3, 4], "length"),
+        ({"max_tokens": 1}, [2], "length"),
+        ({"max_tokens": 9, "eos_ids": {4, 8}}, [2, 3, 4], "eos"),
+        ({"max_tokens": 3, "eos_ids": {4}}, [2, 3, 4], "eos"),
+        ({"max_tokens": 9, "context_length": 3}, [2, 3], "context"),
+    ],
+)
+def test_the_loop_ends_for_the_right_reason(options: dict[str, Any], tokens: list[int], reason: str) -> None:
+    steps = run(Counting(), [1], **options)
+    assert [step.token for step in steps] == tokens
+    assert [step.finish_reason for step in steps] == [None] * (len(tokens) - 1) + [reason]
+
+
+def test_prompts_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        run(Counting(), [])
+    with pytest.raises(UsageError, match="5 tokens.*room for 5"):
+        run(Counting(), [1] * 5, context_length=5)
+
+
+def test_logits_that_are_not_numbers_stop_the_loop() -> None:
+    def model(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        return torch.full((1, 1, 4), torch.nan), None
+
+    with pytest.raises(ModelError, match="position 2"):
+        run(model, [1, 2])
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    steps = run(Counting(), [1], max_tokens=1, top_logprobs=2)
+    expected = torch.tensor([0.0] * 9 + [1.0]).log_softmax(-1)
+    assert steps[0].logprob == pytest.approx(float(expected[-1]))
+    assert steps[0].top_logprobs[0] == (2, pytest.approx(float(expected[-1])))
+    assert len(steps[0].top_logprobs) == 2
+    assert run(Counting(), [1], max_tokens=1, top_logprobs=0)[0].top_logprobs == ()
+    assert run(Counting(), [1], max_tokens=1)[0].logprob is None
+
+
+def test_cached_and_uncached_text_are_the_same(smollm2) -> None:
+    prompt = "The three states of matter are"
+    options = {"max_tokens": 20}
+    cached = list(kvgen.stream(smollm2, prompt, GREEDY, **options))
+    uncached = list(kvgen.stream(smollm2, prompt, GREEDY, use_cache=False, **options))
+    assert [chunk.step.token for chunk in cached] == [chunk.step.token for chunk in uncached]
+    length = cached[0].step.positions
+    assert [chunk.step.computed for chunk in cached] == [length] + [1] * 19
+    assert [chunk.step.computed for chunk in uncached] == list(range(length, length + 20))
+
+
+def test_a_second_prompt_reuses_what_it_shares_with_the_first(smollm2) -> None:
+    first = list(kvgen.stream(smollm2, "The capital of France is", GREEDY, max_tokens=3))
+    second = list(kvgen.stream(smollm2, "The capital of Japan is", GREEDY, max_tokens=3, cache=first[-1].step.cache))
+    assert (second[0].step.reused, second[0].step.computed) == (3, 2)
+    fresh = kvgen.generate(smollm2, "The capital of Japan is", GREEDY, max_tokens=3)
+    assert "".join(chunk.text for chunk in second) == fresh
+
+
+def test_the_seed_decides_the_text(smollm2) -> None:
+    texts = [kvgen.generate(smollm2, "I like", kvgen.Sampling(seed=seed), max_tokens=12) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(smollm2) -> None:
+    with pytest.raises(UsageError, match="49152"):
+        kvgen.stream(smollm2, [1, 49152])
+    with pytest.raises(UsageError, match="-1"):
+        kvgen.stream(smollm2, [-1])
+
+
+def test_a_stop_text_ends_the_completion_before_it(smollm2) -> None:
+    chunks = list(kvgen.stream(smollm2, "Once upon a time,", GREEDY, max_tokens=30, stop=["va Ha", "metropolis"]))
+    assert "".join(chunk.text for chunk in chunks) == " the city of No"
+    assert chunks[-1].finish_reason == "stop"
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
+
+
+def test_what_only_looked_like_a_stop_text_is_shown_in_the_end(smollm2) -> None:
+    text = kvgen.generate(smollm2, "Once upon a time,", GREEDY, max_tokens=4, stop=[" Nova Heaven"])
+    assert text == " the city of Nova"
+
+
+pieces_lists = st.lists(st.text("abc", max_size=3), max_size=12)
+
+
+@settings(max_examples=1000)
+@given(pieces_lists, st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_texts_are_found_however_the_text_is_cut(pieces: list[str], stop: list[str]) -> None:
+    matcher = StopMatcher(stop)
+    shown = ""
+    for piece in pieces:
+        shown += matcher.add(piece)
+        if matcher.stopped:
+            break
+    else:
+        shown += matcher.flush()
+    whole = "".join(pieces)
+    found = [whole.find(text) for text in stop if text in whole]
+    assert matcher.stopped == bool(found)
+    if found:
+        # The stop text that is complete first ends it; one that begins earlier may not be complete yet.
+        assert whole.startswith(shown)
+        assert not any(text in shown for text in stop)
+        assert any(whole[len(shown) :].startswith(text) for text in stop)
+    else:
+        assert shown == whole

@@ -1,0 +1,92 @@
+"""The house: imports point one way, the decoder knows no family, and the library keeps off the terminal."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import kvgen
+from kvgen.families import FAMILIES
+
+ROOT = Path(kvgen.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Each room may import from those before it in this list, and from itself.
+ROOMS = [
+    "kvgen.errors",
+    "kvgen.contract",
+    "kvgen.model.config",
+    "kvgen.model.cache",
+    "kvgen.model.layers",
+    "kvgen.model.attention",
+    "kvgen.model.decoder",
+    "kvgen.checkpoint",
+    "kvgen.families",
+    "kvgen.tokenizer",
+    "kvgen.catalogue",
+    "kvgen.hub",
+    "kvgen.loading",
+    "kvgen.generation.settings",
+    "kvgen.generation.sampling",
+    "kvgen.generation.decode",
+    "kvgen.generation.text",
+    "kvgen.generation.stream",
+    "kvgen",
+    "kvgen.cli",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    return max((room for room in ROOMS if module == room or module.startswith(f"{room}.")), key=len)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                f"{node.module}.{alias.name}" if (ROOT.parent / node.module.replace(".", "/")).is_dir() else node.module
+                for alias in node.names
+            }
+    return {name for name in found if name.split(".")[0] == "kvgen"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    module = module_name(path)
+    if module in ("kvgen", "kvgen.__main__"):  # the front door names everything
+        return
+    order = ROOMS.index(room_of(module))
+    for imported in imports_of(path):
+        assert ROOMS.index(room_of(imported)) <= order, f"{module} imports {imported}"
+
+
+def test_no_family_is_named_outside_families() -> None:
+    names = {name for family in FAMILIES for name in (family.hf_model_type, family.gguf_architecture)}
+    # The names of pre-tokenizers and of programs contain those of families.
+    allowed = re.compile(r"llama\.cpp|llama3|llama-v3|llama-bpe", re.IGNORECASE)
+    for path in FILES:
+        if ROOT / "families" in path.parents:
+            continue
+        text = allowed.sub("", path.read_text())
+        for name in names:
+            assert not re.search(rf"(?<![a-z]){name}", text, re.IGNORECASE), f"{path} names {name}"
+
+
+def test_the_library_keeps_off_the_terminal() -> None:
+    for path in FILES:
+        if ROOT / "cli" in path.parents:
+            continue
+        text = path.read_text()
+        assert "import rich" not in text and "from rich" not in text, path
+        assert "sys.stdout" not in text and "sys.stderr" not in text, path

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from kvgen.errors import UnsupportedError
 
 
 class Model(Protocol):
@@ -14,8 +18,63 @@ class Model(Protocol):
     cache: opaque to the caller. None to start, then whatever came back. None on every step is uncached decoding.
 
     Returns logits, (B, m, vocab) with m >= 1, whose last position is the prediction for the next token, and the
-    cache for the next call. A cache may say in an attribute `reused` how many positions of the last call it
-    already had.
+    cache for the next call. A cache may say in attributes `reused` and `computed` how many positions of the last
+    call it already had and how many it did not.
     """
 
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]: ...
+
+
+class Backend(ABC):
+    """A model behind the contract, what is known of it, and the ways to call it wrongly that `compare` needs.
+
+    name: of the kind of backend.
+    device, dtype: where and in what precision it computes. dtype is not that of the logits it returns.
+    vocab_size, context_length: None if unknown or unbounded.
+    cannot_cache: why the model cannot use a cache at all; None if it can.
+    lossy: why cached logits are expected to differ from uncached ones; None if they are not.
+    rewinds: whether a cache may be handed any sequence, not only one that goes on from what it has seen.
+    module: the torch module inside, if there is one.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int | None = None
+    context_length: int | None = None
+    cannot_cache: str | None = None
+    lossy: str | None = None
+    rewinds: bool = False
+    module: nn.Module | None = None
+
+    @abstractmethod
+    def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        """The contract."""
+
+    def all_logits(self, ids: Tensor) -> Tensor | None:
+        """Logits after every position of `ids` in one uncached pass, (B, n, vocab); None if it gives fewer."""
+        logits, _ = self(ids, None)
+        return logits if logits.shape[1] == ids.shape[1] else None
+
+    def by_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """The whole sequence, handed in the way that someone does who has not read the manual."""
+        return self(ids, cache)
+
+    def trusting(self, new: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Only what is new, (B, T), handed in with the cache of what came before: the wrong pattern.
+
+        Nothing is emulated: this is what the model does with such a call.
+        """
+        return self(new, cache)
+
+    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
+        """The contract, but with `positions`, (n,) int64, for the whole sequence instead of 0 to n - 1.
+
+        What is cached already may keep the positions that it was computed with.
+        Raises UnsupportedError where positions cannot be chosen.
+        """
+        raise UnsupportedError(f"the {self.name} backend does not let positions be chosen")
+
+    def in_float64(self) -> Backend | None:
+        """The same model computing in float64, a copy; None where it cannot."""
+        return None

@@ -38,7 +38,7 @@ def resolve(reference: str | Path | None = None, *, progress: Progress = no_prog
     Tried in this order: a path that exists, a name of the catalogue, a hub id `owner/name`.
     Raises NotFoundError if none of them fits or the files cannot be had.
     """
-    reference = str(reference or os.environ.get("KVGEN_MODEL") or DEFAULT_MODEL)
+    reference = str(reference or default_reference())
     path = Path(reference).expanduser()
     if path.exists():
         return path
@@ -56,6 +56,11 @@ def resolve(reference: str | Path | None = None, *, progress: Progress = no_prog
         f"model {reference!r}: no such file or folder, and neither a name of the catalogue "
         f"({', '.join(CATALOGUE)}) nor a hub id owner/name"
     )
+
+
+def default_reference() -> str:
+    """What is meant where no model is named: $KVGEN_MODEL, or the default model."""
+    return os.environ.get("KVGEN_MODEL") or DEFAULT_MODEL
 
 
 def cache_dir() -> Path:

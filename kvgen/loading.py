@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from kvgen.backends.native import load_native
+from kvgen.backends.python import load_python
+from kvgen.backends.xtransformers import load_xtransformers
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint
-from kvgen.errors import CheckpointError, UsageError
-from kvgen.families import Family, find_family
-from kvgen.families.family import block_part, parameter_names
-from kvgen.hub import no_progress, resolve
-from kvgen.model.config import DecoderConfig
-from kvgen.model.decoder import Decoder
-from kvgen.tokenizer import Tokenizer, read_tokenizer
+from kvgen.contract import Backend
+from kvgen.errors import UsageError
+from kvgen.hub import default_reference, no_progress, resolve
+from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
 DTYPES = {
     "float64": torch.float64,
@@ -33,16 +34,16 @@ DTYPES = {
 class Loaded:
     """A checkpoint in memory.
 
-    model: the contract, ready to call: `logits, cache = loaded.model(ids, None)` with ids on `device`.
-    path: the file or folder that it was read from.
+    model: the contract, ready to call: `logits, cache = loaded.model(ids, None)` with ids on `loaded.model.device`.
+    source: the file or folder that it was read from, or the reference of a model in Python.
+    config: what the model is made of: a DecoderConfig for the native decoder, the library's arguments for
+        x-transformers, None for a model in Python.
     """
 
-    model: Decoder
+    model: Backend
     tokenizer: Tokenizer
-    config: DecoderConfig
-    path: Path
-    device: torch.device
-    dtype: torch.dtype
+    source: str
+    config: Any = None
 
 
 def load(
@@ -50,68 +51,48 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    tokenizer: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint and its tokenizer.
 
-    reference: a .gguf file, a Hugging Face folder, a name of the catalogue, or a hub id `owner/name`; None for
-        $KVGEN_MODEL or the default model. The last two may download, unless $KVGEN_OFFLINE is set.
+    reference: a .gguf file, a Hugging Face or x-transformers folder, a name of the catalogue, or a hub id
+        `owner/name`; None for $KVGEN_MODEL or the default model. Names and ids may download, unless $KVGEN_OFFLINE is
+        set. Or `path/to/file.py:factory`, which RUNS that file: `factory()` returns a model with the contract's
+        signature.
     dtype: of the weights and of the computation. `auto` is float32 on a CPU, and on a GPU the checkpoint's own
-        type (bfloat16 for quantized ones).
-    device: `auto` is CUDA where there is one, else MPS, else the CPU.
-    progress: told about a download; see `kvgen.hub`.
+        type (bfloat16 for quantized ones). A model in Python has its own.
+    device: `auto` is CUDA where there is one, else MPS, else the CPU. A model in Python has its own.
+    tokenizer: None for the checkpoint's own; else a tokenizer.json, `bytes` (id = byte), or `ids` (the text is
+        token ids, as in "5 17 3").
+    progress: told about a download; see `kvgen.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
     """
+    name = str(reference or default_reference())
+    if re.search(r"\.py:\w+$", name):
+        return _load_from_python(name, tokenizer)
     chosen_device = _device(device)
-    raw = read_checkpoint(resolve(reference, progress=progress))
-    family = find_family(raw)
-    config = family.config(raw)
+    raw = read_checkpoint(resolve(name, progress=progress))
     chosen_dtype = _dtype(dtype, chosen_device, raw)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the vocabulary is read while the weights are
-        tokenizer = pool.submit(read_tokenizer, raw)
-        model = _build_decoder(raw, family, config, chosen_dtype, chosen_device, pool)
-        return Loaded(model, tokenizer.result(), config, raw.path, chosen_device, chosen_dtype)
+        own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
+        model: Backend
+        config: Any
+        if raw.format == "x-transformers":
+            model, config = load_xtransformers(raw, chosen_dtype, chosen_device), raw.metadata
+        else:
+            model = native = load_native(raw, chosen_dtype, chosen_device, pool)
+            config = native.module.config
+        chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
+    return Loaded(model, chosen, str(raw.path), config)
 
 
-def _build_decoder(
-    raw: RawCheckpoint,
-    family: Family,
-    config: DecoderConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    pool: ThreadPoolExecutor,
-) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(config)
-    found, unknown = parameter_names(raw.tensors, family.names(raw))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _check_names(raw.path, missing=shapes.keys() - found.keys(), unknown=unknown)
-    _check_names(raw.path, missing=[], unknown=[found[name] for name in found.keys() - shapes.keys()])
-    for name, shape in shapes.items():
-        actual = raw.tensors[found[name]].shape
-        if actual != shape:
-            raise CheckpointError(f"{raw.path}: tensor {found[name]!r} has the shape {actual}, not {shape}")
-    transforms = family.transforms(raw, config)
-
-    def read(name: str) -> tuple[str, Tensor]:
-        tensor = raw.tensors[found[name]].read()
-        transform = transforms.get(block_part(name))
-        return name, (transform(tensor) if transform else tensor).to(device=device, dtype=dtype)
-
-    model.load_state_dict(dict(pool.map(read, shapes)), strict=True, assign=True)
-    model.requires_grad_(False)
-    return model.to(device)
-
-
-def _check_names(path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    for what, names in (
-        ("is missing", sorted(missing)),
-        ("is not part of this kind of model", sorted(unknown)),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {what}")
+def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:
+    if tokenizer is None:
+        raise UsageError(f"model {reference!r} has no tokenizer: give --tokenizer FILE, or --ids for plain token ids")
+    model = load_python(reference)
+    return Loaded(model, choose_tokenizer(str(tokenizer), model.vocab_size or model.count_vocabulary()), reference)
 
 
 def _device(device: str | torch.device) -> torch.device:

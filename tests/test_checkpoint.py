@@ -334,9 +334,9 @@ def test_gguf_mechanisms_that_kvgen_lacks_are_refused(
 
 def test_dtype_and_device_are_what_was_asked_for(tiny_llama) -> None:
     folder, _ = tiny_llama()
-    assert kvgen.load(folder).dtype == torch.float32
+    assert kvgen.load(folder).model.dtype == torch.float32
     loaded = kvgen.load(folder, dtype="bfloat16", device="cpu")
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in loaded.model.module.parameters()} == {torch.bfloat16}
     with pytest.raises(UsageError, match="dtype 'int3'"):
         kvgen.load(folder, dtype="int3")
     with pytest.raises(UsageError, match="device 'toaster'"):
@@ -344,7 +344,7 @@ def test_dtype_and_device_are_what_was_asked_for(tiny_llama) -> None:
 
 
 def test_nothing_trains(tiny_llama) -> None:
-    model = kvgen.load(tiny_llama()[0]).model
+    model = kvgen.load(tiny_llama()[0]).model.module
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -17,14 +17,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each room may import from those before it in this list, and from itself.
 ROOMS = [
     "kvgen.errors",
-    "kvgen.contract",
     "kvgen.model.config",
     "kvgen.model.cache",
     "kvgen.model.layers",
     "kvgen.model.attention",
     "kvgen.model.decoder",
+    "kvgen.contract",
     "kvgen.checkpoint",
     "kvgen.families",
+    "kvgen.backends",
     "kvgen.tokenizer",
     "kvgen.catalogue",
     "kvgen.hub",
@@ -34,6 +35,7 @@ ROOMS = [
     "kvgen.generation.decode",
     "kvgen.generation.text",
     "kvgen.generation.stream",
+    "kvgen.compare",
     "kvgen",
     "kvgen.cli",
 ]

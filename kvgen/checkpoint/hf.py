@@ -13,22 +13,20 @@ from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 
 _INDEX = "model.safetensors.index.json"
-_FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 
 
-def read(folder: Path) -> RawCheckpoint:
-    """Read a folder. Raises CheckpointError, or UnsupportedError for weights that are not plain safetensors."""
-    config_path = folder / "config.json"
-    if not config_path.exists():
-        raise CheckpointError(f"{folder}: has no config.json; give a .gguf file or a Hugging Face folder")
-    config = read_json_object(config_path)
+def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
+    """Read a folder whose config.json holds `config`.
+
+    Raises CheckpointError, or UnsupportedError for weights that are not plain safetensors.
+    """
     if "quantization_config" in config:
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(f"{config_path}: quantization_config ({method}) is not supported")
+        raise UnsupportedError(f"{folder / 'config.json'}: quantization_config ({method}) is not supported")
     tensors: dict[str, RawTensor] = {}
     for shard in _shards(folder):
-        _add_shard(tensors, shard)
+        add_shard(tensors, shard)
     return RawCheckpoint(folder, "hf", config, tensors)
 
 
@@ -53,15 +51,14 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
+def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
+    """Add the tensors of one safetensors file to `tensors`. Raises CheckpointError."""
     try:
         shard: Any = safe_open(path, framework="pt")
         for name in shard.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
             view = shard.get_slice(name)
             if name in tensors:
                 raise CheckpointError(f"{path}: the tensor {name!r} is also in another shard")
-            if view.get_dtype() not in _FLOAT_TYPES:
-                raise UnsupportedError(f"{path}: tensor {name!r} has the type {view.get_dtype()}")
             read_tensor = partial(_read_tensor, shard, path, name)
             tensors[name] = RawTensor(tuple(view.get_shape()), view.get_dtype(), read_tensor)
     except (SafetensorError, OSError) as error:

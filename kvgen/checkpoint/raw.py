@@ -14,7 +14,7 @@ from kvgen.errors import CheckpointError
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
 
-Format = Literal["gguf", "hf"]
+Format = Literal["gguf", "hf", "x-transformers"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RawTensor:
 
     shape: as torch sees it, slowest dimension first.
     type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
-    read: returns the tensor in a float dtype; blocks of a quantized type are dequantized to fp32.
+    read: returns the tensor; blocks of a quantized type are dequantized to fp32.
     """
 
     shape: tuple[int, ...]

@@ -142,7 +142,7 @@ def _as_json(
         "prompt_ids": ids,
         "completion_ids": [step.token for step in steps],
         "seed": sampling.seed,
-        "model": str(loaded.path),
+        "model": loaded.source,
         **meter.as_json(),
     }
     if logprobs:

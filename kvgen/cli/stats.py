@@ -84,14 +84,14 @@ class Meter:
 
 def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
     """The line that --stats prints."""
-    dtype = str(loaded.dtype).removeprefix("torch.")
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
     return " | ".join(
         (
             f"{meter.prompt_tokens} prompt tokens, {len(meter.chunks)} generated ({meter.last.finish_reason})",
             f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
             f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
             f"positions: {_count(meter.reused)} reused, {_count(meter.computed)} computed",
-            f"seed {sampling.seed} | {dtype} on {loaded.device}",
+            f"seed {sampling.seed} | {dtype} on {loaded.model.device}",
         )
     )
 

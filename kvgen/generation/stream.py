@@ -44,14 +44,15 @@ def stream(
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
-    outside = next((id_ for id_ in ids if not 0 <= id_ < loaded.config.vocab_size), None)
+    model = loaded.model
+    outside = next((id_ for id_ in ids if not 0 <= id_ < (model.vocab_size or id_ + 1)), None)
     if outside is not None:
-        raise UsageError(f"token id {outside} is outside the model's vocabulary of {loaded.config.vocab_size}")
+        raise UsageError(f"token id {outside} is outside the model's vocabulary of {model.vocab_size}")
     steps = decode(
-        loaded.model,
-        torch.tensor([ids], dtype=torch.int64, device=loaded.device),
+        model,
+        torch.tensor([ids], dtype=torch.int64, device=model.device),
         make_sampler(sampling),
-        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.config.context_length),
+        Limits(max_tokens, loaded.tokenizer.eos_ids, model.context_length),
         use_cache=use_cache,
         cache=cache,
         top_logprobs=top_logprobs,

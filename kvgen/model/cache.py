@@ -78,6 +78,8 @@ class KVCache:
     def advance(self, ids: Tensor) -> None:
         """Count the positions that every layer has appended: `ids`, (B, T) int64, are their token ids."""
         end = self._length + ids.shape[1]
+        if self._length == 0:
+            self._tokens = ids.new_empty(ids.shape[0], 0)
         self._tokens = _grow(self._tokens, end, self._length, dim=1)
         self._tokens[:, self._length : end] = ids
         self._length = end

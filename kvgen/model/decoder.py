@@ -54,27 +54,39 @@ class Decoder(nn.Module):
 
         Raises CacheError for a cache that another model wrote, UsageError for an empty sequence.
         """
-        cache = KVCache(self) if cache is None else cache
-        hidden = self._hidden(ids, cache)
-        return self._logits(hidden[:, -1:]), cache
+        cache = self._checked(ids, cache)
+        new = cache.match(ids)
+        return self._logits(self._extend(new, cache, cache.length)[:, -1:]), cache
+
+    @torch.inference_mode()
+    def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:
+        """The forward pass without the guard: add `new`, (B, T), to the cache at positions from `start`, unasked.
+
+        This is what a cache does that does not know its text. `compare` shows with it what goes wrong then.
+        """
+        cache = self._checked(new, cache)
+        cache.reused, cache.computed = cache.length, new.shape[1]
+        return self._logits(self._extend(new, cache, start)[:, -1:]), cache
 
     @torch.inference_mode()
     def all_logits(self, ids: Tensor) -> Tensor:
         """Logits after every position of `ids`, (B, n) int64, in one parallel pass: (B, n, vocab)."""
-        return self._logits(self._hidden(ids, KVCache(self)))
+        return self._logits(self._extend(ids, self._checked(ids, None), start=0))
 
-    def _hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states of the positions that `cache` does not have yet, (B, T, dim); the cache then has them."""
-        if cache.owner is not self:
-            raise CacheError("this KV cache was written by another model")
+    def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
         if ids.shape[1] == 0:
             raise UsageError("cannot decode an empty sequence: give at least one token")
-        new = cache.match(ids)  # (B, T)
-        start, count = cache.length, new.shape[1]
+        if cache is not None and cache.owner is not self:
+            raise CacheError("this KV cache was written by another model")
+        return KVCache(self) if cache is None else cache
+
+    def _extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
+        """Compute `new`, (B, T), at positions from `start`, behind what is cached. Hidden states, (B, T, dim)."""
+        count = new.shape[1]
         x: Tensor = self.token_embd(new)  # (B, T, dim)
         cos, sin = self.rotary(start, count)
         tables = (cos.to(x.dtype), sin.to(x.dtype))
-        mask = causal_mask(count, start + count, x.device)
+        mask = causal_mask(count, cache.length + count, x.device)
         for block in self.blk:
             x = block(x, tables, mask, cache)
         cache.advance(new)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.tokenizer import gguf, hf
+from kvgen.tokenizer.plain import bytes_tokenizer, ids_tokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "read_tokenizer"]
+__all__ = ["Tokenizer", "choose_tokenizer", "read_tokenizer"]
 
 
 def read_tokenizer(raw: RawCheckpoint) -> Tokenizer:
     """The tokenizer that comes with a checkpoint. Raises CheckpointError or UnsupportedError."""
-    return gguf.read(raw) if raw.format == "gguf" else hf.read(raw)
+    if raw.format == "gguf":
+        return gguf.read(raw)
+    return bytes_tokenizer() if raw.metadata.get("tokenizer") == "bytes" else hf.read(raw)
+
+
+def choose_tokenizer(choice: str, vocab_size: int) -> Tokenizer:
+    """A tokenizer that does not come with the checkpoint: a tokenizer.json, or `bytes`, or `ids`."""
+    if choice == "bytes":
+        return bytes_tokenizer()
+    if choice == "ids":
+        return ids_tokenizer(vocab_size)
+    return Tokenizer(hf.read_backend(Path(choice)), frozenset())

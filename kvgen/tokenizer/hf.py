@@ -31,7 +31,7 @@ def read(raw: RawCheckpoint) -> Tokenizer:
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Read a tokenizer.json. Raises UnsupportedError if it is not there, CheckpointError if it is damaged."""
     if not path.exists():
-        raise UnsupportedError(f"{path.parent}: has no tokenizer.json; save it with the model's fast tokenizer")
+        raise UnsupportedError(f"{path.parent}: has no {path.name}; save it with the model's fast tokenizer")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

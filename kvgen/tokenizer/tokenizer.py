@@ -68,5 +68,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at character {error.start}") from None
         self.backend.encode_special_tokens = not parse_special
-        ids: list[int] = self.backend.encode(text, add_special_tokens=policy).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=policy).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"the vocabulary has no tokens for this text ({error})") from error
         return ids

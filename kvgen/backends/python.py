@@ -1,0 +1,91 @@
+"""A model that the user brings: an object made by a function in a Python file."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvgen.contract import Backend
+from kvgen.errors import KvgenError, ModelError, UnsupportedError, UsageError
+
+
+class PythonBackend(Backend):
+    """Any callable with the contract's signature. It may return logits for all positions, the new ones or the last.
+
+    The callable may say more of itself in attributes: `vocab_size`, `context_length`, and `rewinds = True` if its
+    cache may be handed any sequence, not only one that goes on from what it has seen.
+    """
+
+    name = "python"
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._model = model
+        self.module = model if isinstance(model, nn.Module) else None
+        parameter = next(self.module.parameters(), None) if self.module is not None else None
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.dtype = torch.float32 if parameter is None else parameter.dtype
+        self.vocab_size = getattr(model, "vocab_size", None)
+        self.context_length = getattr(model, "context_length", None)
+        self.rewinds = bool(getattr(model, "rewinds", False))
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        result = self._model(ids, cache)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ModelError(f"the model returned {type(result).__name__}; the contract is: logits, cache = model(...)")
+        logits, cache = result
+        if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[0] == ids.shape[0]):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(f"the model returned logits of shape {shape}; they must be (batch, positions, vocab)")
+        return logits, cache
+
+    def count_vocabulary(self) -> int:
+        """The width of the logits, for a model that does not say its vocab_size."""
+        logits, _ = self(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        return logits.shape[-1]
+
+    def in_float64(self) -> PythonBackend | None:
+        """A deep copy in float64, if the model is a torch module whose logits then are float64."""
+        if self.module is None:
+            return None
+        twin = PythonBackend(copy.deepcopy(self.module).to(torch.float64))
+        logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        return twin if logits.dtype == torch.float64 else None
+
+
+def load_python(reference: str) -> PythonBackend:
+    """Run `path/to/file.py:factory` and wrap what the factory returns. This executes the file.
+
+    Raises UsageError if the file has no such function or it does not return a callable, UnsupportedError if the
+    file cannot be run.
+    """
+    path_text, _, factory_name = reference.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise UsageError(f"--model {reference}: there is no file {path_text}")
+    spec = importlib.util.spec_from_file_location(f"kvgen_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--model {reference}: {path_text} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does, for the modules beside it
+    try:
+        spec.loader.exec_module(module)
+        factory = getattr(module, factory_name, None)
+        if not callable(factory):
+            raise UsageError(f"--model {reference}: {path_text} has no function {factory_name!r}")
+        model = factory()
+    except KvgenError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UnsupportedError(f"--model {reference}: {type(error).__name__}: {error}") from error
+    if not callable(model):
+        raise UsageError(f"--model {reference}: {factory_name}() returned {type(model).__name__}, not a model to call")
+    return PythonBackend(model)

@@ -1,0 +1,136 @@
+"""The x-transformers library as a backend: its `TransformerWrapper`, always handed the full sequence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.contract import Backend
+from kvgen.errors import CheckpointError, UnsupportedError, UsageError
+
+
+@dataclass(frozen=True)
+class XTransformersCache:
+    """The library's cache, with the ids that it was computed from.
+
+    reused, computed: how many positions of the call that made it were already there, and how many were not.
+    """
+
+    intermediates: Any
+    ids: Tensor
+    reused: int
+    computed: int
+
+
+class XTransformersBackend(Backend):
+    """The real library. Three of its ways need care:
+
+    - it wants the whole sequence beside the cache, and takes positions from the length of that sequence;
+    - of the new positions it computes the last `cache_age` alone, 1 by default, and drops the others silently;
+    - it trusts that the cache belongs to the sequence. Here the ids are compared, and a cache of another text is
+      not used.
+    """
+
+    name = "x-transformers"
+    rewinds = True
+
+    def __init__(self, net: Any) -> None:
+        self.module: Any = net.eval()  # no dropout, no stochastic depth
+        parameter = next(net.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.vocab_size = net.num_tokens
+        has_absolute_positions = not net.can_cache_kv_outside_max_seq_len
+        self.context_length = net.max_seq_len if has_absolute_positions else None
+        if not self.module.can_cache_kv:
+            self.cannot_cache = "x-transformers says so of this configuration: can_cache_kv is False"
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cache: XTransformersCache | None = None, /) -> tuple[Tensor, Any]:
+        return self._call(ids, cache)
+
+    @torch.no_grad()
+    def by_default(self, ids: Tensor, cache: XTransformersCache | None = None) -> tuple[Tensor, Any]:
+        """The library's own call with its defaults: of several new positions it computes the last alone."""
+        known = None if cache is None else cache.intermediates
+        logits, intermediates = self.module(ids, cache=known, return_intermediates=True)
+        reused = 0 if known is None else known.cache_length
+        return logits, XTransformersCache(intermediates, ids, reused, intermediates.cache_length - reused)
+
+    def trusting(self, new: Tensor, cache: XTransformersCache | None = None) -> tuple[Tensor, Any]:
+        """The same call, handed a slice: positions are then counted from the length of the slice."""
+        return self.by_default(new, cache)
+
+    @torch.no_grad()
+    def placed(self, ids: Tensor, cache: XTransformersCache | None, positions: Tensor) -> tuple[Tensor, Any]:
+        """Keys are cached before they are rotated, so the positions of all of them can be chosen."""
+        return self._call(ids, cache, pos=positions)
+
+    def in_float64(self) -> XTransformersBackend | None:
+        twin = XTransformersBackend(copy.deepcopy(self.module).to(torch.float64))
+        logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        return twin if logits.dtype == torch.float64 else None
+
+    def _call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
+        n = ids.shape[1]
+        if self.context_length is not None and n > self.context_length:
+            raise UsageError(f"the sequence has {n} positions, but the model has {self.context_length} (max_seq_len)")
+        known = cache.ids.shape[1] if cache is not None else 0
+        if cache is None or self.cannot_cache or known >= n or not torch.equal(cache.ids, ids[:, :known]):
+            known = 0
+            logits, intermediates = self.module(ids, return_intermediates=True, **options)
+        else:
+            logits, intermediates = self.module(
+                ids, cache=cache.intermediates, cache_age=n - known, return_intermediates=True, **options
+            )
+        return logits, XTransformersCache(intermediates, ids.clone(), known, n - known)
+
+
+def build_net(config: Mapping[str, Any], source: str) -> nn.Module:
+    """The `TransformerWrapper` that a checkpoint's config.json describes, with fresh weights.
+
+    Raises UnsupportedError if the library is not installed, CheckpointError for arguments that it refuses.
+    """
+    try:
+        from x_transformers import Decoder, TransformerWrapper
+    except ImportError:
+        raise UnsupportedError(
+            f"{source}: needs the x-transformers library: pip install 'kvgen[x-transformers]'"
+        ) from None
+    try:
+        net: nn.Module = TransformerWrapper(**config["wrapper"], attn_layers=Decoder(**config["decoder"]))
+    except (TypeError, AssertionError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{source}: x-transformers refuses these arguments ({error})") from error
+    return net
+
+
+def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device) -> XTransformersBackend:
+    """Build the library's model for a checkpoint and load its state dict, strictly.
+
+    Raises UnsupportedError if the library is not installed or the model does not decode plain token ids,
+    CheckpointError for arguments or tensors that do not fit.
+    """
+    source = str(raw.path)
+    net = build_net(raw.metadata, source)
+    expected = net.state_dict()
+    for what, names in (
+        ("is missing", expected.keys() - raw.tensors.keys()),
+        ("is not part of this model", raw.tensors.keys() - expected.keys()),
+        ("has another shape", {n for n, t in raw.tensors.items() if n in expected and t.shape != expected[n].shape}),
+    ):
+        if names:
+            raise CheckpointError(f"{source}: the tensor {min(names)!r} {what} ({len(names)} such)")
+    net.load_state_dict({name: tensor.read() for name, tensor in raw.tensors.items()})
+    backend = XTransformersBackend(net.requires_grad_(False).to(device=device, dtype=dtype))
+    try:
+        logits, _ = backend(torch.zeros(1, 1, dtype=torch.int64, device=device), None)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(f"{source}: x-transformers cannot run this on plain token ids ({error})") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        raise UnsupportedError(f"{source}: this configuration gives more than one set of logits")
+    return backend

@@ -1,0 +1,62 @@
+"""x-transformers folders: config.json with the library's arguments, and a state dict.
+
+    {"library": "x-transformers", "wrapper": {...TransformerWrapper...}, "decoder": {...Decoder...},
+     "tokenizer": "bytes"}
+
+`tokenizer` is left out where a tokenizer.json lies beside it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvgen.checkpoint.hf import add_shard
+from kvgen.checkpoint.raw import RawCheckpoint, RawTensor
+from kvgen.errors import CheckpointError
+
+LIBRARY = "x-transformers"
+_KEYS = {"library", "wrapper", "decoder", "tokenizer"}
+_PREFIX = "net."  # of a state dict that was saved from an AutoregressiveWrapper
+
+
+def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
+    """Read a folder whose config.json, `config`, names this library. Raises CheckpointError."""
+    path = folder / "config.json"
+    unknown = sorted(config.keys() - _KEYS)
+    if unknown:
+        raise CheckpointError(f"{path}: {unknown[0]!r} is not a key of an x-transformers config ({sorted(_KEYS)})")
+    for key in ("wrapper", "decoder"):
+        if not isinstance(config.get(key), dict):
+            raise CheckpointError(f"{path}: {key} must be an object with the library's arguments")
+    if config.get("tokenizer", "bytes") != "bytes":
+        raise CheckpointError(f'{path}: tokenizer is {config["tokenizer"]!r}; it can be "bytes", or a tokenizer.json')
+    tensors = _tensors(folder)
+    if tensors and all(name.startswith(_PREFIX) for name in tensors):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return RawCheckpoint(folder, "x-transformers", config, tensors)
+
+
+def _tensors(folder: Path) -> dict[str, RawTensor]:
+    tensors: dict[str, RawTensor] = {}
+    if (folder / "model.safetensors").exists():
+        add_shard(tensors, folder / "model.safetensors")
+        return tensors
+    path = folder / "model.pt"
+    if not path.exists():
+        raise CheckpointError(f"{folder}: has neither model.safetensors nor model.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: not a state dict that can be loaded safely ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not a state dict; save it with torch.save(model.state_dict(), path)")
+    return {name: _in_memory(tensor) for name, tensor in state.items()}
+
+
+def _in_memory(tensor: torch.Tensor) -> RawTensor:
+    return RawTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)

@@ -1,0 +1,377 @@
+"""Why a pattern differs: black-box experiments, each with what it found.
+
+An experiment never looks inside a model or a cache. It calls the pattern and the reference on texts that were
+chosen so that one explanation predicts something that the others do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvgen.compare.case import CALL_ERRORS, Case
+from kvgen.compare.metrics import eps, rms
+from kvgen.compare.noise import LIMIT
+from kvgen.compare.patterns import Pattern
+from kvgen.compare.probes import Probe
+from kvgen.compare.run import run_forced
+from kvgen.contract import Backend, Model
+
+_OFFSETS = (-2, -1, 1, 2)
+_MOST_INFLUENCES = 24
+_MOST_FOREIGN = 8
+_COARSE = 2**-6  # of the size of the logits: what lower precision leaves, and no structural fault stays below
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An explanation that survived its experiment. name: short, for programs. text: for people. evidence: why."""
+
+    name: str
+    text: str
+    evidence: str
+
+
+def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
+    """What forbids to compare: a reference that is not deterministic, or not causal.
+
+    Also returns the largest |difference| between uncached decoding step by step and one parallel pass over the
+    text, an independent oracle; None if the model gives no logits for all positions.
+    """
+    findings = []
+    first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1] for _ in range(2))
+    if not torch.equal(first, second) and not _close(case, first, second):
+        findings.append(_nondeterministic(case.backend, float((first - second).abs().max())))
+    parallel = case.backend.all_logits(case.ids)
+    if parallel is None:
+        return None, findings
+    rows = parallel[0, case.start - 1 : -1].cpu()
+    oracle_gap = float((rows.double() - case.reference.double()).abs().max())
+    exact = case.twin or case.backend
+    oracle = exact.all_logits(case.ids)
+    lengths = range(case.start, case.ids.shape[1], max(1, (case.ids.shape[1] - case.start) // 4))
+    if oracle is not None and not findings:
+        gaps = [float(rms(oracle[0, n - 1].cpu() - case.alone(case.ids[:, :n]))) for n in lengths]
+        size = float(rms(case.reference).max())
+        if max(gaps) > 64 * eps(exact.dtype) * size:
+            findings.append(
+                Finding(
+                    "not causal",
+                    "The model is not causal: what comes after a position changes its logits. No cache can be right.",
+                    f"one pass over the text and a pass over its beginning differ by {max(gaps):.2g} (RMS) at the "
+                    "same position",
+                )
+            )
+    return oracle_gap, findings
+
+
+def diagnose(case: Case, pattern: Pattern, probes: tuple[Probe, ...], *, wrong: bool) -> list[Finding]:
+    """The explanations that survive for a pattern on a case.
+
+    wrong: the verdict on its step-by-step logits. Empty for a right pattern that is right; otherwise at least
+    one, if only that nothing explains it.
+    """
+    if not wrong:
+        found = [] if pattern.right else [_harmless(case, pattern)]
+        return found + [_from_probe(probe) for probe in probes if probe.wrong]
+    sharp = case.sharp
+    logits = run_forced(pattern.call(sharp.backend), sharp.ids, sharp.start).logits
+    distances = rms(logits - sharp.noise.exact) / sharp.noise.floor
+    wrong_steps = (distances > LIMIT).nonzero()[:, 0].tolist()
+    if not wrong_steps:
+        return [_rounding(case, float(distances.max()))]
+    trial = _Trial(sharp, pattern, pattern.call(sharp.backend), sharp.start + wrong_steps[0], logits[wrong_steps[0]])
+    found = [finding for experiment in _EXPERIMENTS if (finding := _attempt(experiment, trial))]
+    if not found and (last_resort := _attempt(_lookup_or_values, trial)):
+        found = [last_resort]
+    return found or [Finding("unexplained", "None of the known explanations fits.", "no experiment favours one")]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A pattern at the first step where it is wrong: after `length` positions it returned `wrong`, (vocab,)."""
+
+    case: Case
+    pattern: Pattern
+    call: Model
+    length: int
+    wrong: Tensor
+
+    def is_like(self, logits: Tensor) -> bool:
+        return _close(self.case, self.wrong, logits)
+
+    def run(self, ids: Tensor, call: Model | None = None) -> Tensor:
+        """What the pattern returns after `ids`, (1, length), handed over as the text was: (vocab,)."""
+        cache: Any = None
+        for length in range(min(self.case.start, ids.shape[1]), ids.shape[1] + 1):
+            logits, cache = (call or self.call)(ids[:, :length], cache)
+        return logits[0, -1].cpu()
+
+    @property
+    def ids(self) -> Tensor:
+        return self.case.ids[:, : self.length]
+
+
+def _attempt(experiment: Callable[[_Trial], Finding | None], trial: _Trial) -> Finding | None:
+    try:
+        return experiment(trial)
+    except CALL_ERRORS:
+        return None  # the model cannot be called as the experiment needs; it says nothing then
+
+
+def _not_deterministic(trial: _Trial) -> Finding | None:
+    again = trial.run(trial.ids)
+    if trial.is_like(again):
+        return None
+    return _nondeterministic(trial.case.backend, float((again - trial.wrong).abs().max()))
+
+
+def _nondeterministic(backend: Backend, difference: float) -> Finding:
+    training = [] if backend.module is None else _in_training_mode(backend.module)
+    names = f"; in training mode: {', '.join(training[:5])}" if training else ""
+    return Finding(
+        "not deterministic",
+        "The model is not deterministic: dropout or stochastic depth is on. Put it in evaluation mode: model.eval().",
+        f"two equal calls differ by {difference:.2g}{names}",
+    )
+
+
+def _in_training_mode(module: nn.Module) -> list[str]:
+    """Names of the modules that are in training mode, those that act by chance first."""
+    training = [(name, part) for name, part in module.named_modules() if part.training]
+    random = [f"{name} ({type(part).__name__})" for name, part in training if "Drop" in type(part).__name__]
+    return random or [name or type(part).__name__ for name, part in training]
+
+
+def _context_lost(trial: _Trial) -> Finding | None:
+    if not trial.is_like(trial.case.alone(trial.ids[:, -1:])):
+        return None
+    return Finding(
+        "context lost",
+        "The context is lost: the model sees the last token alone.",
+        "the logits are those of the last token as a text of its own",
+    )
+
+
+def _newest_missing(trial: _Trial) -> Finding | None:
+    for missing in range(1, min(4, trial.length)):
+        if trial.is_like(trial.case.alone(trial.ids[:, :-missing])):
+            return Finding(
+                "stale context",
+                "The context is stale: the newest tokens are not in it.",
+                f"the logits are those of the text without its last {missing} token(s)",
+            )
+    return None
+
+
+def _short_context(trial: _Trial) -> Finding | None:
+    for kept in range(2, trial.length):
+        if trial.is_like(trial.case.alone(trial.ids[:, -kept:])):
+            return Finding(
+                "short context",
+                f"The context is short: only the last {kept} tokens count.",
+                f"the logits are those of the last {kept} tokens as a text of their own",
+            )
+    return None
+
+
+def _offset_lost(trial: _Trial) -> Finding | None:
+    positions = torch.arange(trial.length, device=trial.ids.device)
+    positions[-1] = 0
+    if not trial.is_like(_placed(trial, positions)):
+        return None
+    return Finding(
+        "offset lost",
+        "The position offset is lost: the new token is computed at position 0, as if it began a text.",
+        "the logits are those of the right cache with the newest token placed at position 0",
+    )
+
+
+def _order_lost(trial: _Trial) -> Finding | None:
+    positions = torch.arange(trial.length, device=trial.ids.device)
+    positions[-1] = 0
+    all_at_zero = _placed(trial, torch.zeros_like(positions))
+    # Where cached keys keep their positions, the experiment cannot tell this from a lost offset.
+    if trial.is_like(all_at_zero) and not _close(trial.case, all_at_zero, _placed(trial, positions)):
+        return Finding(
+            "order lost",
+            "The order is lost: all keys, cached and new, share one position.",
+            "the logits are those of the right cache with every token placed at position 0",
+        )
+    return None
+
+
+def _order_ignored(trial: _Trial) -> Finding | None:
+    if trial.length < 4:
+        return None
+    shuffled = torch.cat((trial.ids[:, :-1].flip(1), trial.ids[:, -1:]), dim=1)
+    reference_moves = not _close(trial.case, trial.case.alone(shuffled), trial.case.alone(trial.ids))
+    if reference_moves and trial.is_like(trial.run(shuffled)):
+        return Finding(
+            "order lost",
+            "The order is lost: all cached keys share one position.",
+            "shuffling the earlier tokens changes the reference but not this pattern",
+        )
+    return None
+
+
+def _offset_wrong(trial: _Trial) -> Finding | None:
+    for offset in _OFFSETS:
+        positions = torch.arange(trial.length, device=trial.ids.device)
+        positions[-1] = max(0, int(positions[-1]) + offset)
+        if trial.is_like(_placed(trial, positions)):
+            return Finding(
+                "offset wrong",
+                f"The position offset is wrong: the new token is computed {offset:+d} position(s) from its own.",
+                f"the logits are those of the right cache with the newest token moved by {offset:+d}",
+            )
+    return None
+
+
+def _placed(trial: _Trial, positions: Tensor) -> Tensor:
+    """The right cache after all but the newest token, and the newest with the given positions: (vocab,)."""
+    _, cache = trial.case.backend(trial.ids[:, :-1], None)
+    logits, _ = trial.case.backend.placed(trial.ids, cache, positions)
+    return logits[0, -1].cpu()
+
+
+def _without_influence(trial: _Trial) -> Finding | None:
+    """Change each token in turn: which of them does the pattern not notice, though the reference does?"""
+    last = trial.length - 1
+    stride = -(-last // _MOST_INFLUENCES)
+    unnoticed = []
+    for position in range(last - 1, -1, -stride):
+        changed = trial.ids.clone()
+        changed[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
+        if torch.equal(changed, trial.ids):
+            continue
+        if trial.is_like(trial.run(changed)) and not trial.is_like(trial.case.alone(changed)):
+            moved = trial.case.alone(changed).double() - trial.case.alone(trial.ids).double()
+            if float(rms(moved)) > LIMIT * trial.case.noise.floor:
+                unnoticed.append(position)
+    if not unnoticed:
+        return None
+    shown = ", ".join(map(str, sorted(unnoticed)[:8])) + (", ..." if len(unnoticed) > 8 else "")
+    name = "short context" if min(unnoticed) == 0 or stride > 1 else "stale context"
+    return Finding(
+        name,
+        "Part of the context is missing: the cache does not hold all earlier tokens.",
+        f"changing the token at position {shown} of {trial.length} changes the reference but not this pattern",
+    )
+
+
+def _lower_precision(trial: _Trial) -> Finding | None:
+    size = float(rms(trial.case.reference).max())
+    distance = float(rms(trial.wrong.double() - trial.case.alone(trial.ids).double())) / size
+    if distance > _COARSE:
+        return None
+    return Finding(
+        "precision",
+        "The difference is small and looks like lower precision: a cache or a sum in fewer bits than the rest.",
+        f"it is {distance:.1e} of the size of the logits, and no token's influence is missing",
+    )
+
+
+def _rounding(case: Case, distance: float) -> Finding:
+    evidence = "in float64 the difference vanishes" if case.twin else f"it is {distance:.0f} times the noise"
+    return Finding(
+        "rounding",
+        "Rounding only: the pattern is right, but loses more precision than uncached decoding does.",
+        evidence,
+    )
+
+
+def _foreign_tokens(trial: _Trial) -> Finding | None:
+    for count in range(1, _MOST_FOREIGN + 1):
+        padded = torch.cat((trial.ids.new_zeros(1, count), trial.ids), dim=1)
+        if trial.is_like(trial.case.alone(padded)):
+            return Finding(
+                "padding read",
+                "Padding is read as text: tokens that do not belong to the text stand in front of it.",
+                f"the logits are those of {count} tokens of id 0 and then the text",
+            )
+    return None
+
+
+def _lookup_or_values(trial: _Trial) -> Finding | None:
+    """On a text of one token repeated, every key is like every other: faults of looking up keys vanish."""
+    token = trial.ids[:, -1:]
+    constant = token.expand(1, trial.length)
+    actual, expected = trial.run(constant), trial.case.alone(constant)
+    if _close(trial.case, actual, expected):
+        return Finding(
+            "lookup wrong",
+            "The cached values are right but are looked up wrongly: new tokens get wrong positions, or one layer or "
+            "head does not see all of them.",
+            "on a text of one token repeated, where it does not matter which key is found, the difference vanishes",
+        )
+    return Finding(
+        "values wrong",
+        "What is cached is not what was computed: keys or values are mixed up between heads, layers or rows.",
+        "the difference stays on a text of one token repeated, where it does not matter which key is found",
+    )
+
+
+def _beyond_a_length(trial: _Trial) -> Finding | None:
+    """Whether the pattern is right until the text has a certain length, whatever the prompt was."""
+    case, begin = trial.case, max(1, trial.case.start // 2)
+    if trial.length - case.start < 2 or begin == case.start:
+        return None
+    cache: Any = None
+    for length in range(begin, trial.length + 1):
+        logits, cache = trial.call(trial.ids[:, :length], cache)
+        if length < case.start:
+            continue
+        right = _close(case, logits[0, -1], case.noise.exact[length - case.start])
+        if right == (length == trial.length):
+            return None  # with another prompt it goes wrong elsewhere
+    return Finding(
+        "beyond a length",
+        f"Only texts of {trial.length} positions and more are wrong: a window, a buffer or a limit ends there.",
+        f"with a prompt of {begin} tokens and one of {case.start} it goes wrong at the same length",
+    )
+
+
+_EXPERIMENTS: tuple[Callable[[_Trial], Finding | None], ...] = (
+    _not_deterministic,
+    _beyond_a_length,
+    _foreign_tokens,
+    _context_lost,
+    _newest_missing,
+    _short_context,
+    _offset_lost,
+    _order_lost,
+    _order_ignored,
+    _offset_wrong,
+    _without_influence,
+    _lower_precision,
+)
+
+
+def _from_probe(probe: Probe) -> Finding:
+    name, text = {
+        "several new tokens at once": (
+            "multi-token calls",
+            "Calls with several new tokens are wrong; one token at a time is not.",
+        ),
+        "rows of a batch": ("rows mixed", "The rows of a batch are mixed up: a row is not as if it were alone."),
+        "an edited text": (
+            "edits not noticed",
+            "The cache does not notice that the text was edited: it keeps what belongs to the old one.",
+        ),
+    }[probe.name]
+    return Finding(name, text, f"{probe.name}: {probe.ratio or 0:.0f} times the noise")
+
+
+def _harmless(case: Case, pattern: Pattern) -> Finding:
+    """Why a wrong pattern does no harm on this model."""
+    return Finding("harmless here", pattern.harmless, "its logits are no further from the exact ones than rounding")
+
+
+def _close(case: Case, a: Tensor, b: Tensor) -> bool:
+    """Whether two computations of one step's logits, (vocab,), differ by no more than rounding."""
+    return float(rms(a.cpu().double() - b.cpu().double())) <= LIMIT * case.noise.floor

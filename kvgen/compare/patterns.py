@@ -1,0 +1,112 @@
+"""The ways to call a model with a cache: the right one, and wrong ones that people write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvgen.contract import Backend, Model
+
+_PADS = 4
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A way to call a model.
+
+    call: makes of a backend something with the contract's signature, so that the one decoding loop runs it.
+    summary: what it hands the model. For a wrong one, advice: what to write instead, and harmless: why it does no
+        harm on a model where it does none.
+    right: whether its logits must equal uncached ones.
+    """
+
+    name: str
+    summary: str
+    call: Callable[[Backend], Model]
+    advice: str = ""
+    harmless: str = ""
+
+    @property
+    def right(self) -> bool:
+        return not self.advice
+
+
+def _uncached(backend: Backend) -> Model:
+    return lambda ids, cache=None: (backend(ids, None)[0], None)
+
+
+def _full_sequence(backend: Backend) -> Model:
+    return backend
+
+
+def _last_token(backend: Backend) -> Model:
+    return lambda ids, cache=None: backend.trusting(ids if cache is None else ids[:, -1:], cache)
+
+
+def _stale_chunk(backend: Backend) -> Model:
+    def call(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        if cache is None and ids.shape[1] > 1:
+            _, cache = backend.by_default(ids[:, : ids.shape[1] // 2], None)
+        return backend.by_default(ids, cache)
+
+    return call
+
+
+def _wrong_offset(backend: Backend) -> Model:
+    def call(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        if cache is not None:
+            positions[-1] += 1
+        return backend.placed(ids, cache, positions)
+
+    return call
+
+
+def _left_pad_ignored(backend: Backend) -> Model:
+    return lambda ids, cache=None: backend(torch.cat((ids.new_zeros(ids.shape[0], _PADS), ids), dim=1), cache)
+
+
+UNCACHED = Pattern("uncached", "the whole sequence, no cache", _uncached)
+FULL_SEQUENCE = Pattern("full-sequence", "the whole sequence, and the cache", _full_sequence)
+LAST_TOKEN = Pattern(
+    "last-token",
+    "the prompt, then only the last token with the cache",
+    _last_token,
+    "Hand the whole sequence to the model on every step, with the cache: model(ids, cache=cache).",
+    "Harmless on this model: it takes no positions from the length of what it is handed. They come from the shapes "
+    "of keys and queries, as with ALiBi and relative biases, or there are none.",
+)
+
+PATTERNS: dict[str, Pattern] = {
+    pattern.name: pattern
+    for pattern in (
+        UNCACHED,
+        FULL_SEQUENCE,
+        LAST_TOKEN,
+        Pattern(
+            "stale-chunk",
+            "the prompt in two parts, by the library's defaults",
+            _stale_chunk,
+            "Tell the library how many positions are new; in x-transformers cache_age = n - cache.cache_length.",
+            "Harmless on this model: it finds out by itself how many positions are new, and computes all of them.",
+        ),
+        Pattern(
+            "wrong-offset",
+            "the newest token one position too far",
+            _wrong_offset,
+            "Count positions from 0 over the whole sequence: the newest of n tokens is at n - 1.",
+            "Harmless on this model: it does not read the positions that it is given.",
+        ),
+        Pattern(
+            "left-pad-ignored",
+            f"{_PADS} padding tokens on the left, read as text",
+            _left_pad_ignored,
+            "Mask padding and do not count it as positions, or do not pad: decode sequences of one length.",
+            "Harmless on this model: what stands in front does not change what follows.",
+        ),
+    )
+}

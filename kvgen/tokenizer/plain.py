@@ -1,0 +1,33 @@
+"""Vocabularies that need no file: bytes, and token ids written as numbers."""
+
+from __future__ import annotations
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from kvgen.tokenizer.tokenizer import Tokenizer
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """256 tokens: the id is the byte of the UTF-8 text."""
+    backend = tokenizers.Tokenizer(models.BPE({char: byte for byte, char in enumerate(_byte_chars())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, frozenset())
+
+
+def ids_tokenizer(vocab_size: int) -> Tokenizer:
+    """The text is the ids: "5 17 3" is [5, 17, 3]. For models that have no text at all."""
+    backend = tokenizers.Tokenizer(models.WordLevel({str(id_): id_ for id_ in range(vocab_size)}, unk_token="none"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend, frozenset())
+
+
+def _byte_chars() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+
+    Printable bytes stand for themselves; the others take characters from 256 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

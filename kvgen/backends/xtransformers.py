@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ class XTransformersBackend(Backend):
     name = "x-transformers"
     rewinds = True
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, rebuild: Callable[[], nn.Module] | None = None) -> None:
+        self._rebuild = rebuild
         self.module: Any = net.eval()  # no dropout, no stochastic depth
         parameter = next(net.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -72,8 +73,14 @@ class XTransformersBackend(Backend):
         return self._call(ids, cache, pos=positions)
 
     def in_float64(self) -> XTransformersBackend | None:
-        twin = XTransformersBackend(copy.deepcopy(self.module).to(torch.float64))
-        logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        """A copy in float64, built anew: with tied embeddings a deep copy's head still reads the first one's."""
+        net = copy.deepcopy(self.module) if self._rebuild is None else self._rebuild()
+        net.load_state_dict(self.module.state_dict())
+        twin = XTransformersBackend(net.to(device=self.device, dtype=torch.float64))
+        try:
+            logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        except RuntimeError:  # a part of it insists on another dtype
+            return None
         return twin if logits.dtype == torch.float64 else None
 
     def _call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
@@ -126,7 +133,8 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
         if names:
             raise CheckpointError(f"{source}: the tensor {min(names)!r} {what} ({len(names)} such)")
     net.load_state_dict({name: tensor.read() for name, tensor in raw.tensors.items()})
-    backend = XTransformersBackend(net.requires_grad_(False).to(device=device, dtype=dtype))
+    net = net.requires_grad_(False).to(device=device, dtype=dtype)
+    backend = XTransformersBackend(net, rebuild=lambda: build_net(raw.metadata, source))
     try:
         logits, _ = backend(torch.zeros(1, 1, dtype=torch.int64, device=device), None)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:

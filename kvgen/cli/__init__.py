@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 import kvgen
+from kvgen.cli.compare import compare
+from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
 
@@ -50,3 +52,19 @@ app.command(
         'kvgen generate -m ./my-model -p "def fib(n):" --no-cache --stats'
     )
 )(generate)
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        "kvgen compare\n\n"
+        "kvgen compare --wrong-pattern\n\n"
+        "kvgen compare -m ./my-model --dtype bfloat16 --html report.html\n\n"
+        'kvgen compare -m my_model.py:make --ids -p "5 17 3" --json\n\n'
+        "Exit codes: 0 the right pattern is equivalent, 1 it is not or an error, 2 wrong usage."
+    )
+)(compare)
+
+app.command(
+    epilog="Examples:\n\nkvgen convert smollm2 --to x-transformers ./smollm2-x\n\n"
+    "kvgen compare --model ./smollm2-x --wrong-pattern"
+)(convert)

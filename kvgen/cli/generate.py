@@ -9,8 +9,9 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
+from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_prompts
-from kvgen.cli.render import TextWriter, download_progress, print_note, write_json
+from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_stats
 from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Sampling
@@ -27,6 +28,8 @@ def generate(
     system: options.System = None,
     parse_special: options.ParseSpecial = False,
     model: options.Model = None,
+    tokenizer: options.TokenizerFile = None,
+    ids: options.Ids = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -74,7 +77,7 @@ def generate(
     if not first:
         return  # --lines of an empty file: nothing to do
     started = time.perf_counter()
-    loaded = _load(model, dtype, device, threads, quiet=quiet)
+    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, quiet=quiet)
     load_seconds = time.perf_counter() - started
 
     from kvgen import stream
@@ -83,10 +86,10 @@ def generate(
     for number, text in enumerate(chain(first, prompts), start=1):
         if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number}] {text}")
-        ids = _encode(loaded.tokenizer, text, chat=chat, system=system, parse_special=parse_special)
+        prompt_ids = _encode(loaded.tokenizer, text, chat=chat, system=system, parse_special=parse_special)
         chunks = stream(
             loaded,
-            ids,
+            prompt_ids,
             sampling,
             max_tokens=max_tokens,
             stop=stop or (),
@@ -97,7 +100,7 @@ def generate(
         meter = Meter()
         if json:
             completion = "".join(chunk.text for chunk in meter.watch(chunks))
-            write_json(_as_json(loaded, text, ids, completion, meter, sampling, logprobs is not None))
+            write_json(_as_json(loaded, text, prompt_ids, completion, meter, sampling, logprobs is not None))
         else:
             with TextWriter(raw=raw) as writer:
                 for chunk in meter.watch(chunks):
@@ -105,17 +108,6 @@ def generate(
         cache = meter.last.step.cache  # what the next prompt shares with this one is not computed again
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, sampling))
-
-
-def _load(model: str | None, dtype: str, device: str, threads: int | None, *, quiet: bool) -> Loaded:
-    import torch
-
-    from kvgen import load
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with download_progress(quiet=quiet) as progress:
-        return load(model, dtype=dtype, device=device, progress=progress)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None, parse_special: bool) -> list[int]:

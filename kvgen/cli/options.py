@@ -20,11 +20,21 @@ Model = Annotated[
     Option(
         "--model",
         "-m",
-        help="A .gguf file, a Hugging Face folder, a name of the catalogue, or a hub id owner/name.",
+        help="A .gguf file, a Hugging Face or x-transformers folder, a name of the catalogue, a hub id owner/name, or "
+        "file.py:factory. The last RUNS that file; factory() returns model(ids, cache) -> logits, cache.",
         envvar="KVGEN_MODEL",
         show_default="smollm2",
         rich_help_panel=_MODEL,
     ),
+]
+TokenizerFile = Annotated[
+    str | None,
+    Option(
+        "--tokenizer", help="A tokenizer.json, or bytes, for a model without one of its own.", rich_help_panel=_MODEL
+    ),
+]
+Ids = Annotated[
+    bool, Option("--ids", help="Text is token ids, as in 5 17 3: for models without text.", rich_help_panel=_MODEL)
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -33,11 +33,16 @@ def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Itera
     return iter([_whole(prompt, file)])
 
 
+def read_file(file: Path) -> str:
+    """A whole file, or stdin for `-`, without its last line break. Raises as `read_prompts` does."""
+    with _open(file) as source:
+        return _without_line_break(_decode(source.read(), file))
+
+
 def _whole(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:
-        with _open(file) as source:
-            parts.append(_without_line_break(_decode(source.read(), file)))
+        parts.append(read_file(file))
     if prompt is not None:
         parts.append(prompt)
     text = "\n".join(part for part in parts if part)
@@ -63,7 +68,7 @@ def _open(file: Path) -> BinaryIO:
     try:
         return file.open("rb")
     except OSError as error:
-        raise NotFoundError(f"--prompt-file {file}: cannot be read ({error.strerror})") from error
+        raise NotFoundError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _decode(data: bytes, file: Path) -> str:

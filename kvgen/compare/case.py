@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Case:
     reference: Tensor
     noise: Noise
 
-    @property
+    @cached_property
     def sharp(self) -> Case:
         """The case to experiment on: in float64 where that is possible, since there rounding hides nothing."""
         if self.twin is None:

@@ -57,7 +57,8 @@ def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
     if oracle is not None and not findings:
         gaps = [float(rms(oracle[0, n - 1].cpu() - case.alone(case.ids[:, :n]))) for n in lengths]
         size = float(rms(case.reference).max())
-        if max(gaps) > 64 * eps(exact.dtype) * size:
+        # A library may do a part in float32 even in the float64 twin; what leaks from the future is far larger.
+        if max(gaps) > 64 * max(eps(exact.dtype), eps(torch.float32)) * size:
             findings.append(
                 Finding(
                     "not causal",

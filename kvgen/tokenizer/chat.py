@@ -38,7 +38,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -50,7 +51,7 @@ class ChatTemplate:
         Raises UsageError if the template refuses the messages, CheckpointError if it fails.
         """
         values: dict[str, Any] = {
-            **self._special_tokens,
+            **self.special_tokens,
             "messages": list(messages),
             "add_generation_prompt": True,
         }

@@ -1,0 +1,133 @@
+"""A native checkpoint written as an x-transformers folder, so that its model runs in the real library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvgen.backends.xtransformers import build_net
+from kvgen.checkpoint.xtransformers import LIBRARY
+from kvgen.errors import KvgenError, UnsupportedError, UsageError
+from kvgen.model.config import DecoderConfig
+from kvgen.model.decoder import Decoder
+from kvgen.tokenizer import Tokenizer
+
+
+def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `folder`, which must not exist: config.json, model.safetensors, tokenizer.json and its settings.
+
+    The folder appears whole or not at all. Raises UsageError if it exists, UnsupportedError for a mechanism that
+    the library lacks, KvgenError if it cannot be written.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists; give a folder that does not")
+    config = library_config(decoder.config)
+    state = library_state(decoder)
+    expected = build_net(config, str(folder)).state_dict()
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
+        raise UnsupportedError("the installed x-transformers names its parameters otherwise than kvgen knows them")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".convert-"))
+        try:
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(state, scratch / "model.safetensors")
+            _write_tokenizer(tokenizer, scratch)
+            scratch.chmod(0o755)
+            scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise KvgenError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def library_config(config: DecoderConfig) -> dict[str, Any]:
+    """The library's arguments for a decoder of this kind."""
+    if config.biases - {"ffn.down"}:
+        raise UnsupportedError(f"x-transformers has no place for the biases of {', '.join(sorted(config.biases))}")
+    if config.rotary.scale != 1:
+        raise UnsupportedError("x-transformers does not scale rotated queries and keys, as this model does")
+    wrapper: dict[str, Any] = {
+        "num_tokens": config.vocab_size,
+        "max_seq_len": config.context_length,
+        "use_abs_pos_emb": False,
+        "tie_embedding": config.tied_head,
+    }
+    if config.tied_head:
+        wrapper["tie_embedding_scale"] = 1.0
+    decoder = {
+        "dim": config.dim,
+        "depth": config.layers,
+        "heads": config.heads,
+        "attn_dim_head": config.head_dim,
+        "attn_kv_heads": config.kv_heads,
+        "rotary_pos_emb": True,
+        "rotary_emb_dim": config.head_dim,
+        "use_rmsnorm": True,
+        "ff_glu": True,
+        "ff_swish": True,
+        "ff_mult": config.ffn_dim / config.dim,
+        "verbose": False,
+    }
+    return {"library": LIBRARY, "wrapper": wrapper, "decoder": decoder}
+
+
+def library_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's parameters under the library's names and in its layouts, contiguous.
+
+    Its norms add 1 to their weight. Its gated layers hold up, then gate, with a bias. Its rotation takes pairs of
+    neighbours where ours takes halves, so rows of queries and keys change places. Its query head h reads
+    key-value head h % kv_heads where ours reads h // (heads / kv_heads), so query heads change places as well.
+    The rotary frequencies are a buffer, so stretched ones need nothing more.
+    """
+    config, ours = decoder.config, decoder.state_dict()
+    groups = torch.arange(config.heads).view(config.kv_heads, -1).T.reshape(-1)  # library head -> ours
+    state = {
+        "token_emb.emb.weight": ours["token_embd.weight"],
+        "attn_layers.rotary_pos_emb.inv_freq": decoder.rotary.inverse_frequencies,
+        "attn_layers.final_norm.g": ours["output_norm.weight"] - 1,
+    }
+    if decoder.output is not None:
+        state["to_logits.weight"] = ours["output.weight"]
+    for index in range(config.layers):
+        prefix = f"blk.{index}."
+        block = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
+        attention, feed_forward = f"attn_layers.layers.{2 * index}", f"attn_layers.layers.{2 * index + 1}"
+        q = block["attn.q.weight"].view(config.heads, config.head_dim, config.dim)[groups]  # (H, D, dim)
+        k = block["attn.k.weight"].view(config.kv_heads, config.head_dim, config.dim)  # (H_kv, D, dim)
+        out = block["attn.output.weight"].view(config.dim, config.heads, config.head_dim)[:, groups]  # (dim, H, D)
+        state |= {
+            f"{attention}.0.0.g": block["attn_norm.weight"] - 1,
+            f"{attention}.1.to_q.weight": interleave(q).reshape(-1, config.dim),
+            f"{attention}.1.to_k.weight": interleave(k).reshape(-1, config.dim),
+            f"{attention}.1.to_v.weight": block["attn.v.weight"],
+            f"{attention}.1.to_out.weight": out.reshape(config.dim, -1),
+            f"{feed_forward}.0.0.g": block["ffn_norm.weight"] - 1,
+            f"{feed_forward}.1.ff.0.proj.weight": torch.cat((block["ffn.up.weight"], block["ffn.gate.weight"])),
+            f"{feed_forward}.1.ff.0.proj.bias": q.new_zeros(2 * config.ffn_dim),
+            f"{feed_forward}.1.ff.2.weight": block["ffn.down.weight"],
+            f"{feed_forward}.1.ff.2.bias": block.get("ffn.down.bias", q.new_zeros(config.dim)),
+        }
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def interleave(rows: Tensor) -> Tensor:
+    """Reorder the rows of each head, (H, D, ...): pairs (i, i + D / 2) become (2i, 2i + 1)."""
+    heads, size = rows.shape[:2]
+    return rows.view(heads, 2, size // 2, *rows.shape[2:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(tokenizer.eos_ids)}) + "\n")
+    template = tokenizer.chat_template
+    if template is not None:
+        settings = {**template.special_tokens, "chat_template": template.source}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False) + "\n")

@@ -1,0 +1,155 @@
+"""`kvgen compare`: is this model's KV cache right, and if not, where and why?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+from typer import Exit, Option
+
+from kvgen.cli import options
+from kvgen.cli.model import load_model
+from kvgen.cli.prompts import read_file
+from kvgen.cli.render import write_json
+from kvgen.cli.report import print_comparison
+from kvgen.errors import KvgenError, UsageError
+
+if TYPE_CHECKING:
+    from kvgen import Loaded
+    from kvgen.compare.comparison import Comparison
+
+_WHAT = "What to compare"
+_DEFAULT_PROMPT = "Once upon a time,"
+_TEXT_PROMPT_TOKENS = 8  # of --text that are handed over at once, if it is long enough
+
+
+def compare(
+    wrong_pattern: Annotated[
+        bool,
+        Option(
+            "--wrong-pattern",
+            help="Add the wrong pattern: after the prompt, the last token only.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = False,
+    pattern: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="Add a pattern: last-token, stale-chunk, wrong-offset, left-pad-ignored. Repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    prompt: options.Prompt = None,
+    prompt_file: Annotated[
+        Path | None, Option("--prompt-file", "-f", help="Several prompts, one a line.", rich_help_panel=_WHAT)
+    ] = None,
+    text: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Force every pattern along this text, not the model's own.", rich_help_panel=_WHAT),
+    ] = None,
+    max_tokens: Annotated[
+        int, Option("--max-tokens", "-n", min=1, help="Steps to compare.", rich_help_panel=_WHAT)
+    ] = 32,
+    model: options.Model = None,
+    tokenizer: options.TokenizerFile = None,
+    ids: options.Ids = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    html: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Write a page with plots (extra: report).", rich_help_panel="Output"),
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Prove that cached decoding equals uncached decoding on this model, or show where and why it does not.
+
+    Exit code 0 when the right pattern, full-sequence, is equivalent to uncached decoding, whatever wrong patterns
+    do; 1 when it is not.
+    """
+    names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
+    texts = _texts(prompt, prompt_file, text, ids=ids)
+    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, quiet=quiet)
+    comparisons = [
+        _compare(loaded, prompt_text, names, max_tokens, forced=text is not None, quiet=quiet) for prompt_text in texts
+    ]
+    report = _as_data(loaded, comparisons)
+    if html is not None:
+        _write_html(html, report)
+    if json:
+        write_json(report)
+    else:
+        for data in report["comparisons"]:
+            print_comparison(data, report)
+    if not all(comparison.acceptable for comparison in comparisons):
+        raise Exit(1)
+
+
+def _texts(prompt: str | None, prompt_file: Path | None, text: Path | None, *, ids: bool) -> list[str]:
+    if sum(source is not None for source in (prompt, prompt_file, text)) > 1:
+        raise UsageError("give one of --prompt, --prompt-file and --text")
+    if text is not None:
+        return [read_file(text)]
+    if prompt_file is not None:
+        return [line for line in read_file(prompt_file).splitlines() if line.strip()]
+    if prompt is None and ids:
+        raise UsageError('--ids needs --prompt with token ids, as in --prompt "5 17 3"')
+    return [_DEFAULT_PROMPT if prompt is None else prompt]
+
+
+def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, forced: bool, quiet: bool) -> Comparison:
+    from kvgen.compare.comparison import compare as compare_patterns
+
+    prompt = loaded.tokenizer.encode(text)
+    continuation = None
+    if forced:
+        cut = min(_TEXT_PROMPT_TOKENS, len(prompt) // 2)
+        if cut == 0:
+            raise UsageError("--text must hold at least two tokens")
+        prompt, continuation = prompt[:cut], prompt[cut : cut + steps]
+    with _waiting(quiet=quiet):
+        return compare_patterns(
+            loaded.model,
+            prompt,
+            patterns=names,
+            steps=steps if continuation is None else len(continuation),
+            continuation=continuation,
+            eos_ids=loaded.tokenizer.eos_ids,
+        )
+
+
+@contextlib.contextmanager
+def _waiting(*, quiet: bool) -> Iterator[None]:
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+    else:
+        with console.status("comparing"):
+            yield
+
+
+def _as_data(loaded: Loaded, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    from kvgen.compare.report import as_data
+
+    return {
+        "model": loaded.source,
+        "backend": loaded.model.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "acceptable": all(comparison.acceptable for comparison in comparisons),
+        "comparisons": [as_data(comparison, loaded.tokenizer) for comparison in comparisons],
+    }
+
+
+def _write_html(path: Path, report: dict[str, Any]) -> None:
+    from kvgen.compare.html import render_html
+
+    page = render_html(report)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,63 @@
+"""A comparison as plain data, for --json, for the HTML page, and for tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from kvgen.compare.comparison import Comparison, Row
+from kvgen.tokenizer import Tokenizer
+
+
+def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that a comparison found, in types that JSON has."""
+    prompt = list(comparison.ids[: comparison.start])
+    reference = comparison.rows[0]
+    return {
+        "prompt": tokenizer.decode(prompt),
+        "prompt_ids": prompt,
+        "text_ids": list(comparison.ids[comparison.start :]),
+        "text": tokenizer.decode(comparison.ids[comparison.start :]),
+        "acceptable": comparison.acceptable,
+        "noise": {
+            "floor": comparison.noise.floor,
+            "worst": comparison.noise.worst,
+            "measured_by": comparison.noise.how,
+        },
+        "oracle_max_abs": comparison.oracle_gap,
+        "patterns": [_row_as_data(row, reference, comparison, tokenizer) for row in comparison.rows],
+    }
+
+
+def speedup(row: Row, reference: Row) -> float | None:
+    """How many times as fast as uncached decoding; None if it did not run."""
+    return reference.seconds / row.seconds if row.seconds and reference.seconds else None
+
+
+def _split(row: Row, tokenizer: Tokenizer) -> int | None:
+    """How many characters of the completion come before the first token that differs; None if none does."""
+    if row.free is None or row.first_difference is None:
+        return None
+    return len(tokenizer.decode(row.free.tokens[: row.first_difference]))
+
+
+def _row_as_data(row: Row, reference: Row, comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "pattern": row.pattern.name,
+        "what": row.pattern.summary,
+        "verdict": row.verdict.value,
+        "reason": row.reason,
+        "noise_floors": row.ratio,
+        "logits": None if row.gap is None else asdict(row.gap),
+        "tokens": None if row.free is None else list(row.free.tokens),
+        "completion": None if row.free is None else tokenizer.decode(row.free.tokens),
+        "tokens_verdict": None if row.tokens_verdict is None else row.tokens_verdict.value,
+        "first_difference": row.first_difference,
+        "split": _split(row, tokenizer),
+        "positions_computed": row.computed,
+        "tokens_per_second": comparison.steps / row.seconds if row.seconds else None,
+        "speedup": speedup(row, reference),
+        "probes": [asdict(probe) | {"wrong": probe.wrong} for probe in row.probes],
+        "findings": [asdict(finding) for finding in row.findings],
+        "write_instead": row.pattern.advice,
+    }

@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each room may import from those before it in this list, and from itself.
 ROOMS = [
     "kvgen.errors",
+    "kvgen.rounding",
     "kvgen.model.config",
     "kvgen.model.cache",
     "kvgen.model.layers",
@@ -33,6 +34,7 @@ ROOMS = [
     "kvgen.generation.settings",
     "kvgen.generation.sampling",
     "kvgen.generation.decode",
+    "kvgen.generation.verify",
     "kvgen.generation.text",
     "kvgen.generation.stream",
     "kvgen.compare",

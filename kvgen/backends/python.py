@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ class PythonBackend(Backend):
     """Any callable with the contract's signature. It may return logits for all positions, the new ones or the last.
 
     The callable may say more of itself in attributes: `vocab_size`, `context_length`, and `rewinds = True` if its
-    cache may be handed any sequence, not only one that goes on from what it has seen.
+    cache may be handed any sequence, not only one that goes on from what it has seen. If it takes a keyword
+    `positions`, (n,) int64 for the whole sequence, the diagnosis can tell wrong positions from other faults.
     """
 
     name = "python"
@@ -33,18 +35,18 @@ class PythonBackend(Backend):
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.vocab_size = getattr(model, "vocab_size", None)
         self.context_length = getattr(model, "context_length", None)
+        self._takes_positions = "positions" in _parameters(model)
         self.rewinds = bool(getattr(model, "rewinds", False))
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
-        result = self._model(ids, cache)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ModelError(f"the model returned {type(result).__name__}; the contract is: logits, cache = model(...)")
-        logits, cache = result
-        if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[0] == ids.shape[0]):
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"the model returned logits of shape {shape}; they must be (batch, positions, vocab)")
-        return logits, cache
+        return _checked(ids, self._model(ids, cache))
+
+    @torch.no_grad()
+    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
+        if not self._takes_positions:
+            return super().placed(ids, cache, positions)
+        return _checked(ids, self._model(ids, cache, positions=positions))
 
     def count_vocabulary(self) -> int:
         """The width of the logits, for a model that does not say its vocab_size."""
@@ -58,6 +60,24 @@ class PythonBackend(Backend):
         twin = PythonBackend(copy.deepcopy(self.module).to(torch.float64))
         logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
         return twin if logits.dtype == torch.float64 else None
+
+
+def _checked(ids: Tensor, result: Any) -> tuple[Tensor, Any]:
+    """What a model returned, if it is logits and a cache. Raises ModelError."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ModelError(f"the model returned {type(result).__name__}; the contract is: logits, cache = model(...)")
+    logits, cache = result
+    if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[0] == ids.shape[0]):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"the model returned logits of shape {shape}; they must be (batch, positions, vocab)")
+    return logits, cache
+
+
+def _parameters(model: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    except (TypeError, ValueError):  # a callable made in C has no signature to read
+        return {}
 
 
 def load_python(reference: str) -> PythonBackend:

@@ -23,8 +23,10 @@ class Group(TyperGroup):
     """A command group whose commands may raise KvgenError, be interrupted, or lose their reader."""
 
     def main(self, *args: Any, **options: Any) -> Any:
+        # An option with an optional value, which Typer does not have.
+        given = ["--verify-cache=1" if word == "--verify-cache" else word for word in sys.argv[1:]]
         try:
-            code = super().main(*args, **{**options, "standalone_mode": False})
+            code = super().main(given, *args, **{**options, "standalone_mode": False})
         except TyperException as error:  # the command line itself could not be understood
             context = getattr(error, "ctx", None)
             where = context.command_path if context else "kvgen"

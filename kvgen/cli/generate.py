@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def generate(
     logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     no_cache: options.NoCache = False,
+    verify_cache: options.VerifyCache = None,
     json: options.Json = False,
     logprobs: options.Logprobs = None,
     stats: options.Stats = False,
@@ -79,6 +81,8 @@ def generate(
     started = time.perf_counter()
     loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, quiet=quiet)
     load_seconds = time.perf_counter() - started
+    if not no_cache:
+        loaded = _verified(loaded, verify_cache)
 
     from kvgen import stream
 
@@ -108,6 +112,20 @@ def generate(
         cache = meter.last.step.cache  # what the next prompt shares with this one is not computed again
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, sampling))
+
+
+def _verified(loaded: Loaded, every: int | None) -> Loaded:
+    """With its cache checked as was asked for; and once in any case if kvgen did not write the cache."""
+    from kvgen.generation.verify import VerifiedBackend
+
+    if every is not None:
+        return replace(loaded, model=VerifiedBackend(loaded.model, every))
+    if loaded.model.name == "native":
+        return loaded
+    model = VerifiedBackend(
+        loaded.model, None, lambda found: print_note(f"the cache is wrong, going on without it: {found}", "yellow")
+    )
+    return replace(loaded, model=model)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None, parse_special: bool) -> list[int]:

@@ -133,6 +133,16 @@ NoCache = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+VerifyCache = Annotated[
+    int | None,
+    Option(
+        "--verify-cache",
+        min=1,
+        metavar="[=N]",
+        help="Compute one cached step in N (1 if not given) uncached as well, and stop if they differ.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Json = Annotated[bool, Option("--json", help="One JSON object for each prompt.", rich_help_panel=_OUTPUT)]
 Logprobs = Annotated[
     int | None,

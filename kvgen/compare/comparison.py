@@ -10,13 +10,14 @@ import torch
 from kvgen.compare.case import CALL_ERRORS, Case
 from kvgen.compare.diagnosis import Finding, diagnose, unreliable_reference
 from kvgen.compare.metrics import Gap, gap
-from kvgen.compare.noise import LIMIT, Noise, measure_noise
+from kvgen.compare.noise import Noise, measure_noise
 from kvgen.compare.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.compare.probes import Probe, run_probes
 from kvgen.compare.run import Free, run_forced, run_free
 from kvgen.compare.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError
+from kvgen.rounding import LIMIT
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kvgen.compare.case import CALL_ERRORS, Case
-from kvgen.compare.metrics import eps, rms
-from kvgen.compare.noise import LIMIT
 from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
 from kvgen.compare.run import run_forced
 from kvgen.contract import Backend, Model
+from kvgen.rounding import LIMIT, eps, rms
 
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_INFLUENCES = 24
@@ -87,6 +86,9 @@ def diagnose(case: Case, pattern: Pattern, probes: tuple[Probe, ...], *, wrong: 
         return [_rounding(case, float(distances.max()))]
     trial = _Trial(sharp, pattern, pattern.call(sharp.backend), sharp.start + wrong_steps[0], logits[wrong_steps[0]])
     found = [finding for experiment in _EXPERIMENTS if (finding := _attempt(experiment, trial))]
+    lost = [finding for finding in found if finding.name == "context lost"]
+    if lost:  # then order and distance do not matter either, which says nothing more
+        return lost
     if not found and (last_resort := _attempt(_lookup_or_values, trial)):
         found = [last_resort]
     return found or [Finding("unexplained", "None of the known explanations fits.", "no experiment favours one")]
@@ -306,8 +308,8 @@ def _lookup_or_values(trial: _Trial) -> Finding | None:
     if _close(trial.case, actual, expected):
         return Finding(
             "lookup wrong",
-            "The cached values are right but are looked up wrongly: new tokens get wrong positions, or one layer or "
-            "head does not see all of them.",
+            "The cached values are right but are looked up wrongly: tokens get wrong positions, or some of them are "
+            "not seen by one layer or head.",
             "on a text of one token repeated, where it does not matter which key is found, the difference vanishes",
         )
     return Finding(
@@ -317,33 +319,57 @@ def _lookup_or_values(trial: _Trial) -> Finding | None:
     )
 
 
-def _beyond_a_length(trial: _Trial) -> Finding | None:
-    """Whether the pattern is right until the text has a certain length, whatever the prompt was."""
-    case, begin = trial.case, max(1, trial.case.start // 2)
-    if trial.length - case.start < 2 or begin == case.start:
+def _token_by_token(trial: _Trial) -> Finding | None:
+    """Without a prompt of several tokens: is the pattern right then, or right until the text has a certain length?"""
+    first, again = (_first_wrong_length(trial, begin) for begin in (1, 3))
+    if first is None:
+        return Finding(
+            "prompt cached wrongly",
+            "What a prompt of several tokens leaves in the cache is wrong or incomplete.",
+            "fed token by token from the first one on, the pattern is right",
+        )
+    if first != again or first <= 5:
         return None
-    cache: Any = None
-    for length in range(begin, trial.length + 1):
-        logits, cache = trial.call(trial.ids[:, :length], cache)
-        if length < case.start:
-            continue
-        right = _close(case, logits[0, -1], case.noise.exact[length - case.start])
-        if right == (length == trial.length):
-            return None  # with another prompt it goes wrong elsewhere
     return Finding(
         "beyond a length",
-        f"Only texts of {trial.length} positions and more are wrong: a window, a buffer or a limit ends there.",
-        f"with a prompt of {begin} tokens and one of {case.start} it goes wrong at the same length",
+        f"Only texts of {first} positions and more are wrong: a window, a buffer or a limit ends there.",
+        f"fed token by token, from 1 token on and from 3, the pattern is right up to {first - 1} positions",
     )
+
+
+def _first_tokens_missing(trial: _Trial) -> Finding | None:
+    """Fed token by token, nothing in the cache has ever seen a token that was dropped at once."""
+    cache: Any = None
+    for length in range(1, trial.length + 1):
+        logits, cache = trial.call(trial.ids[:, :length], cache)
+    for missing in range(1, min(4, trial.length)):
+        if _close(trial.case, logits[0, -1], trial.case.alone(trial.ids[:, missing:])):
+            return Finding(
+                "short context",
+                f"The context is short: the first {missing} token(s) of the text are not in the cache.",
+                f"fed token by token, the logits are those of the text without its first {missing} token(s)",
+            )
+    return None
+
+
+def _first_wrong_length(trial: _Trial, begin: int) -> int | None:
+    """The first length at which the pattern is wrong when it is fed token by token after `begin` tokens."""
+    cache: Any = None
+    for length in range(begin, trial.case.ids.shape[1] + 1):
+        logits, cache = trial.call(trial.case.ids[:, :length], cache)
+        if not _close(trial.case, logits[0, -1], trial.case.alone(trial.case.ids[:, :length])):
+            return length
+    return None
 
 
 _EXPERIMENTS: tuple[Callable[[_Trial], Finding | None], ...] = (
     _not_deterministic,
-    _beyond_a_length,
+    _token_by_token,
     _foreign_tokens,
     _context_lost,
     _newest_missing,
     _short_context,
+    _first_tokens_missing,
     _offset_lost,
     _order_lost,
     _order_ignored,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -42,19 +41,3 @@ def gap(reference: Tensor, candidate: Tensor, targets: Tensor) -> Gap:
         top1=float((reference.argmax(-1) == candidate.argmax(-1)).double().mean()),
         nll_change=float((expected.gather(-1, at) - actual.gather(-1, at)).mean()),
     )
-
-
-def rms(difference: Tensor) -> Tensor:
-    """Root of the mean square over the vocabulary: (..., vocab) to (...), in float64."""
-    return difference.double().square().mean(-1).sqrt()
-
-
-def top_two_gap(logits: Tensor) -> float:
-    """How far the most likely token is ahead of the next, for logits of shape (vocab,)."""
-    first, second = logits.topk(2).values.tolist()
-    return float(first - second)
-
-
-def eps(dtype: torch.dtype) -> float:
-    """The relative size of one rounding in `dtype`."""
-    return float(torch.finfo(dtype).eps)

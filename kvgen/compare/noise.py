@@ -8,14 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvgen.compare.metrics import eps, rms
 from kvgen.contract import Backend
+from kvgen.rounding import LIMIT, eps, rms, typical_floor
 
-# A candidate may be this many times as far from the exact logits as the reference is at its worst step. Correct
-# caches are below 2 in fp32 and bf16, and the mildest seeded fault is above 20: docs/kv-cache.md has the table.
-LIMIT = 6.0
-_ROUNDINGS = 4
-_FLOAT64_RELATIVE = 1e-11
+_FLOAT64_RELATIVE = 1e-11  # of the size of the logits; float64 itself rounds at 1e-16
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,12 @@ def measure_noise(backend: Backend, twin: Backend | None, ids: Tensor, start: in
         ways.append(parallel[0, start - 1 : -1].cpu())
     exact = None if twin is None else step_logits(twin, ids, start)
     errors = [way - (reference if exact is None else exact) for way in ways]
-    # No computation is better than one rounding; without float64 a typical one is taken to be a few roundings off.
-    least = eps(backend.dtype) * float(rms(reference).max()) * (1 if exact is not None else _ROUNDINGS)
+    # No computation is better than one rounding; without float64 a typical error is taken for the least.
+    least = (
+        eps(backend.dtype) * float(rms(reference).max())
+        if exact is not None
+        else typical_floor(reference, backend.dtype)
+    )
     return Noise(
         floor=max(least, *(float(rms(error).max()) for error in errors)),
         worst=max(least, *(float(error.abs().max()) for error in errors)),

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvgen.compare.case import CALL_ERRORS, Case
-from kvgen.compare.metrics import rms
-from kvgen.compare.noise import LIMIT
+from kvgen.rounding import LIMIT, rms
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,13 @@ def _rows_of_a_batch(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _edited_text(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole text, then back to the prompt with other tokens behind it, then with one inside changed."""
+    """The whole text; then its last token replaced, back to the prompt, and a token inside the prompt replaced.
+
+    Each leaves one position to compute, so that this asks nothing of calls with several new tokens.
+    """
     _, cache = case.backend(case.ids, None)
-    edited = case.ids.clone()
-    edited[:, case.start :] = case.ids[:, case.start :].flip(1)
-    changed = case.ids.clone()
-    changed[:, case.start // 2] = case.ids[0, -1]
-    for ids in (edited, case.ids[:, : case.start + 1], changed):
-        logits, cache = case.backend(ids, cache)
-        yield logits[0, -1].cpu(), case.alone(ids)
+    for length in (case.ids.shape[1], case.start + 1, case.start // 2 + 1):
+        edited = case.ids[:, :length].clone()
+        edited[:, -1] = case.ids[0, 0] if length > case.start + 1 else case.ids[0, -1]
+        logits, cache = case.backend(edited, cache)
+        yield logits[0, -1].cpu(), case.alone(edited)

@@ -1,0 +1,54 @@
+"""Checking a cache while it is used: some steps are computed again, uncached, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kvgen.contract import Backend
+from kvgen.errors import CacheError
+from kvgen.rounding import LIMIT, rms, typical_floor
+
+
+class VerifiedBackend(Backend):
+    """A backend whose cached logits are held against uncached ones.
+
+    every: check one cached step in so many, the first one included; None for the first one alone.
+    on_wrong: called with what was found, after which everything is computed uncached. None to raise CacheError.
+    """
+
+    def __init__(self, inner: Backend, every: int | None, on_wrong: Callable[[str], None] | None = None) -> None:
+        self._inner = inner
+        self._every = every
+        self._on_wrong = on_wrong
+        self._cached_steps = 0
+        self._uncached_only = False
+        self.name, self.device, self.dtype = inner.name, inner.device, inner.dtype
+        self.vocab_size, self.context_length = inner.vocab_size, inner.context_length
+
+    def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        if self._uncached_only:
+            return self._inner(ids, None)[0], None
+        logits, new_cache = self._inner(ids, cache)
+        if cache is None or not self._is_due():
+            return logits, new_cache
+        uncached, _ = self._inner(ids, None)
+        distance = float(rms(logits[:, -1] - uncached[:, -1]).max())
+        floor = typical_floor(uncached[:, -1], self.dtype)
+        if distance <= LIMIT * floor:
+            return logits, new_cache
+        found = (
+            f"after {ids.shape[1]} positions cached logits differ from uncached ones by {distance:.2g} (RMS), where "
+            f"rounding is about {floor:.1g}; `kvgen compare` shows why"
+        )
+        if self._on_wrong is None:
+            raise CacheError(f"the KV cache is wrong: {found}")
+        self._on_wrong(found)
+        self._uncached_only = True
+        return uncached, None
+
+    def _is_due(self) -> bool:
+        step, self._cached_steps = self._cached_steps, self._cached_steps + 1
+        return step == 0 if self._every is None else step % self._every == 0

@@ -18,12 +18,12 @@ from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
 from kvgen.compare.run import run_forced
 from kvgen.contract import Backend, Model
-from kvgen.rounding import LIMIT, eps, rms
+from kvgen.rounding import LIMIT, eps, rms, typical_floor
 
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_INFLUENCES = 24
 _MOST_FOREIGN = 8
-_COARSE = 2**-6  # of the size of the logits: what lower precision leaves, and no structural fault stays below
+_COARSE = 2**-5  # of the size of the logits: lower precision leaves less, structural faults ten times as much
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
     """
     findings = []
     first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1] for _ in range(2))
-    if not torch.equal(first, second) and not _close(case, first, second):
+    # Not held against the measured noise: where chance is at work, that is large.
+    if float(rms(first - second)) > LIMIT * typical_floor(first, case.backend.dtype):
         findings.append(_nondeterministic(case.backend, float((first - second).abs().max())))
     parallel = case.backend.all_logits(case.ids)
     if parallel is None:

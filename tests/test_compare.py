@@ -1,0 +1,251 @@
+"""`compare` on correct models, on seeded faults, and on kvgen's own decoder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvgen
+from kvgen import CacheError, UsageError
+from kvgen.backends.native import NativeBackend
+from kvgen.backends.python import PythonBackend
+from kvgen.compare.comparison import Comparison, Row, compare
+from kvgen.compare.patterns import PATTERNS
+from kvgen.compare.report import as_data
+from kvgen.compare.verdict import Verdict
+from kvgen.generation.verify import VerifiedBackend
+from tests.faults import FAULTS, SmallDecoder
+from tests.test_cache import make_decoder
+
+PROMPT = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(7)).tolist()
+SHAPES = [
+    {"layers": 3, "heads": 4, "kv_heads": 2, "seed": 0},
+    {"layers": 2, "heads": 4, "kv_heads": 4, "seed": 1},
+    {"layers": 4, "heads": 6, "kv_heads": 2, "seed": 2},
+]
+
+
+def run(model: Any, *patterns: str, steps: int = 24, **options: Any) -> Comparison:
+    backend = model if isinstance(model, (NativeBackend, VerifiedBackend)) else PythonBackend(model)
+    return compare(backend, PROMPT, patterns=patterns or ("full-sequence",), steps=steps, **options)
+
+
+def names(row: Row) -> set[str]:
+    return {finding.name for finding in row.findings}
+
+
+# --- No false alarms, no fault missed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(25))
+def test_correct_models_raise_no_alarm(seed: int, dtype: torch.dtype) -> None:
+    shape = {"layers": 1 + seed % 4, "heads": 4 + 2 * (seed % 2), "kv_heads": 1 + seed % 2, "seed": seed}
+    for model in (SmallDecoder(**shape).to(dtype), NativeBackend(make_decoder(seed=seed).to(dtype))):
+        comparison = run(model)
+        row = comparison.rows[1]
+        assert row.verdict is Verdict.EQUIVALENT
+        assert row.findings == ()
+        assert row.tokens_verdict in (Verdict.EQUIVALENT, Verdict.NEAR_TIE)
+        assert comparison.acceptable
+        assert row.ratio is not None and row.ratio < 3  # half of the limit: there is room
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['layers']} layers")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_caught(fault: str, shape: dict[str, int]) -> None:
+    comparison = run(SmallDecoder(fault, **shape))
+    row = comparison.rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert row.findings
+    assert not comparison.acceptable
+
+
+def test_faults_are_named_rightly() -> None:
+    """20 of 25 on all three models, not counting those of which only a class of causes is named."""
+    named = [
+        fault
+        for fault, right in FAULTS.items()
+        if "lookup wrong" not in right and all(names(run(SmallDecoder(fault, **s)).rows[1]) & right for s in SHAPES)
+    ]
+    assert len(named) >= 20
+
+
+@pytest.mark.parametrize("fault", ["positions restart at 0", "one layer not cached", "rows of a batch rolled"])
+def test_faults_are_caught_in_bf16(fault: str) -> None:
+    assert run(SmallDecoder(fault).to(torch.bfloat16)).rows[1].verdict is Verdict.DIFFERENT
+
+
+# --- The native decoder ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_native_patterns_and_their_reasons(dtype: torch.dtype) -> None:
+    comparison = run(NativeBackend(make_decoder().to(dtype)), *(name for name in PATTERNS if name != "uncached"))
+    rows = {row.pattern.name: row for row in comparison.rows}
+    assert rows["full-sequence"].verdict is Verdict.EQUIVALENT
+    assert rows["last-token"].verdict is Verdict.DIFFERENT
+    assert names(rows["last-token"]) == {"offset lost"}
+    assert names(rows["wrong-offset"]) == {"offset wrong"}
+    assert names(rows["left-pad-ignored"]) == {"padding read"}
+    assert names(rows["stale-chunk"]) == {"harmless here"}
+    assert comparison.acceptable  # wrong patterns do not count
+
+
+def test_the_default_model_is_equivalent_and_its_wrong_pattern_is_not(smollm2: kvgen.Loaded) -> None:
+    prompt = smollm2.tokenizer.encode("Once upon a time,")
+    comparison = compare(smollm2.model, prompt, patterns=["full-sequence", "last-token"], steps=12)
+    full, last = comparison.rows[1:]
+    assert (full.verdict, last.verdict) == (Verdict.EQUIVALENT, Verdict.DIFFERENT)
+    assert full.free.tokens == comparison.rows[0].free.tokens != last.free.tokens
+    assert full.computed == len(prompt) + 11
+    assert comparison.rows[0].computed == sum(range(len(prompt), len(prompt) + 12))
+
+
+def test_a_given_text_is_forced_on_every_pattern() -> None:
+    text = list(range(10, 20))
+    comparison = run(NativeBackend(make_decoder()), continuation=text, steps=10)
+    assert list(comparison.ids) == PROMPT + text
+
+
+# --- References that are none ------------------------------------------------------------------------------------
+
+
+class NotCausal(torch.nn.Module):
+    """Its logits at a position are the mean of what the whole sequence says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        rows = self.table[ids]
+        return rows + rows.mean(1, keepdim=True), None
+
+
+def test_a_model_that_is_not_causal_is_not_comparable() -> None:
+    comparison = run(NotCausal())
+    assert comparison.rows[1].verdict is Verdict.NOT_COMPARABLE
+    assert names(comparison.rows[0]) == {"not causal"}
+    assert not comparison.acceptable
+
+
+class Dropping(SmallDecoder):
+    def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+        logits, cache = super().forward(ids, cache, positions)
+        return torch.nn.functional.dropout(logits, 0.1, training=self.training), cache
+
+
+def test_a_model_in_training_mode_is_not_comparable_and_its_modules_are_named() -> None:
+    model = Dropping()
+    model.train()
+    comparison = run(model)
+    assert comparison.rows[1].verdict is Verdict.NOT_COMPARABLE
+    assert "in training mode" in comparison.rows[0].findings[0].evidence
+
+
+def test_a_model_that_cannot_cache_is_unsupported() -> None:
+    backend = PythonBackend(SmallDecoder())
+    backend.cannot_cache = "it has no cache"
+    row = compare(backend, PROMPT, steps=4).rows[1]
+    assert (row.verdict, row.reason) == (Verdict.UNSUPPORTED, "it has no cache")
+
+
+def test_a_declared_loss_is_lossy_and_acceptable() -> None:
+    backend = PythonBackend(SmallDecoder("8-bit cache"))
+    backend.lossy = "keys and values in 8 bits"
+    comparison = compare(backend, PROMPT, steps=8)
+    assert comparison.rows[1].verdict is Verdict.LOSSY
+    assert comparison.rows[1].gap.kl > 0
+    assert comparison.acceptable
+
+
+def test_a_pattern_that_the_model_cannot_be_called_by_is_unsupported() -> None:
+    class NoPositions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = SmallDecoder()
+
+        def forward(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+            return self.inner(ids, cache)
+
+    assert run(NoPositions(), "wrong-offset").rows[1].verdict is Verdict.UNSUPPORTED
+
+
+# --- Details -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("returns", ["all", "new", "last"])
+def test_a_model_may_return_logits_of_all_new_or_last_positions(returns: str) -> None:
+    class Model(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new_cache = super().forward(ids, cache, positions)
+            if returns == "all":
+                logits = torch.cat((logits.new_zeros(len(ids), ids.shape[1] - logits.shape[1], 61), logits), 1)
+            return (logits[:, -1:] if returns == "last" else logits), new_cache
+
+    comparison = run(Model())
+    assert comparison.rows[1].verdict is Verdict.EQUIVALENT
+    assert (comparison.oracle_gap is None) == (returns == "last")
+
+
+def test_the_text_stays_inside_the_context() -> None:
+    backend = NativeBackend(make_decoder())
+    backend.context_length = len(PROMPT) + 3
+    assert compare(backend, PROMPT, steps=24).steps == 3
+    backend.context_length = len(PROMPT)
+    with pytest.raises(UsageError, match="context is 12"):
+        compare(backend, PROMPT)
+
+
+def test_unknown_patterns_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="'last'.*last-token"):
+        run(SmallDecoder(), "last")
+
+
+def test_the_report_is_json_and_holds_the_numbers(smollm2: kvgen.Loaded) -> None:
+    comparison = compare(smollm2.model, [6403, 1980], patterns=["full-sequence", "last-token"], steps=3)
+    data = json.loads(json.dumps(as_data(comparison, smollm2.tokenizer), allow_nan=False))
+    reference, full, last = data["patterns"]
+    assert reference["verdict"] == full["verdict"] == "equivalent"
+    assert full["logits"]["max_abs"] < 1e-3 < last["logits"]["max_abs"]
+    assert full["completion"] == reference["completion"] != last["completion"]
+    assert full["split"] is None
+    assert last["completion"][: last["split"]] == reference["completion"][: last["split"]]
+
+
+# --- generate --verify-cache -------------------------------------------------------------------------------------
+
+
+def decode(backend: Any, steps: int = 8) -> list[int]:
+    tokenizer = kvgen.tokenizer.choose_tokenizer("ids", 61)
+    loaded = kvgen.Loaded(backend, tokenizer, "test")
+    chunks = kvgen.stream(loaded, PROMPT, kvgen.Sampling(temperature=0), max_tokens=steps)
+    return [chunk.step.token for chunk in chunks]
+
+
+def test_a_right_cache_passes_every_check() -> None:
+    backend = PythonBackend(SmallDecoder())
+    assert decode(VerifiedBackend(backend, every=1)) == decode(backend)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_wrong_cache_stops_the_run(every: int) -> None:
+    with pytest.raises(CacheError, match="after 13 positions"):
+        decode(VerifiedBackend(PythonBackend(SmallDecoder("positions restart at 0")), every))
+
+
+def test_a_fault_that_comes_later_is_found_at_its_step() -> None:
+    with pytest.raises(CacheError, match="after 26 positions"):
+        decode(VerifiedBackend(PythonBackend(SmallDecoder("ring buffer of 24 wraps")), 1), steps=20)
+
+
+def test_a_wrong_foreign_cache_is_left_out_after_its_first_step() -> None:
+    found: list[str] = []
+    wrong = VerifiedBackend(PythonBackend(SmallDecoder("positions restart at 0")), None, found.append)
+    assert decode(wrong) == decode(PythonBackend(SmallDecoder()))
+    assert len(found) == 1

@@ -132,7 +132,7 @@ def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
         (["-p", "x", "--chat"], 2, "no chat template"),
         (["-p", "abc " * 600], 2, "context has room for 512"),
         (["-f", "/no/such/file"], 1, "/no/such/file"),
-        (["-f", "/"], 1, "--prompt-file /"),
+        (["-f", "/"], 1, "/: cannot be read"),
         (["-p", "x", "-m", "/no/such/model.gguf"], 1, "/no/such/model.gguf"),
         (["-p", "x", "-m", "no-such-name"], 1, "smollm2"),
         (["-p", b"\xff".decode(errors="surrogateescape")], 2, "not valid Unicode"),

@@ -28,6 +28,7 @@ ROOMS = [
     "kvgen.families",
     "kvgen.backends",
     "kvgen.tokenizer",
+    "kvgen.convert",
     "kvgen.catalogue",
     "kvgen.hub",
     "kvgen.loading",

@@ -262,7 +262,7 @@ def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path, monkey
     ids=str,
 )
 def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_path: Path, config) -> None:
-    from kvgen.backends.convert import convert_to_xtransformers
+    from kvgen.convert import convert_to_xtransformers
 
     folder, reference = tiny_llama(rms_norm_eps=1e-12, **config)  # the library's norm has no epsilon of this kind
     loaded = kvgen.load(folder)
@@ -278,7 +278,7 @@ def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_
 
 
 def test_what_the_library_lacks_is_not_converted(tiny_llama, tmp_path: Path) -> None:
-    from kvgen.backends.convert import convert_to_xtransformers
+    from kvgen.convert import convert_to_xtransformers
 
     loaded = kvgen.load(tiny_llama(attention_bias=True)[0])
     with pytest.raises(UnsupportedError, match=r"attn\.k"):
@@ -288,7 +288,7 @@ def test_what_the_library_lacks_is_not_converted(tiny_llama, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_articles_scenario_on_a_real_model(smollm2, tmp_path: Path) -> None:
-    from kvgen.backends.convert import convert_to_xtransformers
+    from kvgen.convert import convert_to_xtransformers
 
     convert_to_xtransformers(smollm2.model.module, smollm2.tokenizer, tmp_path / "x")
     loaded = kvgen.load(tmp_path / "x")

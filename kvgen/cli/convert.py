@@ -25,7 +25,7 @@ def convert(
     """
     loaded = load_model(model, "float32", "cpu", None, None, quiet=quiet)
 
-    from kvgen.backends.convert import convert_to_xtransformers
+    from kvgen.convert import convert_to_xtransformers
     from kvgen.model.decoder import Decoder
 
     decoder = loaded.model.module

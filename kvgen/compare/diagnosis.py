@@ -90,8 +90,9 @@ def diagnose(case: Case, pattern: Pattern, probes: tuple[Probe, ...], *, wrong: 
     lost = [finding for finding in found if finding.name == "context lost"]
     if lost:  # then order and distance do not matter either, which says nothing more
         return lost
-    if not found and (last_resort := _attempt(_lookup_or_values, trial)):
-        found = [last_resort]
+    for last_resort in (_lower_precision, _lookup_or_values):
+        if not found and (finding := _attempt(last_resort, trial)):
+            found = [finding]
     return found or [Finding("unexplained", "None of the known explanations fits.", "no experiment favours one")]
 
 
@@ -376,7 +377,6 @@ _EXPERIMENTS: tuple[Callable[[_Trial], Finding | None], ...] = (
     _order_ignored,
     _offset_wrong,
     _without_influence,
-    _lower_precision,
 )
 
 

@@ -1,0 +1,169 @@
+"""`kvgen compare`, `kvgen convert` and `generate --verify-cache` as real processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_cli import run, run_on_terminal
+
+MODEL_FILE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.faults import SmallDecoder
+
+def right():
+    return SmallDecoder()
+
+def wrong():
+    return SmallDecoder("positions restart at 0")
+
+def nothing():
+    return 3
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> str:
+    path = tmp_path / "model.py"
+    path.write_text(MODEL_FILE)
+    return str(path)
+
+
+def compare(*arguments: str, **options: Any) -> Any:
+    return run("compare", *arguments, "--ids", "-p", "5 17 3 8 40 2", "-n", "12", **options)
+
+
+def test_the_verdict_comes_first_and_decides_the_exit_code(model_file: str) -> None:
+    right = compare("-m", f"{model_file}:right")
+    assert right.returncode == 0, right.stderr
+    assert right.stdout.splitlines()[0] == "full-sequence: equivalent"
+    assert "\x1b" not in right.stdout
+    wrong = compare("-m", f"{model_file}:wrong")
+    assert wrong.returncode == 1
+    assert wrong.stdout.splitlines()[0] == "full-sequence: different"
+    assert "position 0" in " ".join(wrong.stdout.split())
+    assert wrong.stderr == ""
+
+
+def test_wrong_patterns_do_not_change_the_exit_code(smollm2_path: Path) -> None:
+    result = run("compare", "--wrong-pattern", "-n", "8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("full-sequence: equivalent   last-token: different\n")
+    text = " ".join(result.stdout.split())
+    for part in ("The position offset is lost", "Instead: Hand the whole sequence", "the city of Nova Haven"):
+        assert part in text
+
+
+def test_json_has_the_same_numbers_for_several_prompts(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo and more\n")
+    result = run(
+        "compare",
+        "-m",
+        str(folder),
+        "-f",
+        str(tmp_path / "prompts.txt"),
+        "-n",
+        "6",
+        "--pattern",
+        "last-token",
+        "--json",
+    )
+    report = json.loads(result.stdout)
+    assert report["acceptable"] is True
+    assert [data["prompt"] for data in report["comparisons"]] == ["one", "two and more"]
+    assert [row["verdict"] for row in report["comparisons"][0]["patterns"]] == ["equivalent", "equivalent", "different"]
+
+
+def test_a_text_is_forced_on_every_pattern(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.")
+    result = run("compare", "-m", str(folder), "--text", str(tmp_path / "text.txt"), "--json")
+    data = json.loads(result.stdout)["comparisons"][0]
+    assert (data["prompt"] + data["text"]).startswith("The quick brown fox")
+
+
+def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    page = tmp_path / "report.html"
+    result = run("compare", "-m", str(folder), "--wrong-pattern", "-n", "6", "-p", "<b>&x", "--html", str(page))
+    assert result.returncode == 0, result.stderr
+    html = page.read_text()
+    assert "<svg" in html
+    assert "&lt;b&gt;&amp;x" in html
+    assert "<b>&x" not in html
+    assert "<script" not in html
+    assert 'src="' not in html
+    for row in ("full-sequence", "last-token", "equivalent", "different"):
+        assert row in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--pattern", "no-such"], 2, "'no-such'"),
+        (["-p", "x", "--text", "y"], 2, "one of --prompt"),
+        (["-m", "{model}:right"], 2, "no tokenizer"),
+        (["-m", "{model}:right", "--ids"], 2, "--ids needs --prompt"),
+        (["-m", "{model}:right", "--ids", "-p", "hello"], 2, "no tokens for this text"),
+        (["-m", "{model}:absent", "--ids", "-p", "1 2"], 2, "no function 'absent'"),
+        (["-m", "{model}:nothing", "--ids", "-p", "1 2"], 2, "returned int"),
+        (["-m", "{model}:broken", "--ids", "-p", "1 2"], 1, "RuntimeError: no weights here"),
+        (["-m", "/no/such.py:make", "--ids", "-p", "1 2"], 2, "no file /no/such.py"),
+        (["--html", "/no/such/folder/x.html", "-m", "{model}:right", "--ids", "-p", "1 2", "-n", "2"], 1, "--html"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(model_file: str, arguments: list[str], code: int, message: str) -> None:
+    result = run("compare", *(argument.format(model=model_file) for argument in arguments))
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_on_a_terminal_model_text_cannot_steer_it(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    code, output = run_on_terminal("compare", "-m", str(folder), "-p", "\x1b]0;x\x07abc", "-n", "6", "--quiet")
+    assert code == 0
+    assert "\x1b]0;" not in output
+    assert "\x07" not in output
+
+
+def test_help_shows_examples_and_exit_codes() -> None:
+    text = run("compare", "--help").stdout
+    for part in ("--wrong-pattern", "kvgen compare --wrong-pattern", "Exit codes: 0"):
+        assert part in text
+
+
+def test_convert_writes_a_folder_that_the_library_runs(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama(rms_norm_eps=1e-12)
+    target = tmp_path / "converted"
+    result = run("convert", str(folder), "--to", "x-transformers", str(target))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    arguments = ["-p", "Hello", "-t", "0", "-n", "8"]
+    original = run("generate", "-m", str(folder), *arguments)
+    converted = run("generate", "-m", str(target), *arguments)
+    assert (converted.stdout, converted.stderr) == (original.stdout, "")
+    again = run("convert", str(folder), "--to", "x-transformers", str(target))
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_verify_cache_passes_a_right_cache_and_stops_at_a_wrong_one(model_file: str) -> None:
+    arguments = ["--ids", "-p", "5 17 3 8", "-t", "0", "-n", "6"]
+    right = run("generate", "-m", f"{model_file}:right", *arguments, "--verify-cache")
+    assert (right.returncode, right.stderr) == (0, "")
+    wrong = run("generate", "-m", f"{model_file}:wrong", *arguments, "--verify-cache=2")
+    assert wrong.returncode == 1
+    assert "after 5 positions" in wrong.stderr
+    unasked = run("generate", "-m", f"{model_file}:wrong", *arguments)
+    assert (unasked.returncode, unasked.stdout) == (0, right.stdout)
+    assert "going on without it" in unasked.stderr

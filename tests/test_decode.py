@@ -99,6 +99,17 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert run(Counting(), [1], max_tokens=1)[0].logprob is None
 
 
+def test_penalties_see_the_sequence_so_far_and_know_where_the_completion_begins() -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def sampler(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
+        seen.append((ids.tolist(), prompt_length))
+        return int(logits.argmax())
+
+    list(decode(Counting(), torch.tensor([[3, 4]]), sampler, Limits(3)))
+    assert seen == [([3, 4], 2), ([3, 4, 5], 2), ([3, 4, 5, 6], 2)]
+
+
 def test_cached_and_uncached_text_are_the_same(smollm2) -> None:
     prompt = "The three states of matter are"
     options = {"max_tokens": 20}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from transformers import GPT2Tokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import kvgen
 from kvgen import CheckpointError, UnsupportedError, UsageError
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.tokenizer import Tokenizer, read_tokenizer
+from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tests.conftest import CORPUS
 
 
@@ -89,6 +93,41 @@ def gguf_raw(**changes: object) -> RawCheckpoint:
 )
 def test_bos_and_eos_go_where_the_file_says(changes: dict[str, object], expected: list[int]) -> None:
     assert read_tokenizer(gguf_raw(**changes)).encode("ab") == expected
+
+
+def pieces(name: str, text: str) -> list[str]:
+    return [piece for piece, _ in PRE_TOKENIZERS[name].build().pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_pre_tokenizers_cut_like_those_of_transformers(text: str) -> None:
+    """transformers has the Llama 3 pattern as the default of its tiktoken converter, and makes Qwen2's and GPT-2's."""
+    tiktoken_pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+    llama3 = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(tiktoken_pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    alphabet = {char: id_ for id_, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    qwen2 = Qwen2Tokenizer(vocab=alphabet, merges=[]).backend_tokenizer.pre_tokenizer
+    gpt2 = GPT2Tokenizer(vocab=alphabet, merges=[]).backend_tokenizer.pre_tokenizer
+    for name, expected in (("llama-bpe", llama3), ("qwen2", qwen2), ("gpt-2", gpt2)):
+        assert pieces(name, text) == [piece for piece, _ in expected.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("name", ["smollm", "starcoder"])
+def test_digits_are_cut_one_by_one_where_the_vocabulary_wants_it(name: str) -> None:
+    assert pieces(name, "in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
+
+
+def test_a_piece_that_is_a_token_is_taken_whole_where_merges_would_not_make_it() -> None:
+    tokens = {"tokens": ["<s>", "</s>", "a", "b", "ab"], "token_type": [3, 3, 1, 1, 1], "merges": []}
+    assert read_tokenizer(gguf_raw(**tokens, pre="gpt-2")).encode("ab") == [2, 3]
+    assert read_tokenizer(gguf_raw(**tokens, pre="llama-bpe", add_bos_token=False)).encode("ab") == [4]
+
+
+def test_the_unknown_token_is_left_out_of_text() -> None:
+    unknown = {"tokens": ["<unk>", "a", "b", "ab"], "token_type": [2, 1, 1, 1]}
+    tokenizer = read_tokenizer(gguf_raw(**unknown, bos_token_id=None, eos_token_id=None))
+    assert tokenizer.decode([1, 0, 2]) == "ab"
 
 
 def test_user_defined_tokens_are_found_in_text_and_kept_in_it() -> None:

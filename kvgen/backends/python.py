@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,23 @@ class PythonBackend(Backend):
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
-        return _checked(ids, self._model(ids, cache))
+        return _checked(ids, self._run(ids, cache))
 
     @torch.no_grad()
     def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
         if not self._takes_positions:
             return super().placed(ids, cache, positions)
-        return _checked(ids, self._model(ids, cache, positions=positions))
+        return _checked(ids, self._run(ids, cache, positions=positions))
+
+    def _run(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return self._model(*arguments, **options)
+        except KvgenError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}, line {frame.lineno}"
+            raise ModelError(f"the model failed with {type(error).__name__}: {error} ({where})") from error
 
     def count_vocabulary(self) -> int:
         """The width of the logits, for a model that does not say its vocab_size."""

@@ -30,6 +30,11 @@ class Case:
     reference: Tensor
     noise: Noise
 
+    @property
+    def targets(self) -> Tensor:
+        """What the text goes on with at each step, (steps,) int64 on the CPU."""
+        return self.ids[0, self.start :].cpu()
+
     @cached_property
     def sharp(self) -> Case:
         """The case to experiment on: in float64 where that is possible, since there rounding hides nothing."""

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from kvgen.compare.case import CALL_ERRORS, Case
-from kvgen.compare.diagnosis import Finding, diagnose, unreliable_reference
+from kvgen.compare.diagnosis import diagnose, unreliable_reference
+from kvgen.compare.experiments import Finding
 from kvgen.compare.metrics import Gap, gap
 from kvgen.compare.noise import Noise, measure_noise
 from kvgen.compare.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.compare.probes import Probe, run_probes
-from kvgen.compare.run import Free, run_forced, run_free
+from kvgen.compare.run import Forced, Free, run_forced, run_free
 from kvgen.compare.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError
+from kvgen.generation.decode import ids_tensor
 from kvgen.rounding import LIMIT
 
 
@@ -78,52 +80,57 @@ def compare(
     steps: int = 32,
     continuation: Sequence[int] | None = None,
     eos_ids: frozenset[int] = frozenset(),
-    twin: Backend | None = None,
 ) -> Comparison:
     """Compare patterns with uncached decoding.
 
     prompt: the ids that are handed over at once. steps: how many tokens to go on for.
     continuation: the text to force every pattern along, after the prompt; None for what uncached decoding
         chooses.
-    twin: the backend in float64; made here if it is None and the backend can.
 
     Raises UsageError for an unknown pattern or a text that does not fit the context.
     """
     chosen = [_pattern(name) for name in patterns]
+    start, steps = ids_tensor(backend, prompt), _steps_that_fit(backend, prompt, steps)
+    free = run_free(UNCACHED.call(backend), start, steps, eos_ids)
+    text = free.tokens if continuation is None else tuple(continuation)[:steps]
+    ids = torch.cat((start, ids_tensor(backend, text)), dim=1)
+    forced = run_forced(UNCACHED.call(backend), ids, len(prompt), use_cache=False)
+    twin = backend.in_float64()
+    noise = measure_noise(backend, twin, ids, len(prompt), forced.logits)
+    case = Case(backend, twin, ids, len(prompt), forced.logits, noise)
+    oracle_gap, findings = unreliable_reference(case)
+    rows = [_reference_row(case, forced, free, findings)]
+    for pattern in chosen:
+        rows.append(
+            Row(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on")
+            if findings
+            else _compare_pattern(case, pattern, free, eos_ids)
+        )
+    return Comparison(tuple(ids[0].tolist()), len(prompt), noise, oracle_gap, tuple(rows))
+
+
+def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
     if steps < 1 or not prompt:
         raise UsageError("compare needs a prompt and at least one step")
-    room = None if backend.context_length is None else backend.context_length - len(prompt)
-    if room is not None and room < 1:
+    if backend.context_length is None:
+        return steps
+    if len(prompt) >= backend.context_length:
         raise UsageError(f"the prompt has {len(prompt)} tokens; the model's context is {backend.context_length}")
-    steps = steps if room is None else min(steps, room)
-    twin = backend.in_float64() if twin is None else twin
-    start = torch.tensor([list(prompt)], device=backend.device)
-    reference_free = run_free(UNCACHED.call(backend), start, steps, eos_ids)
-    chosen_text = reference_free.tokens if continuation is None else tuple(continuation)[:steps]
-    ids = torch.cat((start, torch.tensor([chosen_text], dtype=torch.int64, device=backend.device)), dim=1)
-    forced = run_forced(UNCACHED.call(backend), ids, start.shape[1], use_cache=False)
-    noise = measure_noise(backend, twin, ids, start.shape[1], forced.logits)
-    case = Case(backend, twin, ids, start.shape[1], forced.logits, noise)
-    oracle_gap, findings = unreliable_reference(case)
-    reference = Row(
+    return min(steps, backend.context_length - len(prompt))
+
+
+def _reference_row(case: Case, forced: Forced, free: Free, findings: list[Finding]) -> Row:
+    return Row(
         UNCACHED,
         Verdict.NOT_COMPARABLE if findings else Verdict.EQUIVALENT,
-        gap=gap(forced.logits, forced.logits, ids[0, start.shape[1] :].cpu()),
-        ratio=noise.ratio(forced.logits),
-        free=reference_free,
+        gap=gap(forced.logits, forced.logits, case.targets),
+        ratio=case.noise.ratio(forced.logits),
+        free=free,
         tokens_verdict=Verdict.EQUIVALENT,
         computed=forced.computed,
         seconds=forced.seconds,
         findings=tuple(findings),
     )
-    rows = [reference]
-    for pattern in chosen:
-        rows.append(
-            Row(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on")
-            if findings
-            else _compare_pattern(case, pattern, reference_free, eos_ids)
-        )
-    return Comparison(tuple(ids[0].tolist()), start.shape[1], noise, oracle_gap, tuple(rows))
 
 
 def _pattern(name: str) -> Pattern:
@@ -153,7 +160,7 @@ def _compare_pattern(case: Case, pattern: Pattern, reference: Free, eos_ids: fro
         pattern,
         verdict,
         reason=backend.lossy or "" if verdict is Verdict.LOSSY else "",
-        gap=gap(case.reference, forced.logits, case.ids[0, case.start :].cpu()),
+        gap=gap(case.reference, forced.logits, case.targets),
         ratio=ratio,
         free=free,
         tokens_verdict=tokens_verdict,

@@ -1,38 +1,15 @@
-"""Why a pattern differs: black-box experiments, each with what it found.
-
-An experiment never looks inside a model or a cache. It calls the pattern and the reference on texts that were
-chosen so that one explanation predicts something that the others do not.
-"""
+"""Why a pattern differs: what the experiments leave standing, with its evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
 
-from kvgen.compare.case import CALL_ERRORS, Case
+from kvgen.compare.case import Case
+from kvgen.compare.experiments import EXPERIMENTS, LAST_RESORTS, Finding, Trial, attempt, nondeterministic
 from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
 from kvgen.compare.run import run_forced
-from kvgen.contract import Backend, Model
 from kvgen.rounding import LIMIT, eps, rms, typical_floor
-
-_OFFSETS = (-2, -1, 1, 2)
-_MOST_INFLUENCES = 24
-_MOST_FOREIGN = 8
-_COARSE = 2**-5  # of the size of the logits: lower precision leaves less, structural faults ten times as much
-
-
-@dataclass(frozen=True)
-class Finding:
-    """An explanation that survived its experiment. name: short, for programs. text: for people. evidence: why."""
-
-    name: str
-    text: str
-    evidence: str
 
 
 def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
@@ -45,7 +22,7 @@ def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
     first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1] for _ in range(2))
     # Not held against the measured noise: where chance is at work, that is large.
     if float(rms(first - second)) > LIMIT * typical_floor(first, case.backend.dtype):
-        findings.append(_nondeterministic(case.backend, float((first - second).abs().max())))
+        findings.append(nondeterministic(case.backend, float((first - second).abs().max())))
     parallel = case.backend.all_logits(case.ids)
     if parallel is None:
         return None, findings
@@ -85,200 +62,15 @@ def diagnose(case: Case, pattern: Pattern, probes: tuple[Probe, ...], *, wrong: 
     wrong_steps = (distances > LIMIT).nonzero()[:, 0].tolist()
     if not wrong_steps:
         return [_rounding(case, float(distances.max()))]
-    trial = _Trial(sharp, pattern, pattern.call(sharp.backend), sharp.start + wrong_steps[0], logits[wrong_steps[0]])
-    found = [finding for experiment in _EXPERIMENTS if (finding := _attempt(experiment, trial))]
+    trial = Trial(sharp, pattern, pattern.call(sharp.backend), sharp.start + wrong_steps[0], logits[wrong_steps[0]])
+    found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
     lost = [finding for finding in found if finding.name == "context lost"]
     if lost:  # then order and distance do not matter either, which says nothing more
         return lost
-    for last_resort in (_lower_precision, _lookup_or_values):
-        if not found and (finding := _attempt(last_resort, trial)):
+    for last_resort in LAST_RESORTS:
+        if not found and (finding := attempt(last_resort, trial)):
             found = [finding]
     return found or [Finding("unexplained", "None of the known explanations fits.", "no experiment favours one")]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A pattern at the first step where it is wrong: after `length` positions it returned `wrong`, (vocab,)."""
-
-    case: Case
-    pattern: Pattern
-    call: Model
-    length: int
-    wrong: Tensor
-
-    def is_like(self, logits: Tensor) -> bool:
-        return _close(self.case, self.wrong, logits)
-
-    def run(self, ids: Tensor, call: Model | None = None) -> Tensor:
-        """What the pattern returns after `ids`, (1, length), handed over as the text was: (vocab,)."""
-        cache: Any = None
-        for length in range(min(self.case.start, ids.shape[1]), ids.shape[1] + 1):
-            logits, cache = (call or self.call)(ids[:, :length], cache)
-        return logits[0, -1].cpu()
-
-    @property
-    def ids(self) -> Tensor:
-        return self.case.ids[:, : self.length]
-
-
-def _attempt(experiment: Callable[[_Trial], Finding | None], trial: _Trial) -> Finding | None:
-    try:
-        return experiment(trial)
-    except CALL_ERRORS:
-        return None  # the model cannot be called as the experiment needs; it says nothing then
-
-
-def _not_deterministic(trial: _Trial) -> Finding | None:
-    again = trial.run(trial.ids)
-    if trial.is_like(again):
-        return None
-    return _nondeterministic(trial.case.backend, float((again - trial.wrong).abs().max()))
-
-
-def _nondeterministic(backend: Backend, difference: float) -> Finding:
-    training = [] if backend.module is None else _in_training_mode(backend.module)
-    names = f"; in training mode: {', '.join(training[:5])}" if training else ""
-    return Finding(
-        "not deterministic",
-        "The model is not deterministic: dropout or stochastic depth is on. Put it in evaluation mode: model.eval().",
-        f"two equal calls differ by {difference:.2g}{names}",
-    )
-
-
-def _in_training_mode(module: nn.Module) -> list[str]:
-    """Names of the modules that are in training mode, those that act by chance first."""
-    training = [(name, part) for name, part in module.named_modules() if part.training]
-    random = [f"{name} ({type(part).__name__})" for name, part in training if "Drop" in type(part).__name__]
-    return random or [name or type(part).__name__ for name, part in training]
-
-
-def _context_lost(trial: _Trial) -> Finding | None:
-    if not trial.is_like(trial.case.alone(trial.ids[:, -1:])):
-        return None
-    return Finding(
-        "context lost",
-        "The context is lost: the model sees the last token alone.",
-        "the logits are those of the last token as a text of its own",
-    )
-
-
-def _newest_missing(trial: _Trial) -> Finding | None:
-    for missing in range(1, min(4, trial.length)):
-        if trial.is_like(trial.case.alone(trial.ids[:, :-missing])):
-            return Finding(
-                "stale context",
-                "The context is stale: the newest tokens are not in it.",
-                f"the logits are those of the text without its last {missing} token(s)",
-            )
-    return None
-
-
-def _short_context(trial: _Trial) -> Finding | None:
-    for kept in range(2, trial.length):
-        if trial.is_like(trial.case.alone(trial.ids[:, -kept:])):
-            return Finding(
-                "short context",
-                f"The context is short: only the last {kept} tokens count.",
-                f"the logits are those of the last {kept} tokens as a text of their own",
-            )
-    return None
-
-
-def _offset_lost(trial: _Trial) -> Finding | None:
-    positions = torch.arange(trial.length, device=trial.ids.device)
-    positions[-1] = 0
-    if not trial.is_like(_placed(trial, positions)):
-        return None
-    return Finding(
-        "offset lost",
-        "The position offset is lost: the new token is computed at position 0, as if it began a text.",
-        "the logits are those of the right cache with the newest token placed at position 0",
-    )
-
-
-def _order_lost(trial: _Trial) -> Finding | None:
-    positions = torch.arange(trial.length, device=trial.ids.device)
-    positions[-1] = 0
-    all_at_zero = _placed(trial, torch.zeros_like(positions))
-    # Where cached keys keep their positions, the experiment cannot tell this from a lost offset.
-    if trial.is_like(all_at_zero) and not _close(trial.case, all_at_zero, _placed(trial, positions)):
-        return Finding(
-            "order lost",
-            "The order is lost: all keys, cached and new, share one position.",
-            "the logits are those of the right cache with every token placed at position 0",
-        )
-    return None
-
-
-def _order_ignored(trial: _Trial) -> Finding | None:
-    if trial.length < 4:
-        return None
-    shuffled = torch.cat((trial.ids[:, :-1].flip(1), trial.ids[:, -1:]), dim=1)
-    reference_moves = not _close(trial.case, trial.case.alone(shuffled), trial.case.alone(trial.ids))
-    if reference_moves and trial.is_like(trial.run(shuffled)):
-        return Finding(
-            "order lost",
-            "The order is lost: all cached keys share one position.",
-            "shuffling the earlier tokens changes the reference but not this pattern",
-        )
-    return None
-
-
-def _offset_wrong(trial: _Trial) -> Finding | None:
-    for offset in _OFFSETS:
-        positions = torch.arange(trial.length, device=trial.ids.device)
-        positions[-1] = max(0, int(positions[-1]) + offset)
-        if trial.is_like(_placed(trial, positions)):
-            return Finding(
-                "offset wrong",
-                f"The position offset is wrong: the new token is computed {offset:+d} position(s) from its own.",
-                f"the logits are those of the right cache with the newest token moved by {offset:+d}",
-            )
-    return None
-
-
-def _placed(trial: _Trial, positions: Tensor) -> Tensor:
-    """The right cache after all but the newest token, and the newest with the given positions: (vocab,)."""
-    _, cache = trial.case.backend(trial.ids[:, :-1], None)
-    logits, _ = trial.case.backend.placed(trial.ids, cache, positions)
-    return logits[0, -1].cpu()
-
-
-def _without_influence(trial: _Trial) -> Finding | None:
-    """Change each token in turn: which of them does the pattern not notice, though the reference does?"""
-    last = trial.length - 1
-    stride = -(-last // _MOST_INFLUENCES)
-    unnoticed = []
-    for position in range(last - 1, -1, -stride):
-        changed = trial.ids.clone()
-        changed[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
-        if torch.equal(changed, trial.ids):
-            continue
-        if trial.is_like(trial.run(changed)) and not trial.is_like(trial.case.alone(changed)):
-            moved = trial.case.alone(changed).double() - trial.case.alone(trial.ids).double()
-            if float(rms(moved)) > LIMIT * trial.case.noise.floor:
-                unnoticed.append(position)
-    if not unnoticed:
-        return None
-    shown = ", ".join(map(str, sorted(unnoticed)[:8])) + (", ..." if len(unnoticed) > 8 else "")
-    name = "short context" if min(unnoticed) == 0 or stride > 1 else "stale context"
-    return Finding(
-        name,
-        "Part of the context is missing: the cache does not hold all earlier tokens.",
-        f"changing the token at position {shown} of {trial.length} changes the reference but not this pattern",
-    )
-
-
-def _lower_precision(trial: _Trial) -> Finding | None:
-    size = float(rms(trial.case.reference).max())
-    distance = float(rms(trial.wrong.double() - trial.case.alone(trial.ids).double())) / size
-    if distance > _COARSE:
-        return None
-    return Finding(
-        "precision",
-        "The difference is small and looks like lower precision: a cache or a sum in fewer bits than the rest.",
-        f"it is {distance:.1e} of the size of the logits, and no token's influence is missing",
-    )
 
 
 def _rounding(case: Case, distance: float) -> Finding:
@@ -288,96 +80,6 @@ def _rounding(case: Case, distance: float) -> Finding:
         "Rounding only: the pattern is right, but loses more precision than uncached decoding does.",
         evidence,
     )
-
-
-def _foreign_tokens(trial: _Trial) -> Finding | None:
-    for count in range(1, _MOST_FOREIGN + 1):
-        padded = torch.cat((trial.ids.new_zeros(1, count), trial.ids), dim=1)
-        if trial.is_like(trial.case.alone(padded)):
-            return Finding(
-                "padding read",
-                "Padding is read as text: tokens that do not belong to the text stand in front of it.",
-                f"the logits are those of {count} tokens of id 0 and then the text",
-            )
-    return None
-
-
-def _lookup_or_values(trial: _Trial) -> Finding | None:
-    """On a text of one token repeated, every key is like every other: faults of looking up keys vanish."""
-    token = trial.ids[:, -1:]
-    constant = token.expand(1, trial.length)
-    actual, expected = trial.run(constant), trial.case.alone(constant)
-    if _close(trial.case, actual, expected):
-        return Finding(
-            "lookup wrong",
-            "The cached values are right but are looked up wrongly: tokens get wrong positions, or some of them are "
-            "not seen by one layer or head.",
-            "on a text of one token repeated, where it does not matter which key is found, the difference vanishes",
-        )
-    return Finding(
-        "values wrong",
-        "What is cached is not what was computed: keys or values are mixed up between heads, layers or rows.",
-        "the difference stays on a text of one token repeated, where it does not matter which key is found",
-    )
-
-
-def _token_by_token(trial: _Trial) -> Finding | None:
-    """Without a prompt of several tokens: is the pattern right then, or right until the text has a certain length?"""
-    first, again = (_first_wrong_length(trial, begin) for begin in (1, 3))
-    if first is None:
-        return Finding(
-            "prompt cached wrongly",
-            "What a prompt of several tokens leaves in the cache is wrong or incomplete.",
-            "fed token by token from the first one on, the pattern is right",
-        )
-    if first != again or first <= 5:
-        return None
-    return Finding(
-        "beyond a length",
-        f"Only texts of {first} positions and more are wrong: a window, a buffer or a limit ends there.",
-        f"fed token by token, from 1 token on and from 3, the pattern is right up to {first - 1} positions",
-    )
-
-
-def _first_tokens_missing(trial: _Trial) -> Finding | None:
-    """Fed token by token, nothing in the cache has ever seen a token that was dropped at once."""
-    cache: Any = None
-    for length in range(1, trial.length + 1):
-        logits, cache = trial.call(trial.ids[:, :length], cache)
-    for missing in range(1, min(4, trial.length)):
-        if _close(trial.case, logits[0, -1], trial.case.alone(trial.ids[:, missing:])):
-            return Finding(
-                "short context",
-                f"The context is short: the first {missing} token(s) of the text are not in the cache.",
-                f"fed token by token, the logits are those of the text without its first {missing} token(s)",
-            )
-    return None
-
-
-def _first_wrong_length(trial: _Trial, begin: int) -> int | None:
-    """The first length at which the pattern is wrong when it is fed token by token after `begin` tokens."""
-    cache: Any = None
-    for length in range(begin, trial.case.ids.shape[1] + 1):
-        logits, cache = trial.call(trial.case.ids[:, :length], cache)
-        if not _close(trial.case, logits[0, -1], trial.case.alone(trial.case.ids[:, :length])):
-            return length
-    return None
-
-
-_EXPERIMENTS: tuple[Callable[[_Trial], Finding | None], ...] = (
-    _not_deterministic,
-    _token_by_token,
-    _foreign_tokens,
-    _context_lost,
-    _newest_missing,
-    _short_context,
-    _first_tokens_missing,
-    _offset_lost,
-    _order_lost,
-    _order_ignored,
-    _offset_wrong,
-    _without_influence,
-)
 
 
 def _from_probe(probe: Probe) -> Finding:
@@ -398,8 +100,3 @@ def _from_probe(probe: Probe) -> Finding:
 def _harmless(case: Case, pattern: Pattern) -> Finding:
     """Why a wrong pattern does no harm on this model."""
     return Finding("harmless here", pattern.harmless, "its logits are no further from the exact ones than rounding")
-
-
-def _close(case: Case, a: Tensor, b: Tensor) -> bool:
-    """Whether two computations of one step's logits, (vocab,), differ by no more than rounding."""
-    return float(rms(a.cpu().double() - b.cpu().double())) <= LIMIT * case.noise.floor

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kvgen.contract import Model
+from kvgen.contract import Backend, Model
 from kvgen.errors import ModelError, UsageError
 from kvgen.generation.sampling import Sampler
 
@@ -50,6 +50,15 @@ class Limits:
     max_tokens: int
     eos_ids: Collection[int] = ()
     context_length: int | None = None
+
+
+def ids_tensor(backend: Backend, ids: Sequence[int]) -> Tensor:
+    """`ids` as a model takes them, (1, n) int64 on its device. Raises UsageError for one outside its vocabulary."""
+    vocabulary = backend.vocab_size
+    outside = next((id_ for id_ in ids if id_ < 0 or (vocabulary is not None and id_ >= vocabulary)), None)
+    if outside is not None:
+        raise UsageError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
+    return torch.tensor([list(ids)], dtype=torch.int64, device=backend.device)
 
 
 def decode(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from kvgen.errors import UsageError
-from kvgen.generation.decode import Limits, decode
+from kvgen.generation.decode import Limits, decode, ids_tensor
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
 from kvgen.generation.text import Chunk, to_chunks
@@ -44,15 +42,11 @@ def stream(
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
-    model = loaded.model
-    outside = next((id_ for id_ in ids if not 0 <= id_ < (model.vocab_size or id_ + 1)), None)
-    if outside is not None:
-        raise UsageError(f"token id {outside} is outside the model's vocabulary of {model.vocab_size}")
     steps = decode(
-        model,
-        torch.tensor([ids], dtype=torch.int64, device=model.device),
+        loaded.model,
+        ids_tensor(loaded.model, ids),
         make_sampler(sampling),
-        Limits(max_tokens, loaded.tokenizer.eos_ids, model.context_length),
+        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.model.context_length),
         use_cache=use_cache,
         cache=cache,
         top_logprobs=top_logprobs,

@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT ?= Once upon a time,
+PROMPT_FILE ?= prompts/story.txt
 
 .PHONY: run test test-all lint clean
 
 run: $(VENV)/.run
-	@$(BIN)/kvgen generate --prompt "$(PROMPT)" --seed 1 --max-tokens 120 --stats
+	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 1 --max-tokens 120 --stats
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -1,15 +1,22 @@
 """`python -m kvgen`, and the entry point of the `kvgen` command."""
 
-import sys
+import os
+import signal
+import types
 
 
 def main() -> None:
-    try:
-        from kvgen.cli import app
+    # A KeyboardInterrupt inside the import of a C extension can be lost, so until torch is there an interruption
+    # ends the process at once; `kvgen.cli.model` then gives the signal back to Python.
+    signal.signal(signal.SIGINT, _exit_interrupted)
 
-        app(prog_name="kvgen")
-    except KeyboardInterrupt:  # before a command has begun
-        sys.exit(130)
+    from kvgen.cli import app
+
+    app(prog_name="kvgen")
+
+
+def _exit_interrupted(number: int, frame: types.FrameType | None) -> None:
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,12 @@ def resolve(reference: str | Path | None = None, *, progress: Progress = no_prog
     Raises NotFoundError if none of them fits or the files cannot be had.
     """
     reference = str(reference or default_reference())
-    path = Path(reference).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(reference).expanduser()
+        if path.is_file() or path.is_dir():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, a user that does not exist
+        raise NotFoundError(f"model {reference[:60]!r}: cannot be looked up ({error.__class__.__name__})") from error
     if entry := CATALOGUE.get(reference):
         folder = cache_dir() / "models"
         present = catalogue.find(entry, folder)
@@ -77,6 +80,9 @@ def is_offline() -> bool:
 def _hub_folder(repository: str) -> Path:
     """The repository's snapshot: from the hub's own cache if it is whole there, else downloaded into it."""
     import huggingface_hub  # here because it is slow to import and seldom needed
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # a library keeps off the terminal
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def snapshot(*, local: bool) -> Path:

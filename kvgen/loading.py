@@ -102,7 +102,7 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).item()  # fails on `meta`, which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"device {str(device)!r} cannot be used on this machine; try auto, cpu, cuda or mps") from None
     return chosen

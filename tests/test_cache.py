@@ -186,6 +186,19 @@ def test_a_cache_of_another_model_is_refused() -> None:
         make_decoder(seed=1)(sequence(1, 2, 3), cache)
 
 
+def test_a_cache_that_nobody_wrote_can_be_handed_in() -> None:
+    cache = KVCache()
+    _, returned = MODEL(sequence(1, 2), cache)
+    assert returned is cache
+    assert cache.tokens.tolist() == [[1, 2]]
+
+
+def test_a_model_in_fewer_bits_keeps_its_positions() -> None:
+    model = make_decoder().to(torch.bfloat16)
+    assert torch.equal(model.rotary.inverse_frequencies, MODEL.rotary.inverse_frequencies)
+    assert make_decoder().to(torch.float64).rotary.inverse_frequencies.dtype == torch.float64
+
+
 def test_a_trim_to_more_than_is_there_is_refused() -> None:
     cache = KVCache()
     with pytest.raises(CacheError, match="cannot trim"):

@@ -26,6 +26,7 @@ TEMPLATES = {
     "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "namespace": "{% set n = namespace(c=0) %}{% for m in messages %}{% set n.c = n.c + 1 %}{% endfor %}{{ n.c }}",
     "date": "{{ strftime_now('%Y') }}",
+    "tools": "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}",
 }
 
 
@@ -92,9 +93,34 @@ def test_a_template_that_fails_is_a_checkpoint_error(source: str) -> None:
         ChatTemplate(source, {}).render(CONVERSATION)
 
 
+def test_a_bad_template_does_not_keep_a_checkpoint_from_plain_text(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% unknown %}"}))
+    assert kvgen.load(folder).tokenizer.encode("hello")
+
+
+def test_bos_is_the_templates_business(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    processor = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": processor}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    loaded = kvgen.load(folder).tokenizer
+    assert loaded.encode("abc")[0] == 0
+    assert loaded.encode_chat([{"role": "user", "content": "abc"}]).count(0) == 1
+
+
+def test_a_template_that_recurses_is_a_checkpoint_error() -> None:
+    with pytest.raises(CheckpointError, match="chat template"):
+        ChatTemplate("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}).render(CONVERSATION)
+
+
 def test_a_template_that_is_not_jinja_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="not valid Jinja"):
-        ChatTemplate("{% for %}", {})
+    with pytest.raises(CheckpointError, match="TemplateSyntaxError"):
+        ChatTemplate("{% for %}", {}).render(CONVERSATION)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -129,6 +130,10 @@ def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
         (["-p", "x", "--dtype", "float8"], 2, "--dtype"),
         (["-p", "x", "--device", "toaster"], 2, "toaster"),
         (["-p", "x", "--logit-bias", "a=b"], 2, "--logit-bias"),
+        (["-p", "x", "--threads", "100000"], 2, "--threads"),
+        (["-p", "x", "--device", "meta"], 2, "meta"),
+        (["-p", "x", "-m", "a" * 5000], 1, "looked up"),
+        (["-p", "x", "-m", "~nosuchuser/x"], 1, "looked up"),
         (["-p", "x", "--chat"], 2, "no chat template"),
         (["-p", "abc " * 600], 2, "context has room for 512"),
         (["-f", "/no/such/file"], 1, "/no/such/file"),
@@ -288,6 +293,61 @@ def test_text_reaches_a_pipe_as_it_is_made_and_ctrl_c_keeps_it(smollm2_path: Pat
         assert (first + rest).startswith(b" the")
         assert (first + rest).endswith(b"\n")
         assert process.stderr.read() == b""
+
+
+def test_a_stats_reader_that_leaves_costs_no_output(tiny) -> None:
+    command = 'seq 1 6 | sed "s/$/ word/" | "$@" --lines --json --stats 2> >(true)'
+    result = subprocess.run(["bash", "-c", command, "bash", *KVGEN, *tiny], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["generate", "-p", "x"], ["--help"], ["--version"]], ids=str)
+def test_a_full_disk_is_one_line(tiny, arguments: list[str]) -> None:
+    given = [*tiny, "-p", "x"] if arguments[0] == "generate" else arguments
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([*KVGEN, *given], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "cannot be written" in result.stderr
+
+
+def test_a_closed_stdout_is_one_line(tiny) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *KVGEN, *tiny, "-p", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "kvgen: error: stdout is closed: there is nowhere to write to\n"
+
+
+def test_text_is_utf8_in_a_pipe_whatever_the_locale(hostile) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([*KVGEN, *hostile], capture_output=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "\u202e" in result.stdout.decode("utf-8")
+
+
+def test_an_environment_that_forces_colour_changes_no_pipe(tiny) -> None:
+    plain = run(*tiny, "-p", "abc", "--stats", "--seed", "1")
+    forced = run(
+        *tiny, "-p", "abc", "--stats", "--seed", "1", env={**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}
+    )
+    assert forced.stdout == plain.stdout
+    assert "\x1b" not in forced.stderr
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.25, 0.4, 0.8])
+def test_ctrl_c_is_heard_while_it_starts(smollm2_path: Path, delay: float) -> None:
+    with subprocess.Popen(
+        [*KVGEN, "generate", "-p", "Once upon a time,", "-n", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        # Python itself takes some 50 ms to start, and dies of the signal until then.
+        assert process.returncode in ((130, -signal.SIGINT) if delay < 0.1 else (130,))
+        assert b"Traceback" not in errors or delay < 0.1
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import kvgen
 from kvgen import ModelError, UsageError
 from kvgen.generation.decode import Limits, decode
 from kvgen.generation.sampling import make_sampler
-from kvgen.generation.text import StopMatcher
+from kvgen.generation.text import StopMatcher, to_chunks
 
 GREEDY = kvgen.Sampling(temperature=0)
 
@@ -85,7 +85,7 @@ def test_logits_that_are_not_numbers_stop_the_loop() -> None:
     def model(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         return torch.full((1, 1, 4), torch.nan), None
 
-    with pytest.raises(ModelError, match="position 2"):
+    with pytest.raises(ModelError, match="after 2 positions"):
         run(model, [1, 2])
 
 
@@ -151,6 +151,14 @@ def test_a_stop_text_ends_the_completion_before_it(smollm2) -> None:
 def test_what_only_looked_like_a_stop_text_is_shown_in_the_end(smollm2) -> None:
     text = kvgen.generate(smollm2, "Once upon a time,", GREEDY, max_tokens=4, stop=[" Nova Heaven"])
     assert text == " the city of Nova"
+
+
+def test_the_tail_that_was_held_back_comes_with_the_last_token(smollm2) -> None:
+    """A completion that is cut inside a character ends with U+FFFD, as decoding all of it at once does."""
+    ids = smollm2.tokenizer.encode("😀")
+    steps = [kvgen.Step(id_, None, 1, 0, "length" if id_ == ids[-2] else None) for id_ in ids[:-1]]
+    chunks = list(to_chunks(steps, smollm2.tokenizer))
+    assert "".join(chunk.text for chunk in chunks) == smollm2.tokenizer.decode(ids[:-1]) != ""
 
 
 pieces_lists = st.lists(st.text("abc", max_size=3), max_size=12)

@@ -119,6 +119,10 @@ def test_presence_and_frequency_penalties_count_the_completion_alone() -> None:
     assert draw(Sampling(frequency_penalty=0.6, **greedy), logits, [0, 0], prompt_length=0) == [1]
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert draw(Sampling(temperature=1e-40, top_p=1), torch.tensor([1.0, 3.0, 2.9]), n=5) == [1] * 5
+
+
 def test_logit_bias_comes_first() -> None:
     logits = torch.tensor([1.0, 0.0, 0.0])
     assert draw(Sampling(temperature=0, logit_bias={2: 5.0}), logits) == [2]
@@ -144,6 +148,9 @@ def test_logit_bias_comes_first() -> None:
         {"presence_penalty": math.nan},
         {"frequency_penalty": math.inf},
         {"logit_bias": {1: math.nan}},
+        {"logit_bias": {5: 1e39}},
+        {"logit_bias": {99999999999999999999: 1.0}},
+        {"presence_penalty": 1e39},
         {"seed": -1},
         {"seed": 2**63},
     ],

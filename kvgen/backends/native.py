@@ -58,9 +58,14 @@ def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, po
     """
     family = find_family(raw)
     config = family.config(raw)
-    with torch.device("meta"):
-        model = Decoder(config)
     found, unknown = parameter_names(raw.tensors, family.names(raw))
+    if config.layers > len(found):  # before a decoder of a million layers is built
+        raise CheckpointError(f"{raw.path}: says {config.layers} layers, but holds {len(found)} tensors")
+    try:
+        with torch.device("meta"):
+            model = Decoder(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({error})") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     _check_names(raw.path, missing=shapes.keys() - found.keys(), unknown=unknown)
     _check_names(raw.path, missing=[], unknown=[found[name] for name in found.keys() - shapes.keys()])

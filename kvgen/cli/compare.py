@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Exit, Option
 
 from kvgen.cli import options
 from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import write_json
+from kvgen.cli.render import terminal, write_json
 from kvgen.cli.report import print_comparison
 from kvgen.errors import KvgenError, UsageError
 
@@ -125,11 +125,10 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
 
 @contextlib.contextmanager
 def _waiting(*, quiet: bool) -> Iterator[None]:
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield
     else:
-        with console.status("comparing"):
+        with terminal(sys.stderr).status("comparing"):
             yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -26,12 +28,16 @@ class Group(TyperGroup):
         # An option with an optional value, which Typer does not have.
         given = ["--verify-cache=1" if word == "--verify-cache" else word for word in sys.argv[1:]]
         try:
-            code = super().main(given, *args, **{**options, "standalone_mode": False})
+            with _exit_codes():
+                _prepare_stdout()
+                code = super().main(given, *args, **{**options, "standalone_mode": False})
         except TyperException as error:  # the command line itself could not be understood
             context = getattr(error, "ctx", None)
             where = context.command_path if context else "kvgen"
             _print_error(f"{error.format_message()} (see '{where} --help')")
             code = error.exit_code
+        except Exit as exit_:
+            code = exit_.exit_code
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -39,20 +45,42 @@ class Group(TyperGroup):
             return super().invoke(ctx)
 
 
+def _prepare_stdout() -> None:
+    """Text goes out as UTF-8, whatever the locale; on a terminal of another encoding, escaped where it must be."""
+    if sys.stdout is None:
+        raise KvgenError("stdout is closed: there is nowhere to write to")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout.isatty():
+            sys.stdout.reconfigure(errors="backslashreplace")
+        else:
+            sys.stdout.reconfigure(encoding="utf-8")
+
+
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KvgenError as error:
         _print_error(str(error))
         raise Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise Exit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:
-        # The reader has what it wanted (`| head -1`). Python flushes stdout once more at exit, into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has what it wanted (`| head -1`)
+        _discard_stdout()
         raise Exit(0) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
+            raise
+        _discard_stdout()
+        _print_error(f"stdout cannot be written ({error.strerror})")
+        raise Exit(1) from None
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more at exit; let that go into nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _print_error(message: str) -> None:

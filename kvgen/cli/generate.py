@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
@@ -162,6 +163,8 @@ def _as_json(
 
 def _logprobs_as_json(tokenizer: Tokenizer, step: Step) -> dict[str, Any]:
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
-        return {"id": id_, "token": tokenizer.token(id_), "logprob": logprob}
+        # A token that a model rules out has no finite log-probability, and JSON no infinity.
+        finite = logprob if logprob is None or math.isfinite(logprob) else None
+        return {"id": id_, "token": tokenizer.token(id_), "logprob": finite}
 
     return {**entry(step.token, step.logprob), "top": [entry(*pair) for pair in step.top_logprobs]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from kvgen.cli.render import download_progress
@@ -18,6 +19,7 @@ def load_model(
 
     from kvgen import load
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see kvgen/__main__.py
     if threads is not None:
         torch.set_num_threads(threads)
     with download_progress(quiet=quiet) as progress:

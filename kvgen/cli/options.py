@@ -44,7 +44,9 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
-Threads = Annotated[int | None, Option(min=1, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)]
+Threads = Annotated[
+    int | None, Option(min=1, max=1024, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)
+]
 
 Prompt = Annotated[
     str | None,

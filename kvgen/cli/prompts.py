@@ -73,7 +73,7 @@ def _open(file: Path) -> BinaryIO:
 
 def _decode(data: bytes, file: Path) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put in front
     except UnicodeDecodeError as error:
         raise UsageError(f"{_name(file)}: not UTF-8 text (byte {error.start})") from None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,11 @@ from rich.text import Text
 
 from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
+
+
+def terminal(stream: TextIO) -> Console:
+    """A Rich console on a stream. Whether that is a terminal the stream says, not an environment variable."""
+    return Console(file=stream, force_terminal=stream.isatty(), highlight=False, markup=False, emoji=False)
 
 
 class TextWriter:
@@ -24,7 +30,7 @@ class TextWriter:
 
     def __init__(self, *, raw: bool) -> None:
         self._raw = raw
-        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self._console = terminal(sys.stdout)
         self._at_line_start = True
 
     def __enter__(self) -> TextWriter:
@@ -59,9 +65,15 @@ def escape_json_delete(line: str) -> str:
 
 
 def print_note(text: str, style: str = "dim") -> None:
-    """A line on stderr."""
-    console = Console(stderr=True, highlight=False)
-    console.print(Text(escape_controls(text), style=style), soft_wrap=not console.is_terminal)
+    """A line on stderr. That its reader has left is no reason to stop."""
+    if sys.stderr is None:
+        return
+    if sys.stderr.isatty():
+        terminal(sys.stderr).print(Text(escape_controls(text), style=style))
+        return
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"{escape_controls(text)}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -72,7 +84,7 @@ def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
         BarColumn(bar_width=20),
         DownloadColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=terminal(sys.stderr),
     )
 
     def show(what: str, done: int, total: int) -> None:

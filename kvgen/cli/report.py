@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvgen.cli.escape import escape_controls
+from kvgen.cli.render import terminal
 
 _GOOD, _BAD, _NEUTRAL = "green", "bold red", "yellow"
 _STYLES = {"equivalent": _GOOD, "near-tie": _GOOD, "lossy": _NEUTRAL, "unsupported": _NEUTRAL}
@@ -23,7 +24,7 @@ _LABEL_WIDTH = 18
 
 def print_comparison(data: dict[str, Any], report: dict[str, Any]) -> None:
     """Print one comparison of a report, as `kvgen.compare.report` makes them, on stdout."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    console = terminal(sys.stdout)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     console.print(_verdict(data))

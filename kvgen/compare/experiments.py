@@ -45,11 +45,11 @@ class Trial:
     def is_like(self, logits: Tensor) -> bool:
         return close(self.case, self.wrong, logits)
 
-    def run(self, ids: Tensor, call: Model | None = None) -> Tensor:
+    def run(self, ids: Tensor) -> Tensor:
         """What the pattern returns after `ids`, (1, length), handed over as the text was: (vocab,)."""
         cache: Any = None
         for length in range(min(self.case.start, ids.shape[1]), ids.shape[1] + 1):
-            logits, cache = (call or self.call)(ids[:, :length], cache)
+            logits, cache = self.call(ids[:, :length], cache)
         return logits[0, -1].cpu()
 
     @property

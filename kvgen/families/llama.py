@@ -66,6 +66,8 @@ def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     dim, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", dim // heads)
     keys.require("attention.value_length", head_dim)
+    keys.require("attention.scale", None)
+    keys.require("attention.clamp_kqv", None)
     embedding = raw.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{raw.path}: the tensor token_embd.weight is missing")

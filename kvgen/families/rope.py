@@ -21,6 +21,8 @@ def rotary_from_hf(config: Fields, dim: int) -> Rotary:
     """From config.json: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     section = config.section("rope_parameters") or config.section("rope_scaling") or Fields({}, config.path)
     base = section.number("rope_theta", config.number("rope_theta", 10000.0))
+    if base <= 1:
+        raise CheckpointError(f"{config.path}: rope_theta is {base}; it must be above 1")
     frequencies = base_frequencies(dim, base)
     kind = section.get("rope_type") or section.get("type") or "default"
     if kind == "default":
@@ -66,6 +68,15 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
     if dim != head_dim:
         raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.dimension_count {dim} is not the head size {head_dim}")
     base = keys.number("rope.freq_base", 10000.0)
+    if base <= 1:
+        raise CheckpointError(f"{raw.path}: {keys.prefix}rope.freq_base is {base}; it must be above 1")
+    for name, supported in (
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_beta_fast", 32.0),
+        ("rope.scaling.yarn_beta_slow", 1.0),
+        ("rope.scaling.yarn_ext_factor", 1.0),
+    ):
+        keys.require(name, supported)
     frequencies = base_frequencies(dim, base)
     factors = raw.tensors.get("rope_freqs.weight")
     if factors is not None:

@@ -82,17 +82,19 @@ def decode(
     """
     prompt_length = ids.shape[1]
     _check_prompt(prompt_length, limits)
-    sequence = ids.new_empty(1, prompt_length + limits.max_tokens)
-    sequence[:, :prompt_length] = ids
-    for length in range(prompt_length, prompt_length + limits.max_tokens):
+    end = prompt_length + limits.max_tokens
+    sequence = ids
+    for length in range(prompt_length, end):
         logits, cache = model(sequence[:, :length], cache if use_cache else None)
         last = logits[0, -1].to("cpu", torch.float32)
-        if last.isnan().any():
-            raise ModelError(f"the model's logits after position {length} are not numbers (NaN)")
+        if not last.max().isfinite():
+            raise ModelError(f"the model's logits after {length} positions are not finite numbers")
         token = sampler(last, sequence[0, :length].cpu(), prompt_length)
+        if length == sequence.shape[1]:  # doubles, so that no step copies the past
+            sequence = torch.cat((sequence, torch.empty_like(sequence)), dim=1)
         sequence[0, length] = token
         logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
-        finish = _finish_reason(token, length + 1, sequence.shape[1], limits)
+        finish = _finish_reason(token, length + 1, end, limits)
         reused = getattr(cache, "reused", None) if use_cache else 0
         yield Step(token, cache, length, reused, finish, logprob, top)
         if finish:
@@ -109,10 +111,10 @@ def _check_prompt(length: int, limits: Limits) -> None:
         )
 
 
-def _finish_reason(token: int, length: int, capacity: int, limits: Limits) -> FinishReason | None:
+def _finish_reason(token: int, length: int, end: int, limits: Limits) -> FinishReason | None:
     if token in limits.eos_ids:
         return "eos"
-    if length == capacity:
+    if length == end:
         return "length"
     return "context" if length == limits.context_length else None
 

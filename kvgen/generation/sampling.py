@@ -83,7 +83,9 @@ def repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 def scale(logits: Tensor, temperature: float) -> Tensor:
     """Divide by the temperature."""
-    return logits / temperature
+    scaled: Tensor = logits / temperature
+    # A tiny temperature would overflow; only differences matter, so the largest logit can be 0.
+    return scaled if scaled.isfinite().any() and not scaled.isposinf().any() else (logits - logits.max()) / temperature
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

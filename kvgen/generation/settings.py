@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kvgen.errors import UsageError
 
 DEFAULT_MAX_TOKENS = 256
+_LARGEST = 1e6  # of a bias or a penalty: far beyond any logit, far below where float32 ends
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Sampling:
         self._check(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         self._check(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1")
         self._check(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
-        self._check(math.isfinite(self.presence_penalty), "presence_penalty", "a finite number")
-        self._check(math.isfinite(self.frequency_penalty), "frequency_penalty", "a finite number")
-        self._check(all(map(math.isfinite, self.logit_bias.values())), "logit_bias", "finite numbers by token id")
+        self._check(abs(self.presence_penalty) <= _LARGEST, "presence_penalty", f"at most {_LARGEST:g} in size")
+        self._check(abs(self.frequency_penalty) <= _LARGEST, "frequency_penalty", f"at most {_LARGEST:g} in size")
+        bias_fits = all(0 <= id_ < 2**31 and abs(value) <= _LARGEST for id_, value in self.logit_bias.items())
+        self._check(bias_fits, "logit_bias", f"token ids with numbers of at most {_LARGEST:g} in size")
         self._check(self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
 
     def _check(self, valid: bool, name: str, wanted: str) -> None:

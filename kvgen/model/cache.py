@@ -18,7 +18,7 @@ _MIN_CAPACITY = 64
 class KVCache:
     """Keys and values of every layer, and the ids behind them. One forward pass advances it once.
 
-    owner: the model that writes the cache; another model refuses it.
+    owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """

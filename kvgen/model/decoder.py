@@ -76,6 +76,8 @@ class Decoder(nn.Module):
     def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
         if ids.shape[1] == 0:
             raise UsageError("cannot decode an empty sequence: give at least one token")
+        if cache is not None and cache.owner is None and cache.length == 0:
+            cache.owner = self
         if cache is not None and cache.owner is not self:
             raise CacheError("this KV cache was written by another model")
         return KVCache(self) if cache is None else cache

@@ -5,6 +5,8 @@ Parameters are left empty: they come from a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
@@ -74,6 +76,14 @@ class RotaryTables(nn.Module):
         # On the CPU even while the parameters are built on the meta device: it is not in a checkpoint.
         frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32, device="cpu")
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
+        """Follow the module to another device, but never to fewer bits than float32's: positions need them."""
+        frequencies = self.inverse_frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if torch.finfo(self.inverse_frequencies.dtype).bits < 32:
+            self.inverse_frequencies = frequencies.to(self.inverse_frequencies.device)
+        return self
 
     def forward(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Tables for positions start to start + count - 1: two (count, D) tensors of the frequencies' dtype."""

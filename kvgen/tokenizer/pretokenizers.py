@@ -30,17 +30,15 @@ def _single_digits() -> PreTokenizer:
     return Sequence([Digits(individual_digits=True), _gpt2()])
 
 
-def _words(digits: str) -> Callable[[], PreTokenizer]:
-    """The pattern of tiktoken's cl100k and its descendants; they differ in how many digits go together."""
+def _llama3() -> PreTokenizer:
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    return lambda: Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_LLAMA3 = PreTokenizerSpec(_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_LLAMA3 = PreTokenizerSpec(_llama3, ignore_merges=True, add_bos=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "gpt-2": PreTokenizerSpec(_gpt2),
@@ -49,5 +47,4 @@ PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
-    "qwen2": PreTokenizerSpec(_words(r"\p{N}")),
 }

@@ -99,9 +99,11 @@ def _print_texts(console: Console, patterns: list[dict[str, Any]]) -> None:
     for pattern in patterns:
         if pattern["completion"] is None:
             continue
-        text = escape_controls(pattern["completion"].replace("\n", "\u23ce"))
-        start = len(text) if pattern["split"] is None else pattern["split"]
-        shown = text if start == len(text) else f"{text[:start]}\u27e6{text[start:]}\u27e7"
+        completion = pattern["completion"].replace("\n", "\u23ce")
+        same, other = escape_controls(completion[: pattern["split"]]), ""
+        if pattern["split"] is not None:
+            other = f"\u27e6{escape_controls(completion[pattern['split'] :])}\u27e7"
+        start, shown = len(same), same + other
         position = 0
         for number, part in enumerate(textwrap.wrap(shown, width, drop_whitespace=False) or [""]):
             line = Text(f"{'' if number else pattern['pattern']:<{_LABEL_WIDTH}}", "bold")

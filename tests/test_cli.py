@@ -25,7 +25,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     options = {"stdin": subprocess.DEVNULL} | options if "input" not in options else options
-    return subprocess.run([*KVGEN, *arguments], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([*KVGEN, *arguments], capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import kvgen
 from kvgen import CheckpointError, KvgenError, NotFoundError, UnsupportedError, UsageError
 from kvgen.families.llama import split_halves
+from tests.test_parity import LLAMA3_SCALING, YARN_SCALING
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -252,16 +253,6 @@ def write_gguf(path: Path, reference: Any, tokenizer: Any, **keys: Any) -> None:
     writer.close()
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
 @pytest.mark.parametrize(
     ("config", "keys"),
     [
@@ -269,21 +260,13 @@ LLAMA3 = {
         ({"tie_word_embeddings": True}, {}),
         ({"head_dim": 12}, {}),
         ({"attention_bias": True, "mlp_bias": True}, {}),
-        ({"rope_parameters": LLAMA3, "head_dim": 64}, {}),
+        ({"rope_parameters": LLAMA3_SCALING, "head_dim": 64}, {}),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
             {"rope__scaling__type": "linear", "rope__scaling__factor": 3.0},
         ),
         (
-            {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                },
-                "head_dim": 32,
-            },
+            {"rope_parameters": YARN_SCALING, "head_dim": 32},
             {
                 "rope__scaling__type": "yarn",
                 "rope__scaling__factor": 4.0,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvgen.compare.case import Case
 from kvgen.compare.experiments import EXPERIMENTS, LAST_RESORTS, Finding, Trial, attempt, nondeterministic
 from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
-from kvgen.compare.run import run_forced
 from kvgen.rounding import LIMIT, eps, rms, typical_floor
 
 
@@ -47,17 +47,18 @@ def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
     return oracle_gap, findings
 
 
-def diagnose(case: Case, pattern: Pattern, probes: tuple[Probe, ...], *, wrong: bool) -> list[Finding]:
+def diagnose(case: Case, pattern: Pattern, logits: Tensor, probes: tuple[Probe, ...], *, wrong: bool) -> list[Finding]:
     """The explanations that survive for a pattern on a case.
 
-    wrong: the verdict on its step-by-step logits. Empty for a right pattern that is right; otherwise at least
-    one, if only that nothing explains it.
+    logits: what the pattern returns on the sharp case, (steps, vocab). wrong: the verdict on its step-by-step
+        logits.
+
+    Empty for a right pattern that is right; otherwise at least one, if only that nothing explains it.
     """
     if not wrong:
         found = [] if pattern.right else [_harmless(case, pattern)]
         return found + [_from_probe(probe) for probe in probes if probe.wrong]
     sharp = case.sharp
-    logits = run_forced(pattern.call(sharp.backend), sharp.ids, sharp.start).logits
     distances = rms(logits - sharp.noise.exact) / sharp.noise.floor
     wrong_steps = (distances > LIMIT).nonzero()[:, 0].tolist()
     if not wrong_steps:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kvgen.compare.case import CALL_ERRORS, Case
 from kvgen.compare.patterns import Pattern
 from kvgen.contract import Backend, Model
-from kvgen.rounding import LIMIT, rms
+from kvgen.rounding import rms
 
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_FOREIGN = 8
@@ -43,7 +43,7 @@ class Trial:
     wrong: Tensor
 
     def is_like(self, logits: Tensor) -> bool:
-        return close(self.case, self.wrong, logits)
+        return self.case.noise.same(self.wrong, logits)
 
     def run(self, ids: Tensor) -> Tensor:
         """What the pattern returns after `ids`, (1, length), handed over as the text was: (vocab,)."""
@@ -120,7 +120,7 @@ def _order_lost(trial: Trial) -> Finding | None:
     positions[-1] = 0
     all_at_zero = _placed(trial, torch.zeros_like(positions))
     # Where cached keys keep their positions, the experiment cannot tell this from a lost offset.
-    if trial.is_like(all_at_zero) and not close(trial.case, all_at_zero, _placed(trial, positions)):
+    if trial.is_like(all_at_zero) and not trial.case.noise.same(all_at_zero, _placed(trial, positions)):
         return Finding(
             "order lost",
             "The order is lost: all keys, cached and new, share one position.",
@@ -133,7 +133,7 @@ def _order_ignored(trial: Trial) -> Finding | None:
     if trial.length < 4:
         return None
     shuffled = torch.cat((trial.ids[:, :-1].flip(1), trial.ids[:, -1:]), dim=1)
-    reference_moves = not close(trial.case, trial.case.alone(shuffled), trial.case.alone(trial.ids))
+    reference_moves = not trial.case.noise.same(trial.case.alone(shuffled), trial.case.alone(trial.ids))
     if reference_moves and trial.is_like(trial.run(shuffled)):
         return Finding(
             "order lost",
@@ -173,10 +173,11 @@ def _without_influence(trial: Trial) -> Finding | None:
         changed[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
         if torch.equal(changed, trial.ids):
             continue
-        if trial.is_like(trial.run(changed)) and not trial.is_like(trial.case.alone(changed)):
-            moved = trial.case.alone(changed).double() - trial.case.alone(trial.ids).double()
-            if float(rms(moved)) > LIMIT * trial.case.noise.floor:
-                unnoticed.append(position)
+        if not trial.is_like(trial.run(changed)):
+            continue
+        expected = trial.case.alone(changed)
+        if not trial.is_like(expected) and not trial.case.noise.same(expected, trial.case.alone(trial.ids)):
+            unnoticed.append(position)
     if not unnoticed:
         return None
     shown = ", ".join(map(str, sorted(unnoticed)[:8])) + (", ..." if len(unnoticed) > 8 else "")
@@ -217,7 +218,7 @@ def _lookup_or_values(trial: Trial) -> Finding | None:
     token = trial.ids[:, -1:]
     constant = token.expand(1, trial.length)
     actual, expected = trial.run(constant), trial.case.alone(constant)
-    if close(trial.case, actual, expected):
+    if trial.case.noise.same(actual, expected):
         return Finding(
             "lookup wrong",
             "The cached values are right but are looked up wrongly: tokens get wrong positions, or some of them are "
@@ -255,7 +256,7 @@ def _first_tokens_missing(trial: Trial) -> Finding | None:
     for length in range(1, trial.length + 1):
         logits, cache = trial.call(trial.ids[:, :length], cache)
     for missing in range(1, min(4, trial.length)):
-        if close(trial.case, logits[0, -1], trial.case.alone(trial.ids[:, missing:])):
+        if trial.case.noise.same(logits[0, -1], trial.case.alone(trial.ids[:, missing:])):
             return Finding(
                 "short context",
                 f"The context is short: the first {missing} token(s) of the text are not in the cache.",
@@ -269,7 +270,7 @@ def _first_wrong_length(trial: Trial, begin: int) -> int | None:
     cache: Any = None
     for length in range(begin, trial.case.ids.shape[1] + 1):
         logits, cache = trial.call(trial.case.ids[:, :length], cache)
-        if not close(trial.case, logits[0, -1], trial.case.alone(trial.case.ids[:, :length])):
+        if not trial.case.noise.same(logits[0, -1], trial.case.alone(trial.case.ids[:, :length])):
             return length
     return None
 
@@ -289,11 +290,6 @@ def _in_training_mode(module: nn.Module) -> list[str]:
     training = [(name, part) for name, part in module.named_modules() if part.training]
     random = [f"{name} ({type(part).__name__})" for name, part in training if "Drop" in type(part).__name__]
     return random or [name or type(part).__name__ for name, part in training]
-
-
-def close(case: Case, a: Tensor, b: Tensor) -> bool:
-    """Whether two computations of one step's logits, (vocab,), differ by no more than rounding."""
-    return float(rms(a.cpu().double() - b.cpu().double())) <= LIMIT * case.noise.floor
 
 
 EXPERIMENTS: tuple[Callable[[Trial], Finding | None], ...] = (

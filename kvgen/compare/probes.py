@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case
+from kvgen.compare.case import CALL_ERRORS, Case, in_one_line
 from kvgen.rounding import LIMIT, rms
 
 
@@ -39,8 +39,7 @@ def _run(case: Case, name: str, use: Callable[[Case], Iterator[tuple[Tensor, Ten
     try:
         worst = max(float(rms(actual.double() - expected.double())) for actual, expected in use(case))
     except CALL_ERRORS as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return Probe(name, None, f"the model does not do this: {reason}")
+        return Probe(name, None, f"the model does not do this: {in_one_line(error)}")
     return Probe(name, worst / case.noise.floor)
 
 

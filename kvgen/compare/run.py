@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvgen.contract import Backend, Model
+from kvgen.contract import Model
 from kvgen.generation.decode import Limits, decode
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import Sampling
@@ -55,10 +55,3 @@ def run_free(model: Model, prompt: Tensor, steps: int, eos_ids: frozenset[int]) 
     found = decode(model, prompt, make_sampler(_GREEDY), Limits(steps, eos_ids), top_logprobs=2)
     taken = [(step.token, step.top_logprobs[0][1] - step.top_logprobs[1][1]) for step in found]
     return Free(tuple(token for token, _ in taken), tuple(margin for _, margin in taken))
-
-
-def is_deterministic(backend: Backend, ids: Tensor, tolerance: float) -> bool:
-    """Whether two equal uncached calls give the same logits."""
-    first, _ = backend(ids, None)
-    second, _ = backend(ids, None)
-    return bool((first - second).abs().max() <= tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from kvgen.backends.xtransformers import build_net
 from kvgen.checkpoint.xtransformers import LIBRARY
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.model.config import DecoderConfig
+from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
 from kvgen.tokenizer import Tokenizer
 
@@ -51,11 +52,34 @@ def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Pat
         raise KvgenError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
+_SIZES = (
+    "vocab_size",
+    "context_length",
+    "dim",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn_dim",
+    "norm_eps",
+    "tied_head",
+)
+
+
 def library_config(config: DecoderConfig) -> dict[str, Any]:
     """The library's arguments for a decoder of this kind."""
     if config.biases - {"ffn.down"}:
         raise UnsupportedError(f"x-transformers has no place for the biases of {', '.join(sorted(config.biases))}")
-    if config.rotary.scale != 1:
+    rotary = config.layers[0].rotary
+    plain = DecoderConfig(
+        **{name: getattr(config, name) for name in _SIZES}, layers=(Layer(rotary),) * len(config.layers)
+    )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != "biases" and value != getattr(plain, field.name):
+            raise UnsupportedError(f"cannot be converted to x-transformers: {field.name} is {value!r:.80}")
+    if rotary is None or len(rotary.inverse_frequencies) * 2 != config.head_dim or rotary.long_frequencies:
+        raise UnsupportedError("cannot be converted to x-transformers: its rotation is not of whole heads")
+    if rotary.scale != 1:
         raise UnsupportedError("x-transformers does not scale rotated queries and keys, as this model does")
     wrapper: dict[str, Any] = {
         "num_tokens": config.vocab_size,
@@ -67,7 +91,7 @@ def library_config(config: DecoderConfig) -> dict[str, Any]:
         wrapper["tie_embedding_scale"] = 1.0
     decoder = {
         "dim": config.dim,
-        "depth": config.layers,
+        "depth": len(config.layers),
         "heads": config.heads,
         "attn_dim_head": config.head_dim,
         "attn_kv_heads": config.kv_heads,
@@ -94,12 +118,12 @@ def library_state(decoder: Decoder) -> dict[str, Tensor]:
     groups = torch.arange(config.heads).view(config.kv_heads, -1).T.reshape(-1)  # library head -> ours
     state = {
         "token_emb.emb.weight": ours["token_embd.weight"],
-        "attn_layers.rotary_pos_emb.inv_freq": decoder.rotary.inverse_frequencies,
+        "attn_layers.rotary_pos_emb.inv_freq": decoder.get_buffer("rotaries.0.frequencies"),
         "attn_layers.final_norm.g": ours["output_norm.weight"] - 1,
     }
     if decoder.output is not None:
         state["to_logits.weight"] = ours["output.weight"]
-    for index in range(config.layers):
+    for index in range(len(config.layers)):
         prefix = f"blk.{index}."
         block = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
         attention, feed_forward = f"attn_layers.layers.{2 * index}", f"attn_layers.layers.{2 * index + 1}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgen import CacheError, KVCache, UsageError
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig, Layer, Rotary
 from kvgen.model.decoder import Decoder
 
 VOCAB = 50
@@ -19,15 +20,27 @@ CONFIG = DecoderConfig(
     vocab_size=VOCAB,
     context_length=1024,
     dim=24,
-    layers=3,
+    layers=(Layer(Rotary((1.0, 0.1))),) * 3,
     heads=6,
     kv_heads=2,
     head_dim=4,
     ffn_dim=32,
     norm_eps=1e-5,
-    rotary=Rotary((1.0, 0.1)),
     tied_head=False,
 )
+ROTARY = CONFIG.layers[0].rotary
+CONFIGS = {
+    "plain": CONFIG,
+    "windows": replace(CONFIG, layers=(Layer(ROTARY, 5), Layer(None), Layer(ROTARY, 3))),
+    "windows-of-one": replace(CONFIG, layers=(Layer(ROTARY, 1), Layer(ROTARY, 2), Layer(ROTARY))),
+    "windows-and-soft-caps": replace(
+        CONFIG, layers=(Layer(ROTARY, 5), Layer(ROTARY), Layer(ROTARY, 20)), attention_softcap=2.0, logit_softcap=9.0
+    ),
+    "alibi": replace(CONFIG, layers=(Layer(), Layer(window=5), Layer()), alibi=(0.5, 0.25, 0.125, 0.1, 0.05, 0.01)),
+    "learned-positions": replace(CONFIG, layers=(Layer(),) * 3, learned_positions=1024),
+    "long-rope": replace(CONFIG, layers=(Layer(Rotary((1.0, 0.1), 1.1, (0.5, 0.01), 20)), Layer(ROTARY), Layer())),
+    "parallel": replace(CONFIG, parallel=True, norms=frozenset({"attn_norm"}), norm="layer", gated=False),
+}
 
 
 def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
@@ -38,7 +51,9 @@ def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
     return model
 
 
-MODEL = make_decoder()
+MODELS = {name: make_decoder(config) for name, config in CONFIGS.items()}
+MODEL = MODELS["plain"]
+any_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 ids_lists = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
 
@@ -60,17 +75,19 @@ def edited_sequences(draw: st.DrawFn) -> list[list[int]]:
     return sequences
 
 
-@settings(deadline=None, max_examples=60)
-@given(edited_sequences())
-def test_cached_logits_equal_uncached_for_any_edits(sequences: list[list[int]]) -> None:
+@any_model
+@settings(deadline=None, max_examples=40)
+@given(sequences=edited_sequences())
+def test_cached_logits_equal_uncached_for_any_edits(model: Decoder, sequences: list[list[int]]) -> None:
     cache = None
     previous: list[int] = []
     for ids in sequences:
-        cached, cache = MODEL(sequence(*ids), cache)
-        uncached, _ = MODEL(sequence(*ids), None)
+        cached, cache = model(sequence(*ids), cache)
+        uncached, _ = model(sequence(*ids), None)
         assert (cached - uncached).abs().max() < TOLERANCE
         assert cache.tokens.tolist() == [ids]
-        assert cache.reused == min(common_prefix(previous, ids), len(ids) - 1)
+        reusable = min(common_prefix(previous, ids), len(ids) - 1)
+        assert cache.reused == reusable or (cache.reused == 0 and model is not MODEL)
         assert cache.computed == len(ids) - cache.reused
         previous = ids
 
@@ -79,16 +96,19 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+@any_model
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 3), st.integers(0, 2**31))
-def test_any_split_into_calls_gives_the_logits_of_one_pass(splits: list[int], batch: int, seed: int) -> None:
+@given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_any_split_into_calls_gives_the_logits_of_one_pass(
+    model: Decoder, splits: list[int], batch: int, seed: int
+) -> None:
     ids = torch.randint(0, VOCAB, (batch, sum(splits)), generator=torch.Generator().manual_seed(seed))
-    expected = MODEL.all_logits(ids)
+    expected = model.all_logits(ids)
     cache, end = None, 0
     for size in splits:
         end += size
-        logits, cache = MODEL(ids[:, :end], cache)
-        assert cache.computed == size
+        logits, cache = model(ids[:, :end], cache)
+        assert cache.computed == size or (cache.computed == end and model is MODELS["long-rope"])
         assert (logits[:, 0] - expected[:, end - 1]).abs().max() < TOLERANCE
 
 
@@ -109,12 +129,13 @@ def test_the_whole_sequence_again_computes_one_position() -> None:
     assert (first - again).abs().max() < TOLERANCE
 
 
-def test_growth_over_many_steps_keeps_everything() -> None:
+@any_model
+def test_growth_over_many_steps_keeps_everything(model: Decoder) -> None:
     ids = torch.randint(0, VOCAB, (1, 300), generator=torch.Generator().manual_seed(3))
-    expected = MODEL.all_logits(ids)
+    expected = model.all_logits(ids)
     cache = None
     for end in range(1, 301):
-        logits, cache = MODEL(ids[:, :end], cache)
+        logits, cache = model(ids[:, :end], cache)
         assert (logits[:, 0] - expected[:, end - 1]).abs().max() < TOLERANCE
 
 
@@ -123,8 +144,8 @@ def test_buffers_grow_by_doubling_so_that_copies_stay_few() -> None:
     ids = torch.zeros(1, 1000, dtype=torch.int64)
     for end in range(1, 1001):
         _, cache = MODEL(ids[:, :end], cache)
-        growths += cache._keys[0] is not previous
-        previous = cache._keys[0]
+        growths += cache._layers[0].keys is not previous
+        previous = cache._layers[0].keys
     assert growths <= 5  # 64, 128, 256, 512, 1024
 
 
@@ -195,8 +216,49 @@ def test_a_cache_that_nobody_wrote_can_be_handed_in() -> None:
 
 def test_a_model_in_fewer_bits_keeps_its_positions() -> None:
     model = make_decoder().to(torch.bfloat16)
-    assert torch.equal(model.rotary.inverse_frequencies, MODEL.rotary.inverse_frequencies)
-    assert make_decoder().to(torch.float64).rotary.inverse_frequencies.dtype == torch.float64
+    assert torch.equal(model.rotaries[0].frequencies, MODEL.rotaries[0].frequencies)
+    assert make_decoder().to(torch.float64).rotaries[0].frequencies.dtype == torch.float64
+
+
+WINDOWED = make_decoder(replace(CONFIG, layers=(Layer(ROTARY, 8),) * 3))
+
+
+def test_a_window_keeps_only_its_positions() -> None:
+    cache = None
+    sizes = set()
+    for end in range(1, 400):
+        _, cache = WINDOWED(torch.zeros(1, end, dtype=torch.int64), cache)
+        sizes.add(cache.nbytes)
+    row = 3 * 2 * CONFIG.kv_heads * CONFIG.head_dim * 4
+    assert max(sizes) <= (8 - 1 + 2 * 8) * row
+    assert WINDOWED(torch.zeros(1, 500, dtype=torch.int64), None)[1].nbytes <= (8 - 1 + 2 * 8) * row
+
+
+def test_a_trim_that_a_window_cannot_undo_is_refused() -> None:
+    ids = torch.randint(0, VOCAB, (1, 100), generator=torch.Generator().manual_seed(5))
+    _, cache = WINDOWED(ids, None)
+    with pytest.raises(CacheError, match="sliding window"):
+        cache.trim(50)
+    assert cache.length == 100
+    cache.trim(92)  # the slack: as many positions as the window
+    logits, cache = WINDOWED(ids[:, :94], cache)
+    assert cache.reused == 92
+    assert (logits - WINDOWED(ids[:, :94], None)[0]).abs().max() < TOLERANCE
+    logits, cache = WINDOWED(ids[:, :50], cache)  # the contract never fails: what is lost is computed anew
+    assert cache.reused == 0
+    assert (logits - WINDOWED(ids[:, :50], None)[0]).abs().max() < TOLERANCE
+
+
+def test_a_pass_that_is_interrupted_loses_nothing_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, VOCAB, (1, 80), generator=torch.Generator().manual_seed(6))
+    _, cache = WINDOWED(ids[:, :20], None)
+    with monkeypatch.context() as patch:
+        patch.setattr(WINDOWED.blk[2].attn, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            WINDOWED(ids, cache)
+    logits, cache = WINDOWED(ids[:, :21], cache)
+    assert cache.reused == 20
+    assert (logits - WINDOWED(ids[:, :21], None)[0]).abs().max() < TOLERANCE
 
 
 def test_a_trim_to_more_than_is_there_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families import find_family
-from kvgen.families.family import block_part, parameter_names
+from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
 
@@ -58,32 +59,45 @@ def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, po
     """
     family = find_family(raw)
     config = family.config(raw)
-    found, unknown = parameter_names(raw.tensors, family.names(raw))
-    if config.layers > len(found):  # before a decoder of a million layers is built
-        raise CheckpointError(f"{raw.path}: says {config.layers} layers, but holds {len(found)} tensors")
+    sources, unknown = family.sources(raw)
+    if len(config.layers) > len(raw.tensors):  # before a decoder of a million layers is built
+        raise CheckpointError(f"{raw.path}: says {len(config.layers)} layers, but holds {len(raw.tensors)} tensors")
     try:
         with torch.device("meta"):
             model = Decoder(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({error})") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _check_names(raw.path, missing=shapes.keys() - found.keys(), unknown=unknown)
-    _check_names(raw.path, missing=[], unknown=[found[name] for name in found.keys() - shapes.keys()])
-    for name, shape in shapes.items():
-        actual = raw.tensors[found[name]].shape
-        if actual != shape:
-            raise CheckpointError(f"{raw.path}: tensor {found[name]!r} has the shape {actual}, not {shape}")
+    homes = {parameter: source for source in sources for parameter in parts_of(source)}
+    _check_names(raw.path, missing=shapes.keys() - homes.keys(), unknown=unknown)
+    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - shapes.keys()])
     transforms = family.transforms(raw, config)
 
-    def read(name: str) -> tuple[str, Tensor]:
-        tensor = raw.tensors[found[name]].read()
-        if not tensor.is_floating_point():
-            raise UnsupportedError(f"{raw.path}: tensor {found[name]!r} has the type {raw.tensors[found[name]].type}")
-        transform = transforms.get(block_part(name))
-        return name, (transform(tensor) if transform else tensor).to(device=device, dtype=dtype)
+    def read(source: str) -> list[tuple[str, Tensor]]:
+        tensors = [_read_floats(raw, name) for name in sources[source]]
+        where = f"{raw.path}: tensor {sources[source][0]!r}"
+        try:
+            tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+            transform = transforms.get(block_part(source))
+            pieces = take_apart(transform(tensor) if transform else tensor, source, config)
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(f"{where} does not fit the config ({error})") from error
+        named = list(zip(parts_of(source), pieces, strict=True))
+        for name, piece in named:
+            if piece.shape != shapes[name]:
+                raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {shapes[name]}")
+        return [(name, piece.to(device=device, dtype=dtype)) for name, piece in named]
 
-    model.load_state_dict(dict(pool.map(read, shapes)), strict=True, assign=True)
+    state = dict(chain.from_iterable(pool.map(read, sources)))
+    model.load_state_dict(state, strict=True, assign=True)
     return NativeBackend(model.requires_grad_(False).to(device))
+
+
+def _read_floats(raw: RawCheckpoint, name: str) -> Tensor:
+    tensor = raw.tensors[name].read()
+    if not tensor.is_floating_point():
+        raise UnsupportedError(f"{raw.path}: tensor {name!r} has the type {raw.tensors[name].type}")
+    return tensor
 
 
 def _check_names(path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:

@@ -4,12 +4,50 @@ from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
-from kvgen.families import llama
+from kvgen.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from kvgen.families.family import Family
+from kvgen.families.refused import refusal
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        gemma,
+        gemma2,
+        gemma3,
+        gpt2,
+        gpt_neox,
+        phi,
+        phi3,
+        olmo2,
+        smollm3,
+        granite,
+        starcoder2,
+        stablelm,
+    )
+)
 
 
 def find_family(raw: RawCheckpoint) -> Family:
@@ -18,8 +56,13 @@ def find_family(raw: RawCheckpoint) -> Family:
     name = raw.metadata.get(key)
     if not isinstance(name, str):
         raise CheckpointError(f"{raw.path}: {key} is missing, so the kind of model is unknown")
+    kind = refusal(name, raw.metadata)
+    if kind is not None:
+        raise UnsupportedError(f"{raw.path}: {key} {name!r} is {kind}; kvgen runs dense decoder-only models")
     for family in FAMILIES:
-        if name == (family.gguf_architecture if raw.format == "gguf" else family.hf_model_type):
+        if name and name == (family.gguf_architecture if raw.format == "gguf" else family.hf_model_type):
             return family
-    known = ", ".join(family.hf_model_type for family in FAMILIES)
+    known = ", ".join(
+        sorted({f.gguf_architecture if raw.format == "gguf" else f.hf_model_type for f in FAMILIES} - {""})
+    )
     raise UnsupportedError(f"{raw.path}: {key} {name!r} is not supported (kvgen has: {known})")

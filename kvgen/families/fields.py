@@ -35,6 +35,10 @@ class Fields:
             raise self._wrong(name, value, "a positive number")
         return float(value)
 
+    def optional_number(self, name: str) -> float | None:
+        """A number greater than 0, or None if it is absent or null."""
+        return None if self.get(name) is None else self.number(name)
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._present(name, default)

@@ -7,26 +7,36 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.errors import CacheError, UsageError
-from kvgen.model.attention import Attention, causal_mask
+from kvgen.model.attention import Attention, Tables, attention_mask
 from kvgen.model.cache import KVCache
 from kvgen.model.config import DecoderConfig
-from kvgen.model.layers import Embedding, GatedMLP, Linear, RMSNorm, RotaryTables
+from kvgen.model.layers import MLP, Embedding, Linear, RotaryTables, make_norm
 
 
 class Block(nn.Module):
-    """One layer: attention over all positions, then an MLP over each, both behind a norm and a residual."""
+    """One layer: attention over the positions, an MLP over each, with norms around them and residuals."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.parallel, self.scale = config.parallel, config.residual_scale
+        self.attn_norm = _block_norm(config, "attn_norm")
         self.attn = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = GatedMLP(config)
+        self.post_attention_norm = _block_norm(config, "post_attention_norm")
+        self.ffn_norm = _block_norm(config, "ffn_norm")
+        self.ffn = MLP(config)
+        self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), tables, mask, cache)
-        out: Tensor = x + self.ffn(self.ffn_norm(x))
-        return out
+    def forward(self, x: Tensor, tables: Tables | None, mask: Tensor | None, cache: KVCache) -> Tensor:
+        normed = _apply(self.attn_norm, x)
+        mixed = _apply(self.post_attention_norm, self.attn(normed, tables, mask, cache))
+        if self.parallel:
+            read = normed if self.ffn_norm is None else self.ffn_norm(x)
+            return x + self._scaled(mixed + _apply(self.post_ffw_norm, self.ffn(read)))
+        x = x + self._scaled(mixed)
+        return x + self._scaled(_apply(self.post_ffw_norm, self.ffn(_apply(self.ffn_norm, x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else x * self.scale
 
 
 class Decoder(nn.Module):
@@ -36,9 +46,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embd = Embedding(config.vocab_size, config.dim)
-        self.rotary = RotaryTables(config.rotary)
-        self.blk = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.output_norm = RMSNorm(config.dim, config.norm_eps)
+        self.position_embd = Embedding(config.learned_positions, config.dim) if config.learned_positions else None
+        self.rotaries = nn.ModuleList(RotaryTables(rotary) for rotary in config.rotaries)
+        self.blk = nn.ModuleList(Block(config, layer) for layer in range(len(config.layers)))
+        self.output_norm = make_norm(config.norm, (config.dim,), config.norm_eps, bias="output_norm" in config.biases)
         self.output = (
             None if config.tied_head else Linear(config.dim, config.vocab_size, bias="output" in config.biases)
         )
@@ -55,7 +66,7 @@ class Decoder(nn.Module):
         Raises CacheError for a cache that another model wrote, UsageError for an empty sequence.
         """
         cache = self._checked(ids, cache)
-        new = cache.match(ids)
+        new = cache.match(ids, variant=self._variant(ids.shape[1]))
         return self._logits(self._extend(new, cache, cache.length)[:, -1:]), cache
 
     @torch.inference_mode()
@@ -70,8 +81,16 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def all_logits(self, ids: Tensor) -> Tensor:
-        """Logits after every position of `ids`, (B, n) int64, in one parallel pass: (B, n, vocab)."""
-        return self._logits(self._extend(ids, self._checked(ids, None), start=0))
+        """Logits after every position of `ids`, (B, n) int64, in one parallel pass: (B, n, vocab).
+
+        They are those of step-by-step decoding. So a text that grows out of LongRoPE's short length is passed over
+        twice, for the positions that a short text rotates otherwise than a long one does.
+        """
+        n = ids.shape[1]
+        cuts = sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n})
+        passes = [self._extend(ids[:, :cut], self._checked(ids, None), start=0) for cut in cuts]
+        parts = [hidden[:, start:] for start, hidden in zip([0, *cuts], passes, strict=False)]
+        return self._logits(torch.cat(parts, dim=1))
 
     def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
         if ids.shape[1] == 0:
@@ -82,19 +101,55 @@ class Decoder(nn.Module):
             raise CacheError("this KV cache was written by another model")
         return KVCache(self) if cache is None else cache
 
+    def _variant(self, length: int) -> int:
+        """How many rotations a sequence of this length takes the long frequencies of."""
+        return sum(rotary.is_long(length) for rotary in self.config.rotaries)
+
     def _extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
         """Compute `new`, (B, T), at positions from `start`, behind what is cached. Hidden states, (B, T, dim)."""
-        count = new.shape[1]
-        x: Tensor = self.token_embd(new)  # (B, T, dim)
-        cos, sin = self.rotary(start, count)
-        tables = (cos.to(x.dtype), sin.to(x.dtype))
-        mask = causal_mask(count, cache.length + count, x.device)
-        for block in self.blk:
-            x = block(x, tables, mask, cache)
+        config, past, count = self.config, cache.length, new.shape[1]
+        x = self._embed(new, start)  # (B, T, dim)
+        tables: dict[object, Tables | None] = {None: None}
+        for rotary, make_tables in zip(config.rotaries, self.rotaries, strict=True):
+            cos, sin = make_tables(start, count, rotary.is_long(past + count))
+            tables[rotary] = (cos.to(x.dtype), sin.to(x.dtype))
+        masks = {w: attention_mask(config, w, count, past, x.device, x.dtype) for w in config.windows}
+        for layer, block in zip(config.layers, self.blk, strict=True):
+            x = block(x, tables[layer.rotary], masks[layer.window], cache)
         cache.advance(new)
+        return x
+
+    def _embed(self, new: Tensor, start: int) -> Tensor:
+        x: Tensor = self.token_embd(new)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        if self.position_embd is not None:
+            end = start + new.shape[1]
+            if end > self.config.learned_positions:
+                raise UsageError(
+                    f"the sequence has {end} positions, but the model has learned {self.config.learned_positions}"
+                )
+            x = x + self.position_embd.weight[start:end]
         return x
 
     def _logits(self, hidden: Tensor) -> Tensor:
         normed = self.output_norm(hidden)
         logits: Tensor = F.linear(normed, self.token_embd.weight) if self.output is None else self.output(normed)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _block_norm(config: DecoderConfig, name: str) -> nn.Module | None:
+    if name not in config.norms:
+        return None
+    return make_norm(config.norm, (config.dim,), config.norm_eps, bias=name in config.biases)
+
+
+def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    normed: Tensor = norm(x)
+    return normed

@@ -1,4 +1,4 @@
-"""What does not look at other positions: linear layers, embedding, norm, gated MLP, the rotary rotation.
+"""What does not look at other positions: linear layers, embedding, norms, MLP, the rotary rotation.
 
 Parameters are left empty: they come from a checkpoint.
 """
@@ -6,6 +6,7 @@ Parameters are left empty: they come from a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -40,61 +41,107 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in fp32 or wider."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., *shape). The mean is over its last dimension."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., *shape). Mean and variance are over its last dimension."""
+        if self.weight.ndim == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        normed = F.layer_norm(x, self.weight.shape[-1:], eps=self.eps) * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+def make_norm(kind: str, shape: tuple[int, ...], eps: float, bias: bool) -> nn.Module:
+    """The norm that a config names. An RMS norm has no bias, whatever `bias` says."""
+    return RMSNorm(shape, eps) if kind == "rms" else LayerNorm(shape, eps, bias)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or without a gate down(act(up(x)))."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate = Linear(config.dim, config.ffn_dim, bias="ffn.gate" in config.biases)
-        self.up = Linear(config.dim, config.ffn_dim, bias="ffn.up" in config.biases)
-        self.down = Linear(config.ffn_dim, config.dim, bias="ffn.down" in config.biases)
+        self.activation = ACTIVATIONS[config.activation]
+        biases = config.biases
+        self.gate = Linear(config.dim, config.ffn_dim, bias="ffn.gate" in biases) if config.gated else None
+        self.up = Linear(config.dim, config.ffn_dim, bias="ffn.up" in biases)
+        self.down = Linear(config.ffn_dim, config.dim, bias="ffn.down" in biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        out: Tensor = self.down(hidden)
         return out
 
 
 class RotaryTables(nn.Module):
     """Cosines and sines of a run of positions, for `rotate`."""
 
-    inverse_frequencies: Tensor
+    frequencies: Tensor
+    long_frequencies: Tensor
 
     def __init__(self, rotary: Rotary) -> None:
         super().__init__()
         self.scale = rotary.scale
-        # On the CPU even while the parameters are built on the meta device: it is not in a checkpoint.
-        frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32, device="cpu")
-        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        # On the CPU even while the parameters are built on the meta device: they are not in a checkpoint.
+        for name, values in (
+            ("frequencies", rotary.inverse_frequencies),
+            ("long_frequencies", rotary.long_frequencies),
+        ):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
         """Follow the module to another device, but never to fewer bits than float32's: positions need them."""
-        frequencies = self.inverse_frequencies
+        before = self.frequencies, self.long_frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if torch.finfo(self.inverse_frequencies.dtype).bits < 32:
-            self.inverse_frequencies = frequencies.to(self.inverse_frequencies.device)
+        device = self.frequencies.device
+        if torch.finfo(self.frequencies.dtype).bits < 32:
+            self.frequencies, self.long_frequencies = (tensor.to(device) for tensor in before)
         return self
 
-    def forward(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Tables for positions start to start + count - 1: two (count, D) tensors of the frequencies' dtype."""
-        frequencies = self.inverse_frequencies
+    def forward(self, start: int, count: int, long: bool = False) -> tuple[Tensor, Tensor]:
+        """Tables for positions start to start + count - 1: two (count, 2 * pairs) tensors of the frequencies' dtype.
+
+        long: whether they belong to a sequence that is longer than the rotation's short length.
+        """
+        frequencies = self.long_frequencies if long else self.frequencies
         positions = torch.arange(start, start + count, device=frequencies.device, dtype=frequencies.dtype)
-        angles = torch.outer(positions, frequencies)  # (T, D / 2)
-        angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+        angles = torch.outer(positions, frequencies)  # (T, pairs)
+        angles = torch.cat((angles, angles), dim=-1)  # (T, 2 * pairs)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D / 2) of the heads in x, (B, H, T, D), by the angles of their positions."""
+    """Rotate each pair (i, i + R / 2) of the first R dimensions of the heads in x, (B, H, T, D), by the angles of
+    their positions. cos, sin: (T, R)."""
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,35 @@
+"""Granite 3, dense: Llama with multipliers on embeddings, attention, residuals and logits."""
+
+from __future__ import annotations
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.families.base import ATTENTION, HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.family import Family
+from kvgen.families.llama import gguf_transforms
+from kvgen.model.config import DecoderConfig
+
+
+def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    if raw.format == "gguf":
+        keys = gguf_fields(raw)
+        return gguf_config(
+            raw,
+            scaled_attention=True,
+            attention_scale=keys.optional_number("attention.scale"),
+            embedding_scale=keys.number("embedding_scale", 1.0),
+            residual_scale=keys.number("residual_scale", 1.0),
+            logit_scale=1 / keys.number("logit_scale", 1.0),
+        )
+    fields = hf_fields(raw)
+    return hf_config(
+        raw,
+        attention_scale=fields.number("attention_multiplier", 1.0),
+        embedding_scale=fields.number("embedding_multiplier", 1.0),
+        residual_scale=fields.number("residual_multiplier", 1.0),
+        logit_scale=1 / fields.number("logits_scaling", 1.0),
+        biases=(ATTENTION if fields.flag("attention_bias", False) else frozenset())
+        | ({"ffn.gate", "ffn.up", "ffn.down"} if fields.flag("mlp_bias", False) else set()),
+    )
+
+
+FAMILY = Family("granite", "granite", read_config, HF_NAMES, gguf_transforms=gguf_transforms)

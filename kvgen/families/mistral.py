@@ -1,0 +1,17 @@
+"""Mistral: Llama with a sliding window in every layer. llama.cpp writes it as `llama`, without the window."""
+
+from __future__ import annotations
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.families.base import HF_NAMES, hf_config, hf_fields
+from kvgen.families.family import Family
+from kvgen.model.config import DecoderConfig
+
+
+def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    fields = hf_fields(raw)
+    window = None if fields.get("sliding_window") is None else fields.count("sliding_window")
+    return hf_config(raw, windows=[window] * fields.count("num_hidden_layers"))
+
+
+FAMILY = Family("mistral", "", read_config, HF_NAMES)

@@ -1,0 +1,203 @@
+"""GGUF files of every family that llama.cpp has, written from transformers' models as its converter writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import MODEL_ARCH
+
+from tests.families import GPT2_SIZES, LINEAR, LLAMA3, ONE_KV_HEAD, THREE_HEADS, YARN, longrope
+
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mistral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "gemma": MODEL_ARCH.GEMMA,
+    "gemma2": MODEL_ARCH.GEMMA2,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+    "gpt2": MODEL_ARCH.GPT2,
+    "gpt_neox": MODEL_ARCH.GPTNEOX,
+    "phi": MODEL_ARCH.PHI2,
+    "phi3": MODEL_ARCH.PHI3,
+    "olmo2": MODEL_ARCH.OLMO2,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+    "granite": MODEL_ARCH.GRANITE,
+    "starcoder2": MODEL_ARCH.STARCODER2,
+    "stablelm": MODEL_ARCH.STABLELM,
+}
+# What a GGUF file cannot say is fixed in llama.cpp: which layers slide or do not rotate, and some scales.
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", LLAMA3 | {"head_dim": 16}),
+    ("llama", YARN | ONE_KV_HEAD | {"attention_bias": True, "tie_word_embeddings": True}),
+    ("mistral", THREE_HEADS | {"sliding_window": None}),
+    ("qwen2", LINEAR),
+    ("qwen2", YARN | ONE_KV_HEAD | {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 12}),
+    ("gemma", {"head_dim": 12}),
+    ("gemma2", {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 9, "num_hidden_layers": 4}),
+    ("gemma3_text", {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 9, "num_hidden_layers": 7}),
+    ("gpt2", GPT2_SIZES),
+    ("gpt2", GPT2_SIZES | {"tie_word_embeddings": False}),
+    ("gpt_neox", {"rotary_pct": 0.25}),
+    ("gpt_neox", {"rotary_pct": 0.5, "use_parallel_residual": False}),
+    ("phi", {"partial_rotary_factor": 0.5}),
+    ("phi3", {"sliding_window": 9}),
+    ("phi3", longrope(4)),
+    ("olmo2", ONE_KV_HEAD),
+    ("smollm3", {"num_hidden_layers": 5}),
+    (
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    ("starcoder2", {"sliding_window": None}),
+    ("stablelm", {"partial_rotary_factor": 0.25}),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
+]
+
+
+def write_gguf(path: Path, kind: str, reference: Any) -> None:
+    """Write a model with a vocabulary of as many made-up tokens as it has."""
+    arch = ARCHITECTURES[kind]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    config = reference.config
+    _write_sizes(writer, config)
+    _write_rope(writer, config)
+    _write_mechanisms(writer, kind, config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(0x4E00 + id_) for id_ in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges([])
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, array in _tensors(kind, reference):
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        writer.add_tensor(theirs, np.ascontiguousarray(array, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if config.model_type != "gpt_neox":
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if hasattr(config, name):
+            writer.add_layer_norm_eps(getattr(config, name))
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if head_size(config) != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(head_size(config))
+        writer.add_value_length(head_size(config))
+    elif config.model_type in ("gemma3_text", "gemma2", "gemma"):
+        writer.add_key_length(head_size(config))
+        writer.add_value_length(head_size(config))
+
+
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    rope = rope.get("full_attention", rope)
+    rotated = int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(rotated)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+        writer.add_rope_scaling_type(kinds[rope["rope_type"]])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "llama3":
+        plain = 1 / rope["rope_theta"] ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(plain, rope))
+    if rope["rope_type"] == "longrope":
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
+        trained = rope["original_max_position_embeddings"]
+        scale = config.max_position_embeddings / trained
+        writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(scale) / np.log(trained))))
+
+
+def _llama3_factors(frequencies: np.ndarray, rope: dict[str, Any]) -> np.ndarray:
+    factors = []
+    low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    for frequency in frequencies:
+        wavelength = 2 * np.pi / frequency
+        if wavelength < high:
+            factors.append(1.0)
+        elif wavelength > low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def _write_mechanisms(writer: gguf.GGUFWriter, kind: str, config: Any) -> None:
+    if kind in ("gemma2", "gemma3_text", "phi3") and config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if kind == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if kind in ("gpt_neox", "stablelm"):
+        writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The model's tensors in the layouts of llama.cpp."""
+    config = reference.config
+    stacked: dict[str, list[np.ndarray]] = {}
+    for name, parameter in reference.named_parameters():
+        array = parameter.detach().numpy()
+        if kind in ("llama", "mistral", "granite", "smollm3") and ".q_proj." in name:
+            array = _interleave(array, config.num_attention_heads)
+        elif kind in ("llama", "mistral", "granite", "smollm3") and ".k_proj." in name:
+            array = _interleave(array, config.num_key_value_heads)
+        elif kind.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        elif kind == "gpt2" and array.ndim == 2 and ".c_" in name:
+            array = array.T
+        elif ".query_key_value." in name:
+            heads = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
+            array = np.concatenate([heads[:, part].reshape(-1, *array.shape[1:]) for part in range(3)])
+        elif ".norms." in name:
+            stacked.setdefault(name.partition(".norms.")[0], []).append(array)
+            continue
+        yield name, array
+    for name, arrays in stacked.items():
+        yield f"{name}.weight", np.stack(arrays)
+
+
+def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's row order for a rotation of neighbours."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)

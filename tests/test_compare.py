@@ -19,7 +19,7 @@ from kvgen.compare.report import as_data
 from kvgen.compare.verdict import Verdict
 from kvgen.generation.verify import VerifiedBackend
 from tests.faults import FAULTS, SmallDecoder
-from tests.test_cache import make_decoder
+from tests.test_cache import CONFIGS, make_decoder
 
 PROMPT = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(7)).tolist()
 SHAPES = [
@@ -53,6 +53,18 @@ def test_correct_models_raise_no_alarm(seed: int, dtype: torch.dtype) -> None:
         assert row.tokens_verdict in (Verdict.EQUIVALENT, Verdict.NEAR_TIE)
         assert comparison.acceptable
         assert row.ratio is not None and row.ratio < 3  # half of the limit: there is room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_mechanism_is_equivalent_and_only_positions_make_the_wrong_pattern_wrong(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = NativeBackend(make_decoder(CONFIGS[name]).to(dtype))
+    right, wrong = run(model, "full-sequence", "last-token").rows[1:]
+    assert right.verdict is Verdict.EQUIVALENT
+    assert wrong.verdict is (Verdict.EQUIVALENT if name == "alibi" else Verdict.DIFFERENT)
+    assert names(wrong) & ({"harmless here"} if name == "alibi" else {"offset lost", "order lost"})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['layers']} layers")

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from kvgen.backends.native import NativeBackend
+from kvgen.compare.comparison import compare
+from kvgen.compare.verdict import Verdict
 from kvgen.loading import load
 from tests import gguf_files
 from tests.families import CASES, make_checkpoint, make_model
@@ -79,3 +81,15 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
     for length in (1, 40, LENGTH):
         expected = expected_logits(reference, ids[:, :length])[:, -1]
         assert (actual[:, length - 1] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_case
+def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
+    kind: str, number: int, dtype: str, tmp_path: Path
+) -> None:
+    make_checkpoint(kind, number, tmp_path)
+    prompt = random_ids(1, 12)[0].tolist()
+    rows = compare(load_model(tmp_path, dtype), prompt, patterns=("full-sequence", "last-token"), steps=45).rows
+    assert [row.verdict for row in rows[1:]] == [Verdict.EQUIVALENT, Verdict.DIFFERENT]
+    assert rows[1].findings == ()

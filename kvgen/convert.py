@@ -83,7 +83,7 @@ def library_config(config: DecoderConfig) -> dict[str, Any]:
         raise UnsupportedError("x-transformers does not scale rotated queries and keys, as this model does")
     wrapper: dict[str, Any] = {
         "num_tokens": config.vocab_size,
-        "max_seq_len": config.context_length,
+        "max_seq_len": config.context_length or 0,
         "use_abs_pos_emb": False,
         "tie_embedding": config.tied_head,
     }

@@ -19,9 +19,11 @@ from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint
 from kvgen.contract import Backend
 from kvgen.errors import UsageError
+from kvgen.families import runs_natively
 from kvgen.hub import default_reference, no_progress, resolve
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
+BACKENDS = ("auto", "own", "native", "x-transformers")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -52,6 +54,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     tokenizer: str | Path | None = None,
+    backend: str = "auto",
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint and its tokenizer.
@@ -65,6 +68,9 @@ def load(
     device: `auto` is CUDA where there is one, else MPS, else the CPU. A model in Python has its own.
     tokenizer: None for the checkpoint's own; else a tokenizer.json, `bytes` (id = byte), or `ids` (the text is
         token ids, as in "5 17 3").
+    backend: `auto` runs a checkpoint on kvgen's own decoder where that has all its mechanisms, and an x-transformers
+        one that needs more in the library; `own` runs it in the library that it was written for; or `native`,
+        `x-transformers`.
     progress: told about a download; see `kvgen.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
@@ -79,13 +85,24 @@ def load(
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         model: Backend
         config: Any
-        if raw.format == "x-transformers":
+        if _runs_in_library(raw, backend):
             model, config = load_xtransformers(raw, chosen_dtype, chosen_device), raw.metadata
         else:
             model = native = load_native(raw, chosen_dtype, chosen_device, pool)
             config = native.module.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
     return Loaded(model, chosen, str(raw.path), config)
+
+
+def _runs_in_library(raw: RawCheckpoint, backend: str) -> bool:
+    """Whether the x-transformers library is to run a checkpoint, not kvgen's decoder."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if raw.format != "x-transformers":
+        if backend == "x-transformers":
+            raise UsageError(f"{raw.path}: only checkpoints of x-transformers run in it; see `kvgen convert`")
+        return False
+    return backend in ("own", "x-transformers") or (backend == "auto" and not runs_natively(raw))
 
 
 def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:

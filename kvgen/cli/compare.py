@@ -57,6 +57,7 @@ def compare(
     model: options.Model = None,
     tokenizer: options.TokenizerFile = None,
     ids: options.Ids = False,
+    backend: options.Backend = "own",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -74,7 +75,7 @@ def compare(
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _texts(prompt, prompt_file, text, ids=ids)
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, quiet=quiet)
+    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
     comparisons = [
         _compare(loaded, prompt_text, names, max_tokens, forced=text is not None, quiet=quiet) for prompt_text in texts
     ]

@@ -32,6 +32,7 @@ def generate(
     model: options.Model = None,
     tokenizer: options.TokenizerFile = None,
     ids: options.Ids = False,
+    backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -80,7 +81,7 @@ def generate(
     if not first:
         return  # --lines of an empty file: nothing to do
     started = time.perf_counter()
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, quiet=quiet)
+    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
     load_seconds = time.perf_counter() - started
     if not no_cache:
         loaded = _verified(loaded, verify_cache)

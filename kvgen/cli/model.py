@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    model: str | None, dtype: str, device: str, threads: int | None, tokenizer: str | None, *, quiet: bool
+    model: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    tokenizer: str | None,
+    *,
+    backend: str = "auto",
+    quiet: bool,
 ) -> Loaded:
     """What `kvgen.load` returns, with a progress bar for a download."""
     import torch
@@ -23,4 +30,4 @@ def load_model(
     if threads is not None:
         torch.set_num_threads(threads)
     with download_progress(quiet=quiet) as progress:
-        return load(model, dtype=dtype, device=device, tokenizer=tokenizer, progress=progress)
+        return load(model, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend, progress=progress)

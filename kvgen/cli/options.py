@@ -43,6 +43,14 @@ Dtype = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Backend = Annotated[
+    Literal["auto", "own", "native", "x-transformers"],
+    Option(
+        help="What runs the model. auto: kvgen's own decoder, or the library for x-transformers folders that need it. "
+        "own: the library that the checkpoint was written for.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
 Threads = Annotated[
     int | None, Option(min=1, max=1024, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)

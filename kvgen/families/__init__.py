@@ -21,11 +21,12 @@ from kvgen.families import (
     smollm3,
     stablelm,
     starcoder2,
+    xtransformers,
 )
 from kvgen.families.family import Family
 from kvgen.families.refused import refusal
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "Family", "find_family", "runs_natively"]
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
@@ -52,6 +53,8 @@ FAMILIES: tuple[Family, ...] = tuple(
 
 def find_family(raw: RawCheckpoint) -> Family:
     """The family that a checkpoint says it is of. Raises UnsupportedError if kvgen does not have it."""
+    if raw.format == "x-transformers":
+        return xtransformers.FAMILY
     key = "general.architecture" if raw.format == "gguf" else "model_type"
     name = raw.metadata.get(key)
     if not isinstance(name, str):
@@ -66,3 +69,8 @@ def find_family(raw: RawCheckpoint) -> Family:
         sorted({f.gguf_architecture if raw.format == "gguf" else f.hf_model_type for f in FAMILIES} - {""})
     )
     raise UnsupportedError(f"{raw.path}: {key} {name!r} is not supported (kvgen has: {known})")
+
+
+def runs_natively(raw: RawCheckpoint) -> bool:
+    """Whether the native decoder has all mechanisms of a checkpoint that another library wrote."""
+    return raw.format != "x-transformers" or xtransformers.obstacle(raw.metadata) is None

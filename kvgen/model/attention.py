@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kvgen.model.cache import KVCache
 from kvgen.model.config import DecoderConfig
-from kvgen.model.layers import Linear, make_norm, rotate
+from kvgen.model.layers import L2Norm, Linear, make_norm, rotate
 
 Tables = tuple[Tensor, Tensor]
 """Rotary cosines and sines of the new positions."""
@@ -29,13 +29,19 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * config.head_dim, config.dim, bias="attn.output" in biases)
         self.q_norm = _qk_norm(config, "attn.q_norm", config.heads)
         self.k_norm = _qk_norm(config, "attn.k_norm", config.kv_heads)
+        self.norms_all = config.qk_norm is not None and config.qk_norm.over == "all"
 
     def forward(self, x: Tensor, tables: Tables | None, mask: Tensor | None, cache: KVCache) -> Tensor:
         """x: the new positions, (B, T, dim). mask: as `attention_mask` makes it. Returns (B, T, dim)."""
         batch, new, _ = x.shape
         q, k, v = self.q(x), self.k(x), self.v(x)
-        q = _normed(q.view(batch, new, self.heads, self.head_dim), self.q_norm).transpose(1, 2)  # (B, H, T, D)
-        k = _normed(k.view(batch, new, self.kv_heads, self.head_dim), self.k_norm).transpose(1, 2)  # (B, H_kv, T, D)
+        if self.norms_all and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(batch, new, self.heads, self.head_dim)
+        k = k.view(batch, new, self.kv_heads, self.head_dim)
+        if not self.norms_all and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, H_kv, T, D)
         v = v.view(batch, new, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
@@ -94,13 +100,6 @@ def _qk_norm(config: DecoderConfig, name: str, heads: int) -> nn.Module | None:
     if norm is None:
         return None
     shapes = {"head": (config.head_dim,), "each-head": (heads, config.head_dim), "all": (heads * config.head_dim,)}
+    if norm.kind == "l2":
+        return L2Norm(shapes.get(norm.over))
     return make_norm(norm.kind, shapes[norm.over], norm.eps, bias=name in config.biases)
-
-
-def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
-    """heads: (B, T, H, D). A norm over the whole projection sees them as one."""
-    if norm is None:
-        return heads
-    weight: Tensor = norm.get_parameter("weight")
-    normed: Tensor = norm(heads if weight.shape[-1] == heads.shape[-1] else heads.flatten(2))
-    return normed.view(heads.shape)

@@ -44,12 +44,13 @@ class Layer:
 class QKNorm:
     """A norm of queries and keys before they are rotated.
 
-    over: `head`, each head by one weight of the head's size; `each-head`, by a weight of its own; `all`, the whole
-        projection at once.
+    kind: `l2` makes each head a unit vector, without the mean of `rms`.
+    over: `head`, each head by one weight of the head's size; `each-head`, by a weight of its own; `unscaled`, by none;
+        `all`, the whole projection at once.
     """
 
-    kind: Literal["rms", "layer"]
-    over: Literal["head", "each-head", "all"]
+    kind: Literal["rms", "layer", "l2"]
+    over: Literal["head", "each-head", "unscaled", "all"]
     eps: float
 
 
@@ -57,6 +58,7 @@ class QKNorm:
 class DecoderConfig:
     """A decoder with grouped-query attention over positions, then an MLP over each.
 
+    context_length: None if nothing bounds it.
     layers: one entry for each block.
     norm: `rms`, or `layer` with the mean taken off. norms: which of a block's norms there are: `attn_norm` and
         `ffn_norm` before its parts, `post_attention_norm` and `post_ffw_norm` after them.
@@ -73,7 +75,7 @@ class DecoderConfig:
     """
 
     vocab_size: int
-    context_length: int
+    context_length: int | None
     dim: int
     layers: tuple[Layer, ...]
     heads: int

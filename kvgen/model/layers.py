@@ -70,6 +70,19 @@ class LayerNorm(nn.Module):
         return normed if self.bias is None else normed + self.bias
 
 
+class L2Norm(nn.Module):
+    """Unit vectors, scaled or not."""
+
+    def __init__(self, shape: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.weight = None if shape is None else nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D). The length is over its last dimension."""
+        unit = F.normalize(x, dim=-1)
+        return unit if self.weight is None else unit * self.weight
+
+
 def make_norm(kind: str, shape: tuple[int, ...], eps: float, bias: bool) -> nn.Module:
     """The norm that a config names. An RMS norm has no bias, whatever `bias` says."""
     return RMSNorm(shape, eps) if kind == "rms" else LayerNorm(shape, eps, bias)

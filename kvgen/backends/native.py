@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError
-from kvgen.families import find_family
+from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
@@ -52,11 +53,20 @@ class NativeBackend(Backend):
         return NativeBackend(copy.deepcopy(self.module).to(torch.float64))
 
 
-def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, pool: Executor) -> NativeBackend:
-    """Build the decoder that a checkpoint describes and read its tensors, in parallel.
+@dataclass(frozen=True)
+class Blueprint:
+    """What a checkpoint will be, before any of its tensors is read.
 
-    Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement.
+    decoder: on the meta device. sources: for each parameter, or fused group of them, the tensors it comes from.
     """
+
+    family: Family
+    decoder: Decoder
+    sources: Mapping[str, Sequence[str]]
+
+
+def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
+    """Raises CheckpointError for tensors that are missing or unknown, UnsupportedError for what kvgen does not run."""
     family = find_family(raw)
     config = family.config(raw)
     sources, unknown = family.sources(raw)
@@ -64,14 +74,25 @@ def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, po
         raise CheckpointError(f"{raw.path}: says {len(config.layers)} layers, but holds {len(raw.tensors)} tensors")
     try:
         with torch.device("meta"):
-            model = Decoder(config)
+            decoder = Decoder(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({error})") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = {name for name, _ in decoder.named_parameters()}
     homes = {parameter: source for source in sources for parameter in parts_of(source)}
-    _check_names(raw.path, missing=shapes.keys() - homes.keys(), unknown=unknown)
-    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - shapes.keys()])
-    transforms = family.transforms(raw, config)
+    _check_names(raw.path, missing=wanted - homes.keys(), unknown=unknown)
+    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - wanted])
+    return Blueprint(family, decoder, sources)
+
+
+def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, pool: Executor) -> NativeBackend:
+    """Build the decoder that a checkpoint describes and read its tensors, in parallel.
+
+    Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement.
+    """
+    blueprint = draw_blueprint(raw)
+    model, sources, config = blueprint.decoder, blueprint.sources, blueprint.decoder.config
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    transforms = blueprint.family.transforms(raw, config)
 
     def read(source: str) -> list[tuple[str, Tensor]]:
         tensors = [_read_floats(raw, name) for name in sources[source]]

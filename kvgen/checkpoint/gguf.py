@@ -210,7 +210,7 @@ class _Header:
         if offset + size > len(self.data):
             raise CheckpointError(f"{self.path}: cut short: the data of tensor {name!r} runs past its end")
         read_tensor = partial(_read_tensor, self.path, self.data, shape, kind, offset, size)
-        return RawTensor(shape, kind.name, read_tensor), size
+        return RawTensor(shape, kind.name, size, read_tensor), size
 
 
 def _read_tensor(

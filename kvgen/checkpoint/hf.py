@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,16 @@ def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
             if name in tensors:
                 raise CheckpointError(f"{path}: the tensor {name!r} is also in another shard")
             read_tensor = partial(_read_tensor, shard, path, name)
-            tensors[name] = RawTensor(tuple(view.get_shape()), view.get_dtype(), read_tensor)
+            shape, kind = tuple(view.get_shape()), view.get_dtype()
+            tensors[name] = RawTensor(shape, kind, math.prod(shape) * _item_bytes(kind), read_tensor)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _item_bytes(kind: str) -> int:
+    """Of a safetensors type, whose name ends with its bits: F32, BF16, F8_E4M3, ..., or is BOOL."""
+    bits = re.search(r"\d+", kind)
+    return int(bits[0]) // 8 if bits else 1
 
 
 def _read_tensor(shard: Any, path: Path, name: str) -> Tensor:

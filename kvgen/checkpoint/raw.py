@@ -23,11 +23,13 @@ class RawTensor:
 
     shape: as torch sees it, slowest dimension first.
     type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
+    nbytes: what it takes in the file.
     read: returns the tensor; blocks of a quantized type are dequantized to fp32.
     """
 
     shape: tuple[int, ...]
     type: str
+    nbytes: int
     read: Callable[[], Tensor]
 
 

@@ -59,4 +59,4 @@ def _tensors(folder: Path) -> dict[str, RawTensor]:
 
 
 def _in_memory(tensor: torch.Tensor) -> RawTensor:
-    return RawTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
+    return RawTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, lambda: tensor)

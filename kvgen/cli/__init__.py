@@ -11,6 +11,7 @@ from kvgen.cli.compare import compare
 from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
+from kvgen.cli.inspect import inspect
 
 app = typer.Typer(
     cls=Group,
@@ -68,3 +69,8 @@ app.command(
     epilog="Examples:\n\nkvgen convert smollm2 --to x-transformers ./smollm2-x\n\n"
     "kvgen compare --model ./smollm2-x --wrong-pattern"
 )(convert)
+
+app.command(
+    epilog="Examples:\n\nkvgen inspect\n\nkvgen inspect ./my-model --json\n\n"
+    "Exit codes: 0 kvgen runs it, 1 it does not or an error, 2 wrong usage."
+)(inspect)

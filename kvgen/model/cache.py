@@ -150,7 +150,7 @@ class _WindowStore:
 
     def __init__(self, keys: Tensor, values: Tensor, window: int) -> None:
         self.window = window
-        self.slack = min(window, _MOST_SLACK)
+        self.slack = _slack(window)
         self.first = 0
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         self._moved: tuple[int, Tensor, Tensor] | None = None
@@ -171,7 +171,7 @@ class _WindowStore:
             for stored, new in ((self.keys, keys), (self.values, values))
         )
         used, visible = end - kept, end - seen
-        capacity = min(self.window - 1 + 2 * self.slack, max(2 * used, _MIN_CAPACITY))
+        capacity = min(window_capacity(self.window), max(2 * used, _MIN_CAPACITY))
         moved = [_grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in both]
         self._moved = (kept, moved[0], moved[1])  # not before `commit`: an interrupted pass must not lose positions
         return both[0][:, :, -visible:], both[1][:, :, -visible:]
@@ -183,6 +183,15 @@ class _WindowStore:
 
     def can_trim(self, length: int) -> bool:
         return self.first <= max(0, length - self.window + 1)
+
+
+def window_capacity(window: int) -> int:
+    """The most positions that a layer with a window keeps: those that the next one sees, and twice the slack."""
+    return window - 1 + 2 * _slack(window)
+
+
+def _slack(window: int) -> int:
+    return min(window, _MOST_SLACK)
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

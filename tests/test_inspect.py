@@ -1,0 +1,109 @@
+"""`kvgen inspect`: facts against the loaded model's own, and the obstacle named where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvgen
+from kvgen import UsageError
+from kvgen.inspection import cache_bytes, inspect
+from kvgen.model.decoder import Decoder
+from tests.families import CONFIGS, make_checkpoint
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvgen", "inspect", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_default_model_is_described(smollm2: kvgen.Loaded, smollm2_path: Path) -> None:
+    data = json.loads(run(str(smollm2_path), "--json").stdout)
+    module = smollm2.model.module
+    assert data["parameters"] == sum(parameter.numel() for parameter in module.parameters())
+    assert data["backend"] == "native"
+    assert data["obstacle"] is data["tokenizer_obstacle"] is None
+    assert data["context_length"] == smollm2.model.context_length
+    assert data["vocabulary"] == smollm2.model.vocab_size
+    assert data["chat_template"] is True
+    assert sum(data["types"].values()) == data["bytes"] <= smollm2_path.stat().st_size
+
+
+def test_in_a_pipe_there_is_a_line_for_each_subject(smollm2_path: Path) -> None:
+    result = run(str(smollm2_path))
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["windows"] == "none"
+    assert lines["positions"].startswith("rotary")
+    assert lines["parameters"] == "134,515,008"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_cache_takes_what_is_said(kind: str, tmp_path: Path) -> None:
+    make_checkpoint(kind, 0, tmp_path)
+    inspection = inspect(tmp_path)
+    assert inspection.kind == kind
+    model = kvgen.load(tmp_path, tokenizer="ids").model.module
+    assert isinstance(model, Decoder)
+    assert inspection.config == model.config
+    assert (inspection.cache_bytes_per_token, inspection.cache_bytes_full) == cache_bytes(model.config)
+    assert model.config.context_length == 256
+    cache = None
+    for length in range(1, 257):
+        _, cache = model(torch.zeros(1, length, dtype=torch.int64), cache)
+    assert cache.nbytes == inspection.cache_bytes_full
+
+
+OBSTACLES: dict[str, tuple[dict[str, Any], str]] = {
+    "mixture": ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts"),
+    "mixture by its field": ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts is 8"),
+    "state space": ({"model_type": "mamba2"}, "'mamba2' is a state-space"),
+    "encoder and decoder": ({"model_type": "t5"}, "'t5' is an encoder-decoder"),
+    "encoder and decoder by its field": ({"model_type": "new", "is_encoder_decoder": True}, "encoder-decoder"),
+    "unknown": ({"model_type": "never-heard-of"}, "model_type 'never-heard-of' is not supported"),
+    "activation": ({"model_type": "llama", "hidden_act": "tanh"}, "hidden_act 'tanh'"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_the_obstacle_is_named(tiny_llama, name: str) -> None:
+    folder, _ = tiny_llama()
+    changes, message = OBSTACLES[name]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    inspection = inspect(folder)
+    assert inspection.backend is None
+    assert message in inspection.obstacle
+    assert inspection.vocabulary == 384
+    result = run(str(folder))
+    assert result.returncode == 1
+    assert message in result.stdout
+    with pytest.raises(kvgen.UnsupportedError) as caught:
+        kvgen.load(folder)
+    assert str(caught.value) == inspection.obstacle
+
+
+def test_no_weight_is_read(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = tiny_llama()
+    monkeypatch.setattr("kvgen.checkpoint.hf._read_tensor", lambda *_: pytest.fail("a tensor was read"))
+    assert inspect(folder).backend == "native"
+
+
+def test_a_program_is_not_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a program"):
+        inspect(f"{tmp_path}/model.py:make")
+
+
+def test_hostile_names_do_not_reach_the_terminal(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "\x1b[31mred"}))
+    assert "\x1b" not in run(str(folder)).stdout

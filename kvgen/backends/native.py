@@ -107,7 +107,11 @@ def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, po
         for name, piece in named:
             if piece.shape != shapes[name]:
                 raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {shapes[name]}")
-        return [(name, piece.to(device=device, dtype=dtype)) for name, piece in named]
+        placed = [(name, piece.to(device=device, dtype=dtype)) for name, piece in named]
+        if all(piece.data_ptr() != tensor.data_ptr() for _, piece in placed for tensor in tensors):
+            for name in sources[source]:
+                raw.tensors[name].release()
+        return placed
 
     state = dict(chain.from_iterable(pool.map(read, sources)))
     model.load_state_dict(state, strict=True, assign=True)

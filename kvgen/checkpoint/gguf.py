@@ -8,7 +8,6 @@ takes a tenth.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
+from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor
 from kvgen.errors import CheckpointError, UnsupportedError
 
@@ -67,21 +67,16 @@ def read(path: Path) -> RawCheckpoint:
 
     Raises CheckpointError for a damaged file, UnsupportedError for a version or type that cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            # A private copy-on-write map: nothing is copied until written, and torch gets writable memory.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be mapped ({error})") from error
-    return _Header(path, data).parse()
+    return _Header(path, MappedFile(path)).parse()
 
 
 class _Header:
     """One pass over a header. Every count is held against the bytes that are left before it is believed."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: MappedFile) -> None:
         self.path = path
-        self.data = data
+        self.file = file
+        self.data = file.data
         self.offset = 0
 
     def parse(self) -> RawCheckpoint:
@@ -209,21 +204,20 @@ class _Header:
         size = math.prod(shape) // block * block_bytes
         if offset + size > len(self.data):
             raise CheckpointError(f"{self.path}: cut short: the data of tensor {name!r} runs past its end")
-        read_tensor = partial(_read_tensor, self.path, self.data, shape, kind, offset, size)
-        return RawTensor(shape, kind.name, size, read_tensor), size
+        read_tensor = partial(_read_tensor, self.path, self.file, shape, kind, offset, size)
+        return RawTensor(shape, kind.name, size, read_tensor, partial(self.file.release, offset, size)), size
 
 
 def _read_tensor(
-    path: Path, data: mmap.mmap, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
+    path: Path, file: MappedFile, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
 ) -> Tensor:
     if kind in _PLAIN_TYPES:
-        count = math.prod(shape)
-        return torch.frombuffer(data, dtype=_PLAIN_TYPES[kind], count=count, offset=offset).view(shape)
+        return file.tensor(_PLAIN_TYPES[kind], math.prod(shape), offset).view(shape)
     # Rows are whole blocks, so their number does not matter. The package works on groups of 16; these rows are
     # long enough for numpy, and groups short enough for the processor's cache.
     _, block_bytes = GGML_QUANT_SIZES[kind]
     rows = math.gcd(size // block_bytes, 256)
-    blocks = np.frombuffer(data, np.uint8, size, offset).reshape(rows, -1)
+    blocks = np.frombuffer(file.data, np.uint8, size, offset).reshape(rows, -1)
     try:
         return torch.from_numpy(dequantize(blocks, kind)).view(shape)
     except NotImplementedError as error:

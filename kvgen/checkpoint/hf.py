@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -56,27 +64,23 @@ def _shards(folder: Path) -> list[Path]:
 def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
     """Add the tensors of one safetensors file to `tensors`. Raises CheckpointError."""
     try:
-        shard: Any = safe_open(path, framework="pt")
-        for name in shard.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
-            view = shard.get_slice(name)
-            if name in tensors:
-                raise CheckpointError(f"{path}: the tensor {name!r} is also in another shard")
-            read_tensor = partial(_read_tensor, shard, path, name)
-            shape, kind = tuple(view.get_shape()), view.get_dtype()
-            tensors[name] = RawTensor(shape, kind, math.prod(shape) * _item_bytes(kind), read_tensor)
+        shard: Any = safe_open(path, framework="pt")  # holds the header against the file
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    file = MappedFile(path)
+    header_size = int.from_bytes(file.data[:8], "little")
+    header = json.loads(file.data[8 : 8 + header_size])
+    for name, view in slices.items():
+        if name in tensors:
+            raise CheckpointError(f"{path}: the tensor {name!r} is also in another shard")
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+        start, end = (8 + header_size + offset for offset in header[name]["data_offsets"])
+        read_tensor = partial(_read_tensor, path, file, name, kind, shape, start)
+        tensors[name] = RawTensor(shape, kind, end - start, read_tensor, partial(file.release, start, end - start))
 
 
-def _item_bytes(kind: str) -> int:
-    """Of a safetensors type, whose name ends with its bits: F32, BF16, F8_E4M3, ..., or is BOOL."""
-    bits = re.search(r"\d+", kind)
-    return int(bits[0]) // 8 if bits else 1
-
-
-def _read_tensor(shard: Any, path: Path, name: str) -> Tensor:
-    try:
-        tensor: Tensor = shard.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
-    return tensor
+def _read_tensor(path: Path, file: MappedFile, name: str, kind: str, shape: tuple[int, ...], start: int) -> Tensor:
+    if kind not in _TYPES:
+        raise UnsupportedError(f"{path}: tensor {name!r} has the type {kind}")
+    return file.tensor(_TYPES[kind], math.prod(shape), start).view(shape)

@@ -17,6 +17,10 @@ _MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is belo
 Format = Literal["gguf", "hf", "x-transformers"]
 
 
+def _nothing() -> None:
+    """What there is to release of a tensor in memory."""
+
+
 @dataclass(frozen=True)
 class RawTensor:
     """A tensor that is still on disk.
@@ -25,12 +29,15 @@ class RawTensor:
     type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
     nbytes: what it takes in the file.
     read: returns the tensor; blocks of a quantized type are dequantized to fp32.
+    release: gives back the memory that reading took of the file's own, once a copy of the tensor is all that is
+        wanted.
     """
 
     shape: tuple[int, ...]
     type: str
     nbytes: int
     read: Callable[[], Tensor]
+    release: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)

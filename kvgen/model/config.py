@@ -70,7 +70,7 @@ class DecoderConfig:
     learned_positions: rows of a table that is added to the token embedding; 0 for none.
     alibi: slopes, one for each head, of a bias that falls with distance (Press et al. 2021, arXiv:2108.12409).
     attention_scale: of query-key products; None for head_dim ** -0.5.
-    attention_softcap, logit_softcap: cap * tanh(x / cap) of scores and logits (Gemma Team 2024, arXiv:2408.00118).
+    attention_softcap, logit_softcap: cap * tanh(x / cap) of scores and logits (arXiv:2408.00118).
     embedding_scale, residual_scale, logit_scale: of embeddings, of what a block's parts add, of logits.
     """
 

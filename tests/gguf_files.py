@@ -102,10 +102,8 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_layer_norm_eps(getattr(config, name))
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if head_size(config) != config.hidden_size // config.num_attention_heads:
-        writer.add_key_length(head_size(config))
-        writer.add_value_length(head_size(config))
-    elif config.model_type in ("gemma3_text", "gemma2", "gemma"):
+    own_head_size = head_size(config) != config.hidden_size // config.num_attention_heads
+    if own_head_size or config.model_type.startswith("gemma"):
         writer.add_key_length(head_size(config))
         writer.add_value_length(head_size(config))
 

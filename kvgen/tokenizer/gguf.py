@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, processors
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.tokenizer import sentencepiece
 from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.tokenizer import Tokenizer
@@ -28,6 +29,9 @@ _END_NAMES = frozenset(
         "<|end|>",
         "</s>",
         "<end_of_turn>",
+        "<|end_of_turn|>",
+        "<|eot|>",
+        "<EOT>",
     }
 )
 
@@ -44,49 +48,82 @@ class _TokenType(IntEnum):
 
 
 def read(raw: RawCheckpoint) -> Tokenizer:
-    """Build the tokenizer. Raises UnsupportedError for a kind of vocabulary that is not byte-level BPE."""
+    """Build the tokenizer of a byte-level (`gpt2`) or SentencePiece-style (`llama`) BPE vocabulary.
+
+    Raises UnsupportedError for another kind, CheckpointError for one that does not hold together.
+    """
     keys = raw.metadata
     model = keys.get("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise UnsupportedError(
-            f"{raw.path}: tokenizer.ggml.model {model!r} is not supported (byte-level BPE, 'gpt2', is)"
+            f"{raw.path}: tokenizer.ggml.model {model!r} is not supported (byte-level BPE, 'gpt2', and "
+            "SentencePiece-style BPE, 'llama', are)"
         )
     tokens = _strings(raw, "tokenizer.ggml.tokens")
-    types = keys.get("tokenizer.ggml.token_type", [_TokenType.NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise CheckpointError(f"{raw.path}: tokenizer.ggml.token_type does not have one entry for each token")
-    backend = _backend(raw, tokens, types)
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has the same token twice")
+    types = _for_each_token(raw, "token_type", tokens, [_TokenType.NORMAL] * len(tokens))
+    if model == "llama":
+        backend, add_bos = _sentencepiece(raw, tokens, types), True
+    else:
+        backend, add_bos = _byte_level(raw, tokens)
+    _add_tokens(backend, tokens, types)
+    _add_policy(raw.path, backend, keys, tokens, add_bos=add_bos)
     template = keys.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{raw.path}: tokenizer.chat_template is not a text")
     return Tokenizer(
         backend,
-        _eos_ids(keys, tokens, types),
+        _eos_ids(raw, tokens, types),
         None if template is None else ChatTemplate(template, _special_tokens(keys, tokens)),
     )
 
 
-def _backend(raw: RawCheckpoint, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    name = raw.metadata.get("tokenizer.ggml.pre", "default")
-    pre = PRE_TOKENIZERS.get(name)
+def _byte_level(raw: RawCheckpoint, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer without its added tokens, and whether BOS comes first by default."""
+    name = raw.metadata.get("tokenizer.ggml.pre")
+    pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if pre is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(f"{raw.path}: tokenizer.ggml.pre {name!r} is not supported (kvgen has: {known})")
-    vocab = {token: id_ for id_, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has the same token twice")
     try:
         pairs = (merge.split(" ") for merge in _strings(raw, "tokenizer.ggml.merges"))
         merges = [(left, right) for left, right in pairs]
     except ValueError:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges has an entry that is not two tokens") from None
+    vocab = {token: id_ for id_, token in enumerate(tokens)}
     try:
         bpe = models.BPE(vocab, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges does not fit the vocabulary ({error})") from error
     backend = tokenizers.Tokenizer(bpe)
+    if pre.normalizer is not None:
+        backend.normalizer = pre.normalizer()
     backend.pre_tokenizer = pre.build()
     backend.decoder = decoders.ByteLevel()
+    return backend, pre.add_bos
+
+
+def _sentencepiece(raw: RawCheckpoint, tokens: list[str], types: list[Any]) -> tokenizers.Tokenizer:
+    scores = _for_each_token(raw, "scores", tokens, None)
+    if not all(isinstance(score, float) for score in scores):
+        raise CheckpointError(f"{raw.path}: tokenizer.ggml.scores are not numbers")
+    unknown = next((token for token, type_ in zip(tokens, types, strict=True) if type_ == _TokenType.UNKNOWN), None)
+    return sentencepiece.build_backend(
+        tokens,
+        scores,
+        [type_ == _TokenType.NORMAL for type_ in types],
+        unknown,
+        prefix_space=bool(raw.metadata.get("tokenizer.ggml.add_space_prefix", True)),
+    )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[Any]) -> None:
+    """Tokens that are found in the text before it is merged.
+
+    Control tokens are special: `Tokenizer.encode` finds them only when asked. User-defined ones are always found;
+    one with SentencePiece's sign for a space is sought where texts have it, after normalization.
+    """
     added: dict[int, bool] = {
         _TokenType.CONTROL: True,
         _TokenType.UNKNOWN: True,
@@ -94,13 +131,18 @@ def _backend(raw: RawCheckpoint, tokens: list[str], types: list[int]) -> tokeniz
     }
     backend.add_tokens(
         [
-            AddedToken(token, special=added[type_], normalized=False)
+            AddedToken(token, special=added[type_], normalized=sentencepiece.SPACE in token)
             for token, type_ in zip(tokens, types, strict=True)
             if type_ in added
         ]
     )
-    _add_policy(raw.path, backend, raw.metadata, tokens, add_bos=pre.add_bos)
-    return backend
+
+
+def _for_each_token(raw: RawCheckpoint, name: str, tokens: list[str], default: list[Any] | None) -> list[Any]:
+    values = raw.metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(values, list) or len(values) != len(tokens):
+        raise CheckpointError(f"{raw.path}: tokenizer.ggml.{name} does not have one entry for each token")
+    return values
 
 
 def _add_policy(
@@ -122,10 +164,13 @@ def _add_policy(
         )
 
 
-def _eos_ids(keys: Mapping[str, Any], tokens: list[str], types: list[int]) -> frozenset[int]:
-    named = {keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
+def _eos_ids(raw: RawCheckpoint, tokens: list[str], types: list[int]) -> frozenset[int]:
+    named = {kind: raw.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
+    for kind, id_ in named.items():
+        if id_ is not None and not (isinstance(id_, int) and 0 <= id_ < len(tokens)):
+            raise CheckpointError(f"{raw.path}: tokenizer.ggml.{kind}_token_id is {id_!r}, not one of its tokens")
     known = {id_ for id_, token in enumerate(tokens) if types[id_] == _TokenType.CONTROL and token in _END_NAMES}
-    return frozenset(id_ for id_ in named | known if isinstance(id_, int))
+    return frozenset(known | {id_ for id_ in named.values() if id_ is not None})
 
 
 def _special_tokens(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:

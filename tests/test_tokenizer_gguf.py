@@ -1,0 +1,273 @@
+"""Vocabularies in GGUF files against the libraries that they come from: sentencepiece, tokenizers, transformers."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
+
+from kvgen import CheckpointError, Tokenizer, UnsupportedError
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.tokenizer import read_tokenizer
+from tests.conftest import CORPUS
+
+any_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\u2581"), max_size=60)
+TEXTS = [
+    *CORPUS,
+    "",
+    "  ",
+    "a  b   c",
+    " leading",
+    "trailing ",
+    "\n\n\n",
+    "x\u00ad\u200b\ufeffy",
+    "ﬁ Å Å ①",
+    "1234567 89",
+]
+
+
+def read(keys: dict[str, Any]) -> Tokenizer:
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
+    return read_tokenizer(RawCheckpoint(Path("made.gguf"), "gguf", metadata, {}))
+
+
+# --- SentencePiece-style -----------------------------------------------------------------------------------------
+
+
+def train(**options: Any) -> sentencepiece.SentencePieceProcessor:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for text in CORPUS * 3 if text.strip()]),
+        model_writer=model,
+        vocab_size=700,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def as_keys(name: str, **changes: Any) -> dict[str, Any]:
+    """A processor's pieces as llama.cpp's converter writes them."""
+    processor = PROCESSORS[name]
+    user_defined = USER_DEFINED if name == "with user-defined symbols" else []
+
+    def type_of(id_: int) -> int:
+        if processor.IsUnknown(id_):
+            return 2
+        if processor.IsControl(id_):
+            return 3
+        if processor.IsByte(id_):
+            return 6
+        return 4 if processor.IdToPiece(id_) in user_defined else 1
+
+    ids = range(processor.GetPieceSize())
+    return {
+        "model": "llama",
+        "tokens": [processor.IdToPiece(id_) for id_ in ids],
+        "scores": [processor.GetScore(id_) for id_ in ids],
+        "token_type": [type_of(id_) for id_ in ids],
+        "bos_token_id": processor.bos_id(),
+        "eos_token_id": processor.eos_id(),
+        "unknown_token_id": processor.unk_id(),
+        **changes,
+    }
+
+
+USER_DEFINED = ["<user>", "\u2581\u2581\u2581", "\n\n", "code:"]
+PROCESSORS = {
+    "plain": train(),
+    "without a prefix space": train(add_dummy_prefix=False),
+    "with user-defined symbols": train(add_dummy_prefix=False, user_defined_symbols=USER_DEFINED),
+    "with digits apart": train(split_digits=True),
+    "words across spaces": train(split_by_whitespace=False),
+}
+
+
+def sentencepiece_tokenizer(name: str, **changes: Any) -> Tokenizer:
+    prefix = {"add_space_prefix": False} if "without" in name or "user" in name else {}
+    return read(as_keys(name, **prefix, add_bos_token=False) | changes)
+
+
+BUILT = {name: sentencepiece_tokenizer(name) for name in PROCESSORS}
+every_processor = pytest.mark.parametrize("name", PROCESSORS)
+
+
+@every_processor
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_ids_equal_sentencepieces(name: str, text: str) -> None:
+    text = text.replace("\x00", "")  # which the library cannot hold
+    ids = BUILT[name].encode(text)
+    assert ids == PROCESSORS[name].Encode(text)
+    assert BUILT[name].decode(ids) == PROCESSORS[name].Decode(ids)
+
+
+@every_processor
+@settings(deadline=None, max_examples=150)
+@given(text=any_text)
+def test_ids_of_any_text_equal_sentencepieces(name: str, text: str) -> None:
+    assert BUILT[name].encode(text) == PROCESSORS[name].Encode(text)
+
+
+@every_processor
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -> None:
+    tokenizer = BUILT[name]
+    ids = data.draw(st.lists(st.integers(0, PROCESSORS[name].GetPieceSize() - 1), max_size=30))
+    stream = tokenizer.detokenizer()
+    assert "".join([*(stream.add(id_) for id_ in ids), stream.flush()]) == tokenizer.decode(ids)
+
+
+def test_bos_comes_first_unless_the_file_says_otherwise() -> None:
+    keys = as_keys("plain")
+    plain = BUILT["plain"].encode("Hello")
+    assert read(keys).encode("Hello") == [1, *plain]
+    assert read(keys | {"add_eos_token": True}).encode("Hello") == [1, *plain, 2]
+    assert read(keys).eos_ids == {2}
+
+
+def test_control_tokens_are_text_unless_asked_for() -> None:
+    tokenizer, processor = BUILT["plain"], PROCESSORS["plain"]
+    assert tokenizer.encode("a</s>b") == processor.Encode("a</s>b")
+    assert 2 not in tokenizer.encode("a</s>b")
+    assert tokenizer.encode("a</s>b", parse_special=True) == [*processor.Encode("a"), 2, *processor.Encode("b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"model": "t5"}, UnsupportedError, "'t5'"),
+        ({"scores": None}, CheckpointError, "scores does not have one entry for each token"),
+        ({"scores": [0.0]}, CheckpointError, "scores does not have one entry for each token"),
+        ({"scores": ["high"] * 700}, CheckpointError, "scores"),
+        ({"token_type": [1]}, CheckpointError, "token_type"),
+        ({"eos_token_id": 10**6}, CheckpointError, "eos_token_id is 1000000"),
+        ({"bos_token_id": -1}, CheckpointError, "bos_token_id"),
+        ({"tokens": ["a", "a"]}, CheckpointError, "twice"),
+    ],
+    ids=str,
+)
+def test_vocabularies_that_do_not_hold_together_are_refused(changes: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        read(as_keys("plain") | changes)
+
+
+# --- Byte-level BPE ----------------------------------------------------------------------------------------------
+
+
+def byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, size: int = 900) -> dict[str, Any]:
+    """A vocabulary that was trained on texts cut so, as GGUF keys."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
+    special = [AddedToken("<|endoftext|>", special=True)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, "don't we'll I'M HelloWorld camelCase 1234567"] * 3, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": [3] + [1] * (len(tokens) - 1),
+        "merges": [" ".join(merge) for merge in model["merges"]],
+    }
+
+
+GPT2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# transformers' own classes build the tokenizer of a family from a vocabulary and merges alone.
+CLASSES = {
+    "gpt-2": transformers.GPT2Tokenizer,
+    "qwen2": transformers.Qwen2Tokenizer,
+    "olmo": transformers.GPTNeoXTokenizer,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=any_text)
+def test_ids_equal_those_of_transformers_classes(name: str, text: str) -> None:
+    ours, theirs = both(name)
+    for candidate in (text, *TEXTS):
+        assert ours.encode(candidate) == theirs.encode(candidate, add_special_tokens=False, split_special_tokens=True)
+
+
+_MADE: dict[str, tuple[Tokenizer, Any]] = {}
+
+
+def both(name: str) -> tuple[Tokenizer, Any]:
+    if name not in _MADE:
+        keys = byte_level(GPT2_CUT)
+        vocab = {token: id_ for id_, token in enumerate(keys["tokens"])}
+        merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
+        _MADE[name] = read(keys | {"pre": name}), CLASSES[name](vocab=vocab, merges=merges)
+    return _MADE[name]
+
+
+# tokenizer.json files that cannot be had here: the patterns as they are published, each with the models that have it.
+PUBLISHED = {
+    # Llama 3, and without its rule for whole words SmolLM3; DBRX and OLMo 2 have GPT-4's, which is the same
+    ("llama-bpe", "smaug-bpe", "dbrx"): (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+    ("stablelm2",): (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+    # Mistral Nemo
+    ("tekken",): (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    # Phi-4 mini
+    ("gpt-4o",): (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "pattern"), [(n, p) for names, p in PUBLISHED.items() for n in names])
+def test_texts_are_cut_by_the_published_pattern(name: str, pattern: str) -> None:
+    cut = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    keys = byte_level(cut)
+    ours = read(keys | {"pre": name, "add_bos_token": False})
+    vocab = {token: id_ for id_, token in enumerate(keys["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
+    theirs = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    theirs.pre_tokenizer = cut
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("name", ["smollm", "starcoder", "refact", "codeshell"])
+def test_digits_stand_alone(name: str) -> None:
+    tokenizer = read(byte_level(GPT2_CUT) | {"pre": name})
+    assert [tokenizer.token(id_) for id_ in tokenizer.encode("a 1234 b")][:6] == ["a", " ", "1", "2", "3", "4"]

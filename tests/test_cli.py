@@ -440,3 +440,18 @@ def test_error_messages_cannot_steer_a_terminal() -> None:
     code, output = run_on_terminal("generate", "-p", "x", "-m", "\x1b[31mred")
     assert code == 1
     assert "\x1b" not in output
+
+
+def test_a_chat_template_file_takes_the_place_of_the_checkpoints(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    template = tmp_path / "template.jinja"
+    template.write_text("Q: {{ messages[0].content }} A:\n")
+    arguments = ["generate", "-m", str(folder), *GREEDY, "-p", "x", "--json"]
+    chatted = json.loads(run(*arguments, "--chat", "--chat-template", str(template)).stdout)
+    assert chatted["prompt_ids"] == json.loads(run(*[*arguments[:-2], "Q: x A:", "--json"]).stdout)["prompt_ids"]
+    assert run(*arguments, "--chat-template", str(template)).stderr.startswith(
+        "kvgen: error: --chat-template goes with"
+    )
+    missing = run(*arguments, "--chat", "--chat-template", str(tmp_path / "none"))
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "none: cannot be read" in missing.stderr

@@ -80,7 +80,7 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_no_family_is_named_outside_families() -> None:
     names = {name for family in FAMILIES for name in (family.hf_model_type, family.gguf_architecture)} - {""}
     # Names of programs, and of vocabularies in the GGUF format, contain those of families.
-    allowed = re.compile(r"llama\.cpp|['\"]gpt2['\"]|['\"]llama['\"]", re.IGNORECASE)
+    allowed = re.compile(r"llama\.cpp|['\"`]gpt2['\"`]|['\"`]llama['\"`]", re.IGNORECASE)
     for path in FILES:
         if ROOT / "families" in path.parents or path == ROOT / "tokenizer" / "pretokenizers.py":
             continue

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
 from kvgen.cli.model import load_model
-from kvgen.cli.prompts import read_prompts
+from kvgen.cli.prompts import read_file, read_prompts
 from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_stats
 from kvgen.errors import UsageError
@@ -28,6 +28,7 @@ def generate(
     lines: options.Lines = False,
     chat: options.Chat = False,
     system: options.System = None,
+    chat_template: options.ChatTemplateFile = None,
     parse_special: options.ParseSpecial = False,
     model: options.Model = None,
     tokenizer: options.TokenizerFile = None,
@@ -62,6 +63,8 @@ def generate(
     """
     if system is not None and not chat:
         raise UsageError("--system goes with --chat")
+    if chat_template is not None and not chat:
+        raise UsageError("--chat-template goes with --chat")
     if logprobs is not None and not json:
         raise UsageError("--logprobs goes with --json")
     sampling = Sampling(
@@ -76,6 +79,7 @@ def generate(
         logit_bias=options.parse_logit_bias(logit_bias),
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
     )
+    template = None if chat_template is None else read_file(chat_template)
     prompts = read_prompts(prompt, prompt_file, lines=lines)
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:
@@ -83,6 +87,8 @@ def generate(
     started = time.perf_counter()
     loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
     load_seconds = time.perf_counter() - started
+    if template is not None:
+        loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
     if not no_cache:
         loaded = _verified(loaded, verify_cache)
 
@@ -134,7 +140,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None
     if not chat:
         return tokenizer.encode(prompt, parse_special=parse_special)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+    return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}], parse_special=parse_special)
 
 
 def _as_json(

@@ -78,6 +78,15 @@ Chat = Annotated[
     Option("--chat", help="Put the prompt into the checkpoint's chat template.", rich_help_panel=_PROMPT),
 ]
 System = Annotated[str | None, Option(help="A system message, with --chat.", rich_help_panel=_PROMPT)]
+ChatTemplateFile = Annotated[
+    Path | None,
+    Option(
+        "--chat-template",
+        metavar="FILE",
+        help="With --chat: a Jinja template instead of the checkpoint's.",
+        rich_help_panel=_PROMPT,
+    ),
+]
 ParseSpecial = Annotated[
     bool,
     Option(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvgen.errors import CheckpointError, UsageError
+from kvgen.tokenizer.sandbox import RefusedError, Sandbox, TemplateTimeoutError, render_limited
 
 
 class Message(TypedDict):
@@ -30,11 +28,8 @@ _FAILURES = (
     AttributeError,
     RecursionError,
     MemoryError,
+    TemplateTimeoutError,
 )
-
-
-class _RefusedError(Exception):
-    """What a template raises by `raise_exception`."""
 
 
 class ChatTemplate:
@@ -61,26 +56,33 @@ class ChatTemplate:
             "add_generation_prompt": True,
         }
         try:
-            return self._template.render(values)
-        except _RefusedError as error:
+            return render_limited(self._template, values)
+        except RefusedError as error:
             raise UsageError(f"the chat template refuses this conversation: {error}") from None
         except _FAILURES as error:
             raise CheckpointError(f"the chat template fails ({type(error).__name__}: {str(error)[:200]})") from error
 
+    def render_with_system(self, messages: Sequence[Message]) -> str:
+        """As `render`, but a system message that the template refuses or leaves out goes before the first user's.
+
+        Raises UsageError too where there is no user's message to put it into.
+        """
+        if not messages or messages[0]["role"] != "system":
+            return self.render(messages)
+        system, rest = messages[0]["content"], list(messages[1:])
+        refusal: UsageError | None = None
+        try:
+            text = self.render(messages)
+            if system.strip() in text:
+                return text
+        except UsageError as error:
+            refusal = error
+        first = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
+        if first is None:
+            raise refusal or UsageError("the chat template has no place for a system message, and there is no other")
+        rest[first] = {"role": "user", "content": f"{system}\n\n{rest[first]['content']}"}
+        return self.render(rest)
+
     @cached_property
     def _template(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-        return environment.from_string(self.source)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _RefusedError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+        return Sandbox().from_string(self.source)

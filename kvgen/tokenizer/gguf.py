@@ -13,7 +13,6 @@ from tokenizers import AddedToken, decoders, models, processors
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.tokenizer import sentencepiece
-from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.tokenizer import Tokenizer
 
@@ -72,11 +71,7 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     template = keys.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{raw.path}: tokenizer.chat_template is not a text")
-    return Tokenizer(
-        backend,
-        _eos_ids(raw, tokens, types),
-        None if template is None else ChatTemplate(template, _special_tokens(keys, tokens)),
-    )
+    return Tokenizer(backend, _eos_ids(raw, tokens, types), template, _special_tokens(keys, tokens))
 
 
 def _byte_level(raw: RawCheckpoint, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:

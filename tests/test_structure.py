@@ -31,6 +31,7 @@ ROOMS = [
     "kvgen.convert",
     "kvgen.catalogue",
     "kvgen.hub",
+    "kvgen.inventory",
     "kvgen.loading",
     "kvgen.inspection",
     "kvgen.generation.settings",

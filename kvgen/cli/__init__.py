@@ -12,6 +12,7 @@ from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
 from kvgen.cli.inspect import inspect
+from kvgen.cli.models import models
 
 app = typer.Typer(
     cls=Group,
@@ -74,3 +75,5 @@ app.command(
     epilog="Examples:\n\nkvgen inspect\n\nkvgen inspect ./my-model --json\n\n"
     "Exit codes: 0 kvgen runs it, 1 it does not or an error, 2 wrong usage."
 )(inspect)
+
+app.add_typer(models, name="models")

@@ -11,7 +11,7 @@ from typer import Argument, Exit
 
 from kvgen.cli import options
 from kvgen.cli.escape import escape_controls
-from kvgen.cli.render import download_progress, terminal, write_json
+from kvgen.cli.render import download_progress, format_bytes, terminal, write_json
 
 if TYPE_CHECKING:
     from kvgen.inspection import Inspection
@@ -56,7 +56,7 @@ def _print(inspection: Inspection) -> None:
 
 
 def _rows(inspection: Inspection) -> list[tuple[str, str]]:
-    types = ", ".join(f"{kind} {_size(count)}" for kind, count in inspection.types.items())
+    types = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in inspection.types.items())
     rows = [
         ("path", str(inspection.path)),
         ("kind", f"{inspection.kind} ({inspection.format})"),
@@ -66,7 +66,7 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
         rows.append(("obstacle", inspection.obstacle))
     rows += [
         ("parameters", f"{inspection.parameters:,}"),
-        ("in the files", f"{_size(inspection.nbytes)}: {types}"),
+        ("in the files", f"{format_bytes(inspection.nbytes)}: {types}"),
         *inspection.mechanisms.items(),
     ]
     if inspection.config is not None and inspection.cache_bytes_per_token is not None:
@@ -76,20 +76,10 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
             ("context", "without bound" if context is None else f"{context:,} tokens"),
             (
                 "KV cache",
-                f"{_size(inspection.cache_bytes_per_token)} a token"
-                + ("" if full is None else f", {_size(full)} at full context")
+                f"{format_bytes(inspection.cache_bytes_per_token)} a token"
+                + ("" if full is None else f", {format_bytes(full)} at full context")
                 + " (float32; half of it in bfloat16)",
             ),
         ]
     tokenizer = inspection.tokenizer_obstacle or f"{inspection.vocabulary:,} tokens"
     return [*rows, ("tokenizer", tokenizer), ("chat template", "yes" if inspection.has_chat_template else "no")]
-
-
-def _size(count: int) -> str:
-    """Bytes in the decimal units of file managers."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -64,6 +64,16 @@ def escape_json_delete(line: str) -> str:
     return line.replace("\x7f", "\\u007f")
 
 
+def format_bytes(count: int) -> str:
+    """Bytes in the decimal units of file managers."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 def print_note(text: str, style: str = "dim") -> None:
     """A line on stderr. That its reader has left is no reason to stop."""
     if sys.stderr is None:

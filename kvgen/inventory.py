@@ -1,0 +1,90 @@
+"""The models that are on this machine, or could be: what `kvgen models` lists, fetches and removes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvgen import catalogue
+from kvgen.catalogue import CATALOGUE
+from kvgen.errors import KvgenError, NotFoundError, UsageError
+from kvgen.hub import cache_dir, is_whole
+
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model by name.
+
+    source: `catalogue`, or `hub` for a repository in the Hugging Face cache. path: where it is; None if it is not here.
+    nbytes: on disk, or to fetch. licence: an SPDX name; "" if unknown. whole: whether nothing of it is missing.
+    """
+
+    name: str
+    source: str
+    path: Path | None
+    nbytes: int
+    licence: str
+    whole: bool
+
+
+def list_models() -> list[Entry]:
+    """The catalogue, and the models in the Hugging Face cache."""
+    folder = cache_dir() / "models"
+    entries = []
+    for known in CATALOGUE.values():
+        path = catalogue.find(known, folder)
+        entries.append(Entry(known.name, "catalogue", path, known.size, known.licence, path is not None))
+    return entries + [entry for entry, _ in _hub_entries()]
+
+
+def remove(name: str) -> Entry:
+    """Remove a model from kvgen's or the hub's cache, and say what it was.
+
+    Raises NotFoundError if it is not there, UsageError for a file that an installed package owns.
+    """
+    folder = cache_dir() / "models"
+    if known := CATALOGUE.get(name):
+        entry = next(entry for entry in list_models() if entry.name == name)
+        if entry.path is None:
+            raise NotFoundError(f"model {name!r} is not in {folder}")
+        if folder not in entry.path.parents:
+            raise UsageError(f"model {name!r} belongs to the package {known.package}: pip uninstall {known.package}")
+        try:
+            entry.path.unlink()
+        except OSError as error:
+            raise KvgenError(f"{entry.path}: cannot be removed ({error.strerror})") from error
+        return entry
+    for entry, revisions in _hub_entries():
+        if entry.name == name:
+            _scan().delete_revisions(*revisions).execute()
+            return entry
+    raise NotFoundError(f"model {name!r} is neither in {folder} nor in the hub's cache")
+
+
+def _scan() -> HFCacheInfo:
+    import huggingface_hub  # here because it is slow to import
+
+    return huggingface_hub.scan_cache_dir()
+
+
+def _hub_entries() -> list[tuple[Entry, list[str]]]:
+    """Repositories with a checkpoint, and their revisions."""
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        scan = _scan()
+    except CacheNotFound:
+        return []
+    found = []
+    for repository in sorted(scan.repos, key=lambda repository: repository.repo_id):
+        newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
+        if repository.repo_type != "model" or newest is None or not (newest.snapshot_path / "config.json").exists():
+            continue
+        path = newest.snapshot_path
+        entry = Entry(repository.repo_id, "hub", path, repository.size_on_disk, "", is_whole(path))
+        found.append((entry, [revision.commit_hash for revision in repository.revisions]))
+    return found

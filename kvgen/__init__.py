@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvgen.generation.text import Chunk
     from kvgen.loading import Loaded, load
     from kvgen.model.cache import KVCache
+    from kvgen.scoring import Score, score
     from kvgen.tokenizer import Tokenizer
     from kvgen.tokenizer.chat import Message
 
@@ -49,12 +50,14 @@ __all__ = [
     "ModelError",
     "NotFoundError",
     "Sampling",
+    "Score",
     "Step",
     "Tokenizer",
     "UnsupportedError",
     "UsageError",
     "generate",
     "load",
+    "score",
     "stream",
 ]
 
@@ -65,10 +68,12 @@ _HOMES = {
     "Message": "kvgen.tokenizer.chat",
     "Model": "kvgen.contract",
     "Sampling": "kvgen.generation.settings",
+    "Score": "kvgen.scoring",
     "Step": "kvgen.generation.decode",
     "Tokenizer": "kvgen.tokenizer",
     "generate": "kvgen.generation.stream",
     "load": "kvgen.loading",
+    "score": "kvgen.scoring",
     "stream": "kvgen.generation.stream",
 }
 

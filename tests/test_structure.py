@@ -40,6 +40,7 @@ ROOMS = [
     "kvgen.generation.verify",
     "kvgen.generation.text",
     "kvgen.generation.stream",
+    "kvgen.scoring",
     "kvgen.compare",
     "kvgen",
     "kvgen.cli",

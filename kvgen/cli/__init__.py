@@ -13,6 +13,7 @@ from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
 from kvgen.cli.inspect import inspect
 from kvgen.cli.models import models
+from kvgen.cli.score import score
 
 app = typer.Typer(
     cls=Group,
@@ -75,5 +76,14 @@ app.command(
     epilog="Examples:\n\nkvgen inspect\n\nkvgen inspect ./my-model --json\n\n"
     "Exit codes: 0 kvgen runs it, 1 it does not or an error, 2 wrong usage."
 )(inspect)
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        "kvgen score article.txt\n\n"
+        'kvgen score -p "The capital of France is Paris." --tokens\n\n'
+        "kvgen score --jsonl texts.jsonl > scores.jsonl"
+    )
+)(score)
 
 app.add_typer(models, name="models")

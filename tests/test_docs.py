@@ -40,3 +40,10 @@ def test_python_examples_of_the_readme_run(smollm2_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" the city")
+
+
+def test_the_walk_through_a_family_shows_its_code() -> None:
+    page = (ROOT / "docs" / "adding-a-family.md").read_text()
+    code, row = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    assert code in (ROOT / "kvgen" / "families" / "olmo2.py").read_text()
+    assert row.strip() in (ROOT / "tests" / "families.py").read_text()

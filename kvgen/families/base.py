@@ -26,6 +26,7 @@ ACTIVATIONS = {
 """transformers' names for the decoder's."""
 
 ATTENTION = frozenset({"attn.q", "attn.k", "attn.v", "attn.output"})
+GATED_MLP = frozenset({"ffn.gate", "ffn.up", "ffn.down"})
 PLAIN_MLP = frozenset({"ffn.up", "ffn.down"})
 BLOCK_NORMS = frozenset({"attn_norm", "ffn_norm", "output_norm"})
 
@@ -79,7 +80,7 @@ def hf_config(
     fields = hf_fields(raw)
     dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     layers = fields.count("num_hidden_layers")
-    head_dim = fields.count("head_dim", dim // heads)
+    head_dim = hf_head_dim(fields)
     if rotaries is None:
         rotaries = [rotary_from_hf(fields, head_dim, default_share=rotary_share)] * layers
     chosen: dict[str, Any] = {
@@ -120,7 +121,7 @@ def gguf_config(
         raise UnsupportedError(f"{raw.path}: {keys.prefix}expert_count: mixtures of experts are not supported")
     dim, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     layers = keys.count("block_count")
-    head_dim = keys.count("attention.key_length", dim // heads)
+    head_dim = gguf_head_dim(keys)
     keys.require("attention.value_length", head_dim)
     keys.require("attention.clamp_kqv", None)
     if not scaled_attention:
@@ -189,7 +190,24 @@ def hf_tied_head(raw: RawCheckpoint, fields: Fields, names: NameTable, *, defaul
     return False
 
 
-def sliding_windows(fields: Fields, layers: int, default_types: Sequence[bool]) -> list[int | None]:
+def flagged_biases(fields: Fields) -> frozenset[str]:
+    """What `attention_bias` and `mlp_bias` say. The file must have these."""
+    attention = ATTENTION if fields.flag("attention_bias", False) else frozenset()
+    return attention | (GATED_MLP if fields.flag("mlp_bias", False) else frozenset())
+
+
+def hf_head_dim(fields: Fields) -> int:
+    """`head_dim`, or the width shared out."""
+    return fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
+
+
+def gguf_head_dim(keys: Fields) -> int:
+    """`attention.key_length`, or the width shared out."""
+    shared = keys.count("embedding_length") // keys.count("attention.head_count")
+    return keys.count("attention.key_length", shared)
+
+
+def sliding_windows(fields: Fields, default_types: Sequence[bool]) -> list[int | None]:
     """The window of each layer from `layer_types` and `sliding_window`; default_types says which slide without."""
     types = fields.get("layer_types")
     if types is None:

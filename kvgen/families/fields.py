@@ -39,6 +39,10 @@ class Fields:
         """A number greater than 0, or None if it is absent or null."""
         return None if self.get(name) is None else self.number(name)
 
+    def optional_count(self, name: str) -> int | None:
+        """A whole number of at least 1, or None if it is absent or null."""
+        return None if self.get(name) is None else self.count(name)
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._present(name, default)

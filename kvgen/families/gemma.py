@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
 from kvgen.families.family import Family, Transform, plus_one
 from kvgen.model.config import DecoderConfig
 
@@ -24,7 +24,7 @@ def hf_mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
     fields = hf_fields(raw)
     return {
         "embedding_scale": fields.count("hidden_size") ** 0.5,
-        "biases": ATTENTION if fields.flag("attention_bias", False) else frozenset(),
+        "biases": flagged_biases(fields),
     }
 
 

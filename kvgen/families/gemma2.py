@@ -33,7 +33,7 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
         activation_field="hidden_activation",
         tied_head=True,
         norms=NORMS,
-        windows=sliding_windows(fields, layers, [layer % 2 == 0 for layer in range(layers)]),
+        windows=sliding_windows(fields, [layer % 2 == 0 for layer in range(layers)]),
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
         attention_softcap=fields.optional_number("attn_logit_softcapping"),
         logit_softcap=fields.optional_number("final_logit_softcapping"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import gguf_config, gguf_fields, hf_config, hf_fields, sliding_windows
+from kvgen.families.base import gguf_config, gguf_fields, hf_config, hf_fields, hf_head_dim, sliding_windows
 from kvgen.families.family import Family
 from kvgen.families.fields import Fields
 from kvgen.families.gemma import gguf_mechanisms, hf_mechanisms, hf_transforms
@@ -30,8 +30,8 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
     fields.require("use_bidirectional_attention", False)
     fields.require("attn_logit_softcapping", None)
     layers, every = fields.count("num_hidden_layers"), fields.count("sliding_window_pattern", _EVERY)
-    windows = sliding_windows(fields, layers, [bool((layer + 1) % every) for layer in range(layers)])
-    head_dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
+    windows = sliding_windows(fields, [bool((layer + 1) % every) for layer in range(layers)])
+    head_dim = hf_head_dim(fields)
     everywhere, local = _rotary_fields(fields)
     global_rotary = rotary_from_hf(everywhere, head_dim, default_base=_GLOBAL_BASE)
     local_rotary = rotary_from_hf(local, head_dim, default_base=_LOCAL_BASE)

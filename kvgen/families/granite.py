@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
 from kvgen.families.family import Family
 from kvgen.families.llama import gguf_transforms
 from kvgen.model.config import DecoderConfig
@@ -27,8 +27,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         embedding_scale=fields.number("embedding_multiplier", 1.0),
         residual_scale=fields.number("residual_multiplier", 1.0),
         logit_scale=1 / fields.number("logits_scaling", 1.0),
-        biases=(ATTENTION if fields.flag("attention_bias", False) else frozenset())
-        | ({"ffn.gate", "ffn.up", "ffn.down"} if fields.flag("mlp_bias", False) else set()),
+        biases=flagged_biases(fields),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, HF_NAMES, gguf_config, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, hf_config, hf_fields
 from kvgen.families.family import Family, Transform, split_halves
 from kvgen.model.config import DecoderConfig
 
@@ -17,8 +17,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields.require("sliding_window", None)
     return hf_config(
         raw,
-        biases=(ATTENTION if fields.flag("attention_bias", False) else frozenset())
-        | ({"ffn.gate", "ffn.up", "ffn.down"} if fields.flag("mlp_bias", False) else set()),
+        biases=flagged_biases(fields),
     )
 
 

@@ -10,8 +10,7 @@ from kvgen.model.config import DecoderConfig
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = hf_fields(raw)
-    window = None if fields.get("sliding_window") is None else fields.count("sliding_window")
-    return hf_config(raw, windows=[window] * fields.count("num_hidden_layers"))
+    return hf_config(raw, windows=[fields.optional_count("sliding_window")] * fields.count("num_hidden_layers"))
 
 
 FAMILY = Family("mistral", "", read_config, HF_NAMES)

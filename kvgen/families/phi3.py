@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields, hf_head_dim
 from kvgen.families.family import GGUF_NAMES, Family
+from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_hf
 from kvgen.model.config import DecoderConfig, Rotary
 
@@ -19,12 +20,16 @@ _GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.ffn_up": "blk.{i}.ffn.gate_up"}
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         keys = gguf_fields(raw)
-        window = None if not keys.get("attention.sliding_window") else keys.count("attention.sliding_window")
+        window = keys.count("attention.sliding_window") if keys.get("attention.sliding_window") else None  # 0 is none
         return gguf_config(raw, names=_GGUF_NAMES, windows=[window] * keys.count("block_count"))
     fields = hf_fields(raw)
     layers = fields.count("num_hidden_layers")
-    window = None if fields.get("sliding_window") is None else fields.count("sliding_window")
-    return hf_config(raw, names=_HF_NAMES, rotaries=[_rotary(raw)] * layers, windows=[window] * layers)
+    return hf_config(
+        raw,
+        names=_HF_NAMES,
+        rotaries=[_rotary(raw)] * layers,
+        windows=[fields.optional_count("sliding_window")] * layers,
+    )
 
 
 def _rotary(raw: RawCheckpoint) -> Rotary:
@@ -34,9 +39,8 @@ def _rotary(raw: RawCheckpoint) -> Rotary:
     if section is not None and (values := fields.section(section)) is not None:
         kind = values.get("rope_type") or values.get("type")
         renamed = {**values.values, "rope_type": "longrope" if kind in ("su", "yarn") else kind}
-        fields.values = {**fields.values, section: renamed}
-    head_dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
-    return rotary_from_hf(fields, head_dim, default_share=fields.number("partial_rotary_factor", 1.0))
+        fields = Fields({**fields.values, section: renamed}, fields.path)
+    return rotary_from_hf(fields, hf_head_dim(fields), default_share=fields.number("partial_rotary_factor", 1.0))
 
 
 FAMILY = Family("phi3", "phi3", read_config, _HF_NAMES, _GGUF_NAMES)

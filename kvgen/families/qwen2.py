@@ -22,9 +22,8 @@ def windows(raw: RawCheckpoint) -> list[int | None]:
     layers = fields.count("num_hidden_layers")
     if not fields.flag("use_sliding_window", False) or fields.get("sliding_window") is None:
         return [None] * layers
-    first = fields.get("max_window_layers")
-    first = 28 if first is None else first
-    return sliding_windows(fields, layers, [layer >= first for layer in range(layers)])
+    first = 0 if fields.get("max_window_layers") == 0 else fields.count("max_window_layers", 28)
+    return sliding_windows(fields, [layer >= first for layer in range(layers)])
 
 
 FAMILY = Family("qwen2", "qwen2", read_config, HF_NAMES)

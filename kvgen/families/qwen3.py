@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
 from kvgen.families.family import Family
 from kvgen.families.qwen2 import windows
 from kvgen.model.config import DecoderConfig, QKNorm
@@ -25,7 +25,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         names=_HF_NAMES,
         windows=windows(raw),
         qk_norm=QKNorm("rms", "head", fields.number("rms_norm_eps")),
-        biases=ATTENTION if fields.flag("attention_bias", False) else frozenset(),
+        biases=flagged_biases(fields),
     )
 
 

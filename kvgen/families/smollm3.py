@@ -5,12 +5,14 @@ from __future__ import annotations
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import (
-    ATTENTION,
     HF_NAMES,
+    flagged_biases,
     gguf_config,
     gguf_fields,
+    gguf_head_dim,
     hf_config,
     hf_fields,
+    hf_head_dim,
     sliding_windows,
 )
 from kvgen.families.family import Family
@@ -33,23 +35,20 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
         rotates = [(layer + 1) % every != 0 for layer in range(layers)]
     if not isinstance(rotates, list) or not all(value in (0, 1) for value in rotates):
         raise CheckpointError(f"{fields.path}: no_rope_layers must be a list of 0 and 1")
-    head_dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
-    rotary = rotary_from_hf(fields, head_dim)
+    rotary = rotary_from_hf(fields, hf_head_dim(fields))
     slides = fields.flag("use_sliding_window", False) and fields.get("sliding_window") is not None
     return hf_config(
         raw,
         rotaries=[rotary if value else None for value in rotates],
-        windows=sliding_windows(fields, layers, [slides and not value for value in rotates]),
+        windows=sliding_windows(fields, [slides and not value for value in rotates]),
         tied_head=True,
-        biases=(ATTENTION if fields.flag("attention_bias", False) else frozenset())
-        | ({"ffn.gate", "ffn.up", "ffn.down"} if fields.flag("mlp_bias", False) else set()),
+        biases=flagged_biases(fields),
     )
 
 
 def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     keys = gguf_fields(raw)
-    head_dim = keys.count("attention.key_length", keys.count("embedding_length") // keys.count("attention.head_count"))
-    rotary = rotary_from_gguf(raw, keys, head_dim)
+    rotary = rotary_from_gguf(raw, keys, gguf_head_dim(keys))
     layers = keys.count("block_count")
     return gguf_config(raw, rotaries=[rotary if (layer + 1) % _EVERY else None for layer in range(layers)])
 

@@ -25,7 +25,6 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
             biases=BLOCK_NORMS,
         )
     fields = hf_fields(raw)
-    window = None if fields.get("sliding_window") is None else fields.count("sliding_window")
     linear = ATTENTION | PLAIN_MLP if fields.flag("use_bias", True) else frozenset()
     return hf_config(
         raw,
@@ -34,7 +33,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         tied_head=True,
         norm="layer",
         gated=False,
-        windows=[window] * fields.count("num_hidden_layers"),
+        windows=[fields.optional_count("sliding_window")] * fields.count("num_hidden_layers"),
         biases=BLOCK_NORMS | linear,
     )
 

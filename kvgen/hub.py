@@ -22,6 +22,7 @@ _HUB_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "model.safetensors.index.json",
     "*.safetensors",
 ]

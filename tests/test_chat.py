@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import kvgen
 from kvgen import CheckpointError, UsageError
 from kvgen.tokenizer.chat import ChatTemplate
-from kvgen.tokenizer.sandbox import MAX_CHARACTERS
+from kvgen.tokenizer.limits import MAX_CHARACTERS
+from kvgen.tokenizer.lookalikes import LookAlikes, encode_with
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -207,7 +208,9 @@ def test_ids_of_a_conversation_are_those_of_its_text(smollm2, text: str, look_al
     """Encoded piece by piece, as look-alikes need, or at once: only the look-alike itself differs."""
     tokenizer = smollm2.tokenizer
     rendered = tokenizer.chat_template.render([{"role": "user", "content": text}])
-    assert tokenizer._encode_marked(rendered) == tokenizer._encode(rendered, parse_special=True, policy=False)
+    assert LookAlikes(tokenizer.backend).encode(rendered) == (
+        encode_with(tokenizer.backend, rendered, parse_special=True, policy=False).ids
+    )
 
 
 # --- System messages ---------------------------------------------------------------------------------------------

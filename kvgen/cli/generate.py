@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
 from kvgen.cli.model import load_model
-from kvgen.cli.prompts import read_file, read_prompts
+from kvgen.cli.prompts import read_prompts, read_template
 from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_stats
 from kvgen.errors import UsageError
@@ -79,7 +79,7 @@ def generate(
         logit_bias=options.parse_logit_bias(logit_bias),
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
     )
-    template = None if chat_template is None else read_file(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     prompts = read_prompts(prompt, prompt_file, lines=lines)
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:

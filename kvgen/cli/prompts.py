@@ -39,6 +39,17 @@ def read_file(file: Path) -> str:
         return _without_line_break(_decode(source.read(), file))
 
 
+def read_template(file: Path) -> str:
+    """The file of --chat-template. Raises NotFoundError if it cannot be read, UsageError if it is no template."""
+    if file == _STDIN:
+        raise UsageError("--chat-template takes a file, not stdin")
+    with _open(file) as source:
+        text = _decode(source.read(), file)
+    if not text.strip():
+        raise UsageError(f"--chat-template {file}: the file is empty")
+    return text
+
+
 def _whole(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:

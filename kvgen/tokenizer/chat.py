@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypedDict
 
-import jinja2
-
 from kvgen.errors import CheckpointError, UsageError
-from kvgen.tokenizer.sandbox import RefusedError, Sandbox, TemplateTimeoutError, render_limited
+from kvgen.tokenizer.sandbox import Program, RefusedError
 
 
 class Message(TypedDict):
@@ -17,19 +14,6 @@ class Message(TypedDict):
 
     role: str
     content: str
-
-
-_FAILURES = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-    TemplateTimeoutError,
-)
 
 
 class ChatTemplate:
@@ -42,6 +26,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self._program = Program(source)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as text, with the opening of the assistant's answer at the end.
@@ -56,10 +41,10 @@ class ChatTemplate:
             "add_generation_prompt": True,
         }
         try:
-            return render_limited(self._template, values)
+            return self._program.render(values)
         except RefusedError as error:
-            raise UsageError(f"the chat template refuses this conversation: {error}") from None
-        except _FAILURES as error:
+            raise UsageError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
+        except Exception as error:  # a template can make Python raise anything
             raise CheckpointError(f"the chat template fails ({type(error).__name__}: {str(error)[:200]})") from error
 
     def render_with_system(self, messages: Sequence[Message]) -> str:
@@ -73,7 +58,8 @@ class ChatTemplate:
         refusal: UsageError | None = None
         try:
             text = self.render(messages)
-            if system.strip() in text:
+            another: Message = {"role": "system", "content": f"{system}."}
+            if text != self.render([another, *rest]):  # a template may trim or quote it, so its text is not looked for
                 return text
         except UsageError as error:
             refusal = error
@@ -82,7 +68,3 @@ class ChatTemplate:
             raise refusal or UsageError("the chat template has no place for a system message, and there is no other")
         rest[first] = {"role": "user", "content": f"{system}\n\n{rest[first]['content']}"}
         return self.render(rest)
-
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        return Sandbox().from_string(self.source)

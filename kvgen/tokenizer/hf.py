@@ -14,7 +14,7 @@ from kvgen.tokenizer.tokenizer import Tokenizer
 
 
 def read(raw: RawCheckpoint) -> Tokenizer:
-    """Read tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja of a folder."""
+    """Read tokenizer.json of a folder, and the small files beside it if they are there."""
     backend = read_backend(raw.path / "tokenizer.json")
     settings = _optional_object(raw.path / "tokenizer_config.json")
     generation = _optional_object(raw.path / "generation_config.json")
@@ -57,12 +57,15 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    template = settings.get("chat_template")
+    path, template = folder / "tokenizer_config.json", settings.get("chat_template")
     if isinstance(template, list):  # several by name; `default` is the one for plain conversations
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
+    old = folder / "chat_template.json"
+    if template is None and old.exists():
+        template, path = read_json_object(old).get("chat_template"), old
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is not a template")
+        raise CheckpointError(f"{path}: chat_template is not a template")
     return template
 
 

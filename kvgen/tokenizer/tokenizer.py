@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import cast
 
 import tokenizers
 
 from kvgen.errors import UsageError
 from kvgen.tokenizer.chat import ChatTemplate, Message
 from kvgen.tokenizer.detokenizer import Detokenizer
+from kvgen.tokenizer.lookalikes import LookAlikes, encode_with
 
 
 class Tokenizer:
@@ -35,8 +34,11 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         added = backend.get_added_tokens_decoder()
-        self._special = {token.content: (id_, token) for id_, token in added.items() if token.special}
-        self.special_ids = frozenset(id_ for id_, _ in self._special.values())
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+
+    @cached_property
+    def _look_alikes(self) -> LookAlikes:
+        return LookAlikes(self.backend)
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same vocabulary with another template."""
@@ -50,7 +52,7 @@ class Tokenizer:
 
         Raises UsageError if the text is not valid Unicode.
         """
-        return self._encode(text, parse_special=parse_special, policy=True)
+        return encode_with(self.backend, text, parse_special=parse_special, policy=True).ids
 
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
         """The ids of a conversation, up to where the assistant's answer begins.
@@ -62,11 +64,14 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
-        look_alike = self._look_alike
-        if parse_special or not any(look_alike.search(message["content"]) for message in messages):
-            return self._encode(self.chat_template.render_with_system(messages), parse_special=True, policy=False)
-        marked = [{**message, "content": look_alike.sub(_mark, message["content"])} for message in messages]
-        return self._encode_marked(self.chat_template.render_with_system(cast("list[Message]", marked)))
+        look_alikes = self._look_alikes
+        if parse_special or not any(look_alikes.may_be_in(message["content"]) for message in messages):
+            text = self.chat_template.render_with_system(messages)
+            return encode_with(self.backend, text, parse_special=True, policy=False).ids
+        marked: list[Message] = [
+            {"role": message["role"], "content": look_alikes.marked(message["content"])} for message in messages
+        ]
+        return look_alikes.encode(self.chat_template.render_with_system(marked))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
@@ -79,50 +84,3 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """A new stream from ids to text."""
         return Detokenizer(self.backend, self.special_ids)
-
-    def _encode(self, text: str, *, parse_special: bool, policy: bool) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text is not valid Unicode at character {error.start}") from None
-        self.backend.encode_special_tokens = not parse_special
-        try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=policy).ids
-        except Exception as error:  # the library raises nothing narrower
-            raise UsageError(f"the vocabulary has no tokens for this text ({error})") from error
-        return ids
-
-    @cached_property
-    def _look_alike(self) -> re.Pattern[str]:
-        """The texts of the special tokens, the longest first."""
-        texts = sorted(self._special, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-
-    def _encode_marked(self, text: str) -> list[int]:
-        """Ids of a text whose special tokens are tokens, but for those that `_mark` has marked.
-
-        Piece by piece, because the library either finds all special tokens in a text or none.
-        """
-        ids: list[int] = []
-        start, strip = 0, False
-        for match in self._look_alike.finditer(text):
-            id_, token = self._special[match[0]]
-            ids += self._encode_piece(text[start : match.start()], lstrip=strip, rstrip=token.lstrip)
-            ids.append(id_)
-            start, strip = match.end(), token.rstrip
-        return ids + self._encode_piece(text[start:], lstrip=strip, rstrip=False)
-
-    def _encode_piece(self, text: str, *, lstrip: bool, rstrip: bool) -> list[int]:
-        """A piece between special tokens, which may take the space beside them."""
-        text = text.replace(_MARK, "")
-        text = text.lstrip() if lstrip else text
-        text = text.rstrip() if rstrip else text
-        return self._encode(text, parse_special=False, policy=False)
-
-
-_MARK = "\ufdd0"  # a code point that Unicode keeps free for such use: no text has it
-
-
-def _mark(match: re.Match[str]) -> str:
-    """A look-alike with a mark inside, so that it survives a template and is known again."""
-    return f"{match[0][:1]}{_MARK}{match[0][1:]}"

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kvgen.backends.native import NativeBackend
+from kvgen import CheckpointError, KvgenError
+from kvgen.backends.native import NativeBackend, draw_blueprint
+from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.compare.comparison import compare
 from kvgen.compare.verdict import Verdict
 from kvgen.loading import load
 from tests import gguf_files
-from tests.families import CASES, make_checkpoint, make_model
+from tests.families import CASES, CONFIGS, make_checkpoint, make_model
 
 # The order of sums differs between two implementations of the same fp32 arithmetic: about 1e-7 relative for each
 # of some hundred operations, on logits of size 1 to 10.
 TOLERANCE = 1e-4
 LENGTH = 70  # longer than every window, and than LongRoPE's short length
 
+every_gguf_file = pytest.mark.parametrize(
+    ("kind", "options"),
+    gguf_files.CONFIGS,
+    ids=[f"{kind}-{number}" for number, (kind, _) in enumerate(gguf_files.CONFIGS)],
+)
 every_case = pytest.mark.parametrize(("kind", "number"), CASES)
 
 
@@ -65,11 +74,7 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, tmp_path: P
         assert (cached - uncached).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    gguf_files.CONFIGS,
-    ids=[f"{kind}-{number}" for number, (kind, _) in enumerate(gguf_files.CONFIGS)],
-)
+@every_gguf_file
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
     kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -93,3 +98,48 @@ def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
     rows = compare(load_model(tmp_path, dtype), prompt, patterns=("full-sequence", "last-token"), steps=45).rows
     assert [row.verdict for row in rows[1:]] == [Verdict.EQUIVALENT, Verdict.DIFFERENT]
     assert rows[1].findings == ()
+
+
+JUNK = [None, True, -1, 0, 3, 10**12, 0.5, -2.5, "x", "", [], [1], ["full_attention"], {}, {"factor": 2}]
+
+
+def with_junk(metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The metadata with each value, those inside of objects too, replaced by what should not be there."""
+    for key, value in metadata.items():
+        for junk in JUNK:
+            yield {**metadata, key: junk}
+        if isinstance(value, Mapping):
+            yield from ({**metadata, key: changed} for changed in with_junk(value))
+
+
+def count_refused(raw: RawCheckpoint) -> int:
+    draw_blueprint(raw)
+    refused = 0
+    for metadata in with_junk(raw.metadata):
+        try:
+            draw_blueprint(replace(raw, metadata=metadata))
+        except KvgenError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    return refused
+
+
+@every_case
+def test_any_value_in_a_config_is_read_or_refused(kind: str, number: int, tmp_path: Path) -> None:
+    make_checkpoint(kind, number, tmp_path)
+    assert count_refused(read_checkpoint(tmp_path)) > 100
+
+
+@every_gguf_file
+def test_any_value_in_a_gguf_file_is_read_or_refused(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, make_model(kind, options))
+    assert count_refused(read_checkpoint(tmp_path / "tiny.gguf")) > 50
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_more_layers_than_tensors_are_refused_at_once(kind: str, tmp_path: Path) -> None:
+    make_checkpoint(kind, 0, tmp_path)
+    raw = read_checkpoint(tmp_path)
+    key = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    with pytest.raises(CheckpointError, match="says 1000000000000 layers, but holds"):
+        draw_blueprint(replace(raw, metadata={**raw.metadata, key: 10**12}))

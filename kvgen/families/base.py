@@ -79,7 +79,7 @@ def hf_config(
     """
     fields = hf_fields(raw)
     dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    layers = fields.count("num_hidden_layers")
+    layers = hf_layers(raw)
     head_dim = hf_head_dim(fields)
     if rotaries is None:
         rotaries = [rotary_from_hf(fields, head_dim, default_share=rotary_share)] * layers
@@ -120,7 +120,7 @@ def gguf_config(
     if keys.get("expert_count"):
         raise UnsupportedError(f"{raw.path}: {keys.prefix}expert_count: mixtures of experts are not supported")
     dim, heads = keys.count("embedding_length"), keys.count("attention.head_count")
-    layers = keys.count("block_count")
+    layers = gguf_layers(raw)
     head_dim = gguf_head_dim(keys)
     keys.require("attention.value_length", head_dim)
     keys.require("attention.clamp_kqv", None)
@@ -196,6 +196,24 @@ def flagged_biases(fields: Fields) -> frozenset[str]:
     return attention | (GATED_MLP if fields.flag("mlp_bias", False) else frozenset())
 
 
+def hf_layers(raw: RawCheckpoint, name: str = "num_hidden_layers") -> int:
+    """`layer_count` of a Hugging Face folder."""
+    return layer_count(raw, hf_fields(raw), name)
+
+
+def gguf_layers(raw: RawCheckpoint) -> int:
+    """`layer_count` of a GGUF file."""
+    return layer_count(raw, gguf_fields(raw), "block_count")
+
+
+def layer_count(raw: RawCheckpoint, fields: Fields, name: str) -> int:
+    """The number of layers. Raises CheckpointError, before anything is made for each, if there are fewer tensors."""
+    count = fields.count(name)
+    if count > len(raw.tensors):
+        raise CheckpointError(f"{raw.path}: says {count} layers, but holds {len(raw.tensors)} tensors")
+    return count
+
+
 def hf_head_dim(fields: Fields) -> int:
     """`head_dim`, or the width shared out."""
     return fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
@@ -224,8 +242,8 @@ def sliding_windows(fields: Fields, default_types: Sequence[bool]) -> list[int |
 
 def _activation(fields: Fields, name: str) -> str:
     value = fields.get(name)
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UnsupportedError(
-            f"{fields.path}: {name} {value!r} is not supported (kvgen has: {', '.join(ACTIVATIONS)})"
+            f"{fields.path}: {name} {value!r:.80} is not supported (kvgen has: {', '.join(ACTIVATIONS)})"
         )
     return ACTIVATIONS[value]

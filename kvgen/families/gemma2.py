@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields, sliding_windows
+from kvgen.families.base import (
+    HF_NAMES,
+    gguf_config,
+    gguf_fields,
+    gguf_layers,
+    hf_config,
+    hf_fields,
+    hf_layers,
+    sliding_windows,
+)
 from kvgen.families.family import Family
 from kvgen.families.gemma import gguf_mechanisms, hf_mechanisms, hf_transforms
 from kvgen.model.config import DecoderConfig
@@ -26,7 +35,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
     fields = hf_fields(raw)
     fields.require("use_bidirectional_attention", False)
-    layers = fields.count("num_hidden_layers")
+    layers = hf_layers(raw)
     return hf_config(
         raw,
         names=SANDWICH_NAMES,
@@ -43,7 +52,7 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
 
 def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     keys = gguf_fields(raw)
-    layers, window = keys.count("block_count"), keys.count("attention.sliding_window")
+    layers, window = gguf_layers(raw), keys.count("attention.sliding_window")
     return gguf_config(
         raw,
         norms=NORMS,

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import gguf_config, gguf_fields, hf_config, hf_fields, hf_head_dim, sliding_windows
+from kvgen.families.base import (
+    gguf_config,
+    gguf_fields,
+    gguf_layers,
+    hf_config,
+    hf_fields,
+    hf_head_dim,
+    hf_layers,
+    sliding_windows,
+)
 from kvgen.families.family import Family
 from kvgen.families.fields import Fields
 from kvgen.families.gemma import gguf_mechanisms, hf_mechanisms, hf_transforms
@@ -29,7 +38,7 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
     fields = hf_fields(raw)
     fields.require("use_bidirectional_attention", False)
     fields.require("attn_logit_softcapping", None)
-    layers, every = fields.count("num_hidden_layers"), fields.count("sliding_window_pattern", _EVERY)
+    layers, every = hf_layers(raw), fields.count("sliding_window_pattern", _EVERY)
     windows = sliding_windows(fields, [bool((layer + 1) % every) for layer in range(layers)])
     head_dim = hf_head_dim(fields)
     everywhere, local = _rotary_fields(fields)
@@ -64,11 +73,11 @@ def _rotary_fields(fields: Fields) -> tuple[Fields, Fields]:
 
 def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     keys = gguf_fields(raw)
-    layers, window = keys.count("block_count"), keys.count("attention.sliding_window")
+    layers, window = gguf_layers(raw), keys.count("attention.sliding_window")
     head_dim = keys.count("attention.key_length")
     windows = [window if (layer + 1) % _EVERY else None for layer in range(layers)]
     global_rotary = rotary_from_gguf(raw, keys, head_dim)
-    local_rotary = plain_rotary(head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE))
+    local_rotary = plain_rotary(keys, head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE))
     return gguf_config(
         raw,
         norms=NORMS,

@@ -9,8 +9,10 @@ from kvgen.families.base import (
     PLAIN_MLP,
     gguf_config,
     gguf_fields,
+    gguf_layers,
     hf_config,
     hf_fields,
+    hf_layers,
 )
 from kvgen.families.family import Family, Transform, transposed
 from kvgen.model.config import DecoderConfig
@@ -60,7 +62,7 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
         kv_heads=fields.count("n_head"),
         activation_field="activation_function",
         tied_head=True,
-        rotaries=[None] * fields.count("n_layer"),
+        rotaries=[None] * hf_layers(raw, "n_layer"),
         norm="layer",
         gated=False,
         learned_positions=fields.count("n_positions"),
@@ -73,7 +75,7 @@ def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     return gguf_config(
         raw,
         eps="attention.layer_norm_epsilon",
-        rotaries=[None] * keys.count("block_count"),
+        rotaries=[None] * gguf_layers(raw),
         norm="layer",
         gated=False,
         activation="gelu_tanh",

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields, hf_head_dim
+from kvgen.families.base import (
+    HF_NAMES,
+    gguf_config,
+    gguf_fields,
+    gguf_layers,
+    hf_config,
+    hf_fields,
+    hf_head_dim,
+    hf_layers,
+)
 from kvgen.families.family import GGUF_NAMES, Family
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_hf
@@ -21,9 +30,9 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         keys = gguf_fields(raw)
         window = keys.count("attention.sliding_window") if keys.get("attention.sliding_window") else None  # 0 is none
-        return gguf_config(raw, names=_GGUF_NAMES, windows=[window] * keys.count("block_count"))
+        return gguf_config(raw, names=_GGUF_NAMES, windows=[window] * gguf_layers(raw))
     fields = hf_fields(raw)
-    layers = fields.count("num_hidden_layers")
+    layers = hf_layers(raw)
     return hf_config(
         raw,
         names=_HF_NAMES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, gguf_config, hf_config, hf_fields, sliding_windows
+from kvgen.families.base import HF_NAMES, gguf_config, hf_config, hf_fields, hf_layers, sliding_windows
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
 
@@ -19,7 +19,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 def windows(raw: RawCheckpoint) -> list[int | None]:
     """From `use_sliding_window`: the layers from `max_window_layers` on slide."""
     fields = hf_fields(raw)
-    layers = fields.count("num_hidden_layers")
+    layers = hf_layers(raw)
     if not fields.flag("use_sliding_window", False) or fields.get("sliding_window") is None:
         return [None] * layers
     first = 0 if fields.get("max_window_layers") == 0 else fields.count("max_window_layers", 28)

@@ -17,6 +17,9 @@ from kvgen.families.fields import Fields
 from kvgen.model.config import Rotary
 
 
+_MOST_DIMENSIONS = 1 << 16  # of a head; none in use has a hundredth of it
+
+
 def rotary_from_hf(
     config: Fields, head_dim: int, *, default_share: float = 1.0, default_base: float = 10000.0
 ) -> Rotary:
@@ -111,9 +114,9 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
     raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.scaling.type {kind!r} is not supported")
 
 
-def plain_rotary(dim: int, base: float) -> Rotary:
-    """Nothing stretched."""
-    return _rotary(base_frequencies(dim, base))
+def plain_rotary(fields: Fields, head_dim: int, base: float) -> Rotary:
+    """Whole heads, nothing stretched."""
+    return _rotary(base_frequencies(_even(fields, head_dim, head_dim), _base(fields, "rotary base", base)))
 
 
 def base_frequencies(dim: int, base: float) -> Tensor:
@@ -191,7 +194,7 @@ def _base(fields: Fields, name: str, base: float) -> float:
 
 
 def _even(fields: Fields, dim: int, head_dim: int) -> int:
-    if dim % 2 or not 0 < dim <= head_dim:
+    if dim % 2 or not 0 < dim <= min(head_dim, _MOST_DIMENSIONS):
         raise CheckpointError(
             f"{fields.path}: rotary positions need pairs, and cannot turn {dim} of the {head_dim} dimensions of a head"
         )

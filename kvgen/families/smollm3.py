@@ -10,9 +10,11 @@ from kvgen.families.base import (
     gguf_config,
     gguf_fields,
     gguf_head_dim,
+    gguf_layers,
     hf_config,
     hf_fields,
     hf_head_dim,
+    hf_layers,
     sliding_windows,
 )
 from kvgen.families.family import Family
@@ -29,7 +31,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 
 def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
     fields = hf_fields(raw)
-    layers, every = fields.count("num_hidden_layers"), fields.count("no_rope_layer_interval", _EVERY)
+    layers, every = hf_layers(raw), fields.count("no_rope_layer_interval", _EVERY)
     rotates = fields.get("no_rope_layers")  # 1 for a layer that does rotate, whatever the name says
     if rotates is None:
         rotates = [(layer + 1) % every != 0 for layer in range(layers)]
@@ -49,7 +51,7 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
 def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
     keys = gguf_fields(raw)
     rotary = rotary_from_gguf(raw, keys, gguf_head_dim(keys))
-    layers = keys.count("block_count")
+    layers = gguf_layers(raw)
     return gguf_config(raw, rotaries=[rotary if (layer + 1) % _EVERY else None for layer in range(layers)])
 
 

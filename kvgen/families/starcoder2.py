@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, BLOCK_NORMS, HF_NAMES, PLAIN_MLP, gguf_config, hf_config, hf_fields
+from kvgen.families.base import (
+    ATTENTION,
+    BLOCK_NORMS,
+    HF_NAMES,
+    PLAIN_MLP,
+    gguf_config,
+    hf_config,
+    hf_fields,
+    hf_layers,
+)
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
 
@@ -33,7 +42,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         tied_head=True,
         norm="layer",
         gated=False,
-        windows=[fields.optional_count("sliding_window")] * fields.count("num_hidden_layers"),
+        windows=[fields.optional_count("sliding_window")] * hf_layers(raw),
         biases=BLOCK_NORMS | linear,
     )
 

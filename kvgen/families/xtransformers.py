@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.families.base import layer_count
 from kvgen.families.family import Family, Transform, plus_one, split_halves
 from kvgen.families.fields import Fields
 from kvgen.model.config import DecoderConfig, Layer, QKNorm, Rotary
@@ -130,7 +131,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         vocab_size=wrapper.count("num_tokens"),
         context_length=positions or None,
         dim=dim,
-        layers=(Layer(_rotary(raw, decoder) if rotates else None),) * decoder.count("depth"),
+        layers=(Layer(_rotary(raw, decoder) if rotates else None),) * layer_count(raw, decoder, "depth"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -16,7 +16,6 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.fields import Fields
 from kvgen.model.config import Rotary
 
-
 _MOST_DIMENSIONS = 1 << 16  # of a head; none in use has a hundredth of it
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,30 @@ def test_rm_asks_only_on_a_terminal(caches: Path) -> None:
     assert result.returncode == 2
     assert "--yes" in result.stderr
     assert path.exists()
+
+
+@pytest.mark.parametrize(("answer", "code", "stays"), [("n", 1, True), ("y", 0, False), ("\x03", 130, True)])
+def test_the_answer_counts(caches: Path, answer: str, code: int, stays: bool) -> None:
+    path = put_catalogue_file(caches)
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvgen", "models", "rm", "smollm2"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+    )
+    os.close(follower)
+    shown = b""
+    while b"[y/N]" not in shown:
+        shown += os.read(leader, 1024)
+    os.write(leader, f"{answer}\n".encode())
+    assert process.wait(60) == code
+    shown += os.read(leader, 4096)
+    os.close(leader)
+    assert b"Traceback" not in shown
+    assert path.exists() == stays
 
 
 def test_a_file_of_an_installed_package_stays(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def _exit_codes() -> Iterator[None]:
     except KvgenError as error:
         _print_error(str(error))
         raise Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the latter from a question that was not answered
         raise Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader has what it wanted (`| head -1`)
         _discard_stdout()

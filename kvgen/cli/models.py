@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from kvgen.cli import options
 from kvgen.cli.errors import Group
@@ -88,7 +88,8 @@ def rm(
     if not yes:
         if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UsageError("rm asks on a terminal; give --yes elsewhere")
-        typer.confirm(f"Remove {escape_controls(name)}?", abort=True, err=True)
+        if not typer.confirm(f"Remove {escape_controls(name)}?", err=True):
+            raise Exit(1)
     entry = remove(name)
     if not quiet:
         print_note(f"removed {name}, {format_bytes(entry.nbytes)}")

@@ -15,8 +15,6 @@ import tokenizers
 
 from kvgen.errors import UsageError
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # code points that Unicode keeps free for such use
-
 
 def encode_with(backend: tokenizers.Tokenizer, text: str, *, parse_special: bool, policy: bool) -> tokenizers.Encoding:
     """Encode a text. policy: whether the vocabulary's own BOS and EOS are added. Raises UsageError."""
@@ -39,10 +37,9 @@ class LookAlikes:
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: (id_, token) for id_, token in added.items() if token.special}
         self._text = {id_: text for text, (id_, _) in self._special.items()}
-        # Nobody can guess it, so nobody can type a mark. Its digits survive what a template may do to text.
-        self._nonce = secrets.randbits(64)
-        self._mark = f"{_OPEN}{self._nonce}{_CLOSE}"
-        self._double = re.compile(rf"{_OPEN}{self._nonce}\.(\d+){_CLOSE}")
+        # Nobody can guess them, so nobody can type a mark or a double. Digits survive what templates do to text.
+        self._mark, self._secret = (str(secrets.randbits(64)) for _ in range(2))
+        self._double = re.compile(rf"<{self._secret}\.(\d+)>")
         texts = sorted(self._special, key=len, reverse=True)  # of those that begin at one place, the longest
         alternatives = "|".join(map(re.escape, texts))
         self._pattern = re.compile(f"(?:{alternatives})(?!{self._mark})" if texts else r"(?!)")
@@ -103,4 +100,4 @@ class LookAlikes:
         return backend, {backend.get_vocab()[self._name(id_)]: id_ for id_, _ in self._special.values()}
 
     def _name(self, id_: int) -> str:
-        return f"{_OPEN}{self._nonce}.{id_}{_CLOSE}"
+        return f"<{self._secret}.{id_}>"

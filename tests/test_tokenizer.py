@@ -141,7 +141,7 @@ def test_user_defined_tokens_are_found_in_text_and_kept_in_it() -> None:
         ({"model": "rwkv"}, UnsupportedError, "'rwkv'"),
         ({"model": None}, UnsupportedError, "None"),
         ({"pre": "no-such"}, UnsupportedError, "'no-such'"),
-        ({"pre": None}, UnsupportedError, "pre None"),
+        ({"pre": None}, UnsupportedError, "pre is missing"),
         ({"tokens": None}, CheckpointError, "tokens is missing"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, CheckpointError, "same token twice"),
         ({"token_type": [1]}, CheckpointError, "token_type"),

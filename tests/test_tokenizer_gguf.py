@@ -11,16 +11,24 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import HealthCheck, given, settings
+from gguf import GGUFWriter
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import generate_merges
 
 from kvgen import CheckpointError, Tokenizer, UnsupportedError
 from kvgen.checkpoint import RawCheckpoint
+from kvgen.checkpoint.gguf import read as read_gguf
 from kvgen.tokenizer import read_tokenizer
+from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tests.conftest import CORPUS
 
 any_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\u2581"), max_size=60)
+# Few characters make long runs, and so overlapping pairs of equal rank.
+repetitive_text = st.sampled_from(["ab", "a ", " \n", "=-", "aá", "01 "]).flatmap(
+    lambda alphabet: st.text(alphabet, max_size=80)
+)
 TEXTS = [
     *CORPUS,
     "",
@@ -35,8 +43,9 @@ TEXTS = [
 ]
 
 
-def read(keys: dict[str, Any]) -> Tokenizer:
+def read(keys: dict[str, Any], architecture: str = "llama") -> Tokenizer:
     metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
+    metadata["general.architecture"] = architecture
     return read_tokenizer(RawCheckpoint(Path("made.gguf"), "gguf", metadata, {}))
 
 
@@ -119,7 +128,7 @@ def test_ids_equal_sentencepieces(name: str, text: str) -> None:
 
 @every_processor
 @settings(deadline=None, max_examples=150)
-@given(text=any_text)
+@given(text=any_text | repetitive_text)
 def test_ids_of_any_text_equal_sentencepieces(name: str, text: str) -> None:
     assert BUILT[name].encode(text) == PROCESSORS[name].Encode(text)
 
@@ -132,6 +141,140 @@ def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -
     ids = data.draw(st.lists(st.integers(0, PROCESSORS[name].GetPieceSize() - 1), max_size=30))
     stream = tokenizer.detokenizer()
     assert "".join([*(stream.add(id_) for id_ in ids), stream.flush()]) == tokenizer.decode(ids)
+
+
+@every_processor
+@settings(deadline=None, max_examples=100)
+@given(text=any_text)
+def test_a_stream_of_text_never_shows_half_a_character(name: str, text: str) -> None:
+    tokenizer = BUILT[name]
+    ids = tokenizer.encode(text)
+    stream = tokenizer.detokenizer()
+    pieces = [*(stream.add(id_) for id_ in ids), stream.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids) == PROCESSORS[name].Decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def transformers_class(name: str, processor: sentencepiece.SentencePieceProcessor) -> Any:
+    """A transformers class that has the same pieces, and the merges of transformers' own conversion."""
+    keys = as_keys(name)
+    vocab = {token: id_ for id_, token in enumerate(keys["tokens"])}
+    normal = zip(keys["tokens"], keys["scores"], keys["token_type"], strict=True)
+    merges = generate_merges(
+        {token: vocab[token] for token in vocab if keys["token_type"][vocab[token]] == 1},
+        {token: score for token, score, type_ in normal if type_ == 1},
+    )
+    if name == "without a prefix space":
+        return transformers.GemmaTokenizer(vocab=vocab, merges=merges, bos_token="<s>", eos_token="</s>")
+    return transformers.LlamaTokenizer(vocab=vocab, merges=merges)
+
+
+SENTENCEPIECE_CLASSES = {
+    name: transformers_class(name, PROCESSORS[name]) for name in ("plain", "without a prefix space")
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE_CLASSES)
+@settings(deadline=None, max_examples=150)
+@given(text=any_text | repetitive_text | st.sampled_from(TEXTS))
+def test_ids_equal_those_of_transformers_sentencepiece_classes(name: str, text: str) -> None:
+    assume(name != "plain" or not text.startswith(" "))  # where its LlamaTokenizer adds no space, unlike sentencepiece
+    theirs = SENTENCEPIECE_CLASSES[name].encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert BUILT[name].encode(text) == theirs
+
+
+@pytest.mark.parametrize("spaces", ["as texts have them", "with their sign"])
+@settings(deadline=None, max_examples=150)
+@given(texts=st.lists(any_text | repetitive_text | st.sampled_from(["<user>", "   ", "\n\n", "code:"]), max_size=5))
+def test_user_defined_tokens_with_spaces_are_found(spaces: str, texts: list[str]) -> None:
+    """llama.cpp's converter writes their spaces as such; sentencepiece itself as ▁."""
+    text = "".join(texts)
+    expected = PROCESSORS["with user-defined symbols"].Encode(text)
+    assert USER_DEFINED_BUILT[spaces].encode(text) == expected
+    assert USER_DEFINED_BUILT[spaces].decode(expected) == PROCESSORS["with user-defined symbols"].Decode(expected)
+
+
+def with_plain_spaces(keys: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(keys["tokens"], keys["token_type"], strict=True)
+    return keys | {"tokens": [token.replace("\u2581", " ") if type_ == 4 else token for token, type_ in pairs]}
+
+
+USER_DEFINED_BUILT = {
+    "as texts have them": read(
+        with_plain_spaces(as_keys("with user-defined symbols", add_space_prefix=False, add_bos_token=False))
+    ),
+    "with their sign": BUILT["with user-defined symbols"],
+}
+
+
+def test_a_space_comes_before_the_text_and_after_each_found_token() -> None:
+    """As in llama.cpp, whose ids these are."""
+    tokenizer, processor = (
+        read(as_keys("with user-defined symbols", add_bos_token=False)),
+        PROCESSORS["with user-defined symbols"],
+    )
+    ids = tokenizer.encode("a<user>b   c\n\nd")
+    user, spaces, lines = (processor.PieceToId(token) for token in USER_DEFINED[:3])
+    parts = [processor.Encode(f" {letter}") for letter in "abcd"]
+    assert ids == [*parts[0], user, *parts[1], spaces, *parts[2], lines, *parts[3]]
+    assert tokenizer.decode(ids) == "a<user> b    c\n\n d"
+
+
+def test_special_tokens_take_white_space_where_the_models_own_do() -> None:
+    """Phi-3's tokenizer.json has rstrip on all special tokens but three."""
+    keys = as_keys("plain", add_bos_token=False)
+    keys["tokens"][-1], keys["token_type"][-1] = "<|user|>", 3
+    user, hi = len(keys["tokens"]) - 1, PROCESSORS["plain"].Encode("hi")
+    text = "<|user|>\n hi<s> hi"
+    there = read(keys, architecture="phi3")
+    assert there.encode(text, parse_special=True) == [user, *hi, 1, *PROCESSORS["plain"].Encode(" hi")]
+    elsewhere = read(keys).encode(text, parse_special=True)
+    assert elsewhere == [user, *PROCESSORS["plain"].Encode("\n hi"), 1, *PROCESSORS["plain"].Encode(" hi")]
+
+
+@pytest.mark.parametrize("type_", [1, 3, 4])
+def test_names_of_ends_are_control_tokens_whatever_the_file_calls_them(type_: int) -> None:
+    keys = as_keys("plain", add_bos_token=False)
+    keys["tokens"][-1], keys["token_type"][-1] = "<end_of_turn>", type_
+    end = len(keys["tokens"]) - 1
+    tokenizer = read(keys)
+    assert tokenizer.eos_ids == {2, end}
+    assert end not in tokenizer.encode("a<end_of_turn>")
+    assert tokenizer.encode("a<end_of_turn>", parse_special=True)[-1] == end
+
+
+def test_a_struck_out_text_of_html_does_not_end_a_completion() -> None:
+    keys = byte_level(GPT2_CUT) | {"pre": "gpt-2", "merges": []}
+    keys["tokens"][-1] = "</s>"  # of a type that merging makes
+    assert read(keys).eos_ids == {0}  # <|endoftext|> alone
+
+
+def test_scores_may_be_whole_numbers() -> None:
+    keys = as_keys("plain", add_bos_token=False)
+    tokenizer = read(keys | {"scores": [round(score) for score in keys["scores"]]})
+    assert tokenizer.encode(CORPUS[1]) == PROCESSORS["plain"].Encode(CORPUS[1])
+
+
+def test_transformers_reads_the_same_ids_from_the_same_file(tmp_path: Path) -> None:
+    keys = as_keys("plain")
+    writer = GGUFWriter(tmp_path / "made.gguf", "phi3")  # of which it knows that every text begins with a space
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(keys["tokens"])
+    writer.add_token_scores(keys["scores"])
+    writer.add_token_types(keys["token_type"])
+    writer.add_bos_token_id(keys["bos_token_id"])
+    writer.add_eos_token_id(keys["eos_token_id"])
+    writer.add_unk_token_id(keys["unknown_token_id"])
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = read_tokenizer(read_gguf(tmp_path / "made.gguf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="made.gguf")
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
 
 
 def test_bos_comes_first_unless_the_file_says_otherwise() -> None:
@@ -155,11 +298,20 @@ def test_control_tokens_are_text_unless_asked_for() -> None:
         ({"model": "t5"}, UnsupportedError, "'t5'"),
         ({"scores": None}, CheckpointError, "scores does not have one entry for each token"),
         ({"scores": [0.0]}, CheckpointError, "scores does not have one entry for each token"),
-        ({"scores": ["high"] * 700}, CheckpointError, "scores"),
+        ({"scores": ["high"] * 700}, CheckpointError, "scores are not numbers"),
+        ({"scores": [float("nan")] * 700}, CheckpointError, "scores are not numbers"),
         ({"token_type": [1]}, CheckpointError, "token_type"),
         ({"eos_token_id": 10**6}, CheckpointError, "eos_token_id is 1000000"),
-        ({"bos_token_id": -1}, CheckpointError, "bos_token_id"),
-        ({"tokens": ["a", "a"]}, CheckpointError, "twice"),
+        ({"eot_token_id": 10**6}, CheckpointError, "eot_token_id is 1000000"),
+        ({"bos_token_id": -1}, CheckpointError, "bos_token_id is -1"),
+        ({"bos_token_id": 10**6, "add_bos_token": False}, CheckpointError, "bos_token_id is 1000000"),
+        ({"bos_token_id": None}, CheckpointError, "bos_token_id is missing"),
+        ({"bos_token_id": True}, CheckpointError, "bos_token_id is True"),
+        ({"add_bos_token": "no"}, CheckpointError, "add_bos_token is 'no'"),
+        ({"add_space_prefix": 0}, CheckpointError, "add_space_prefix is 0"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, CheckpointError, "twice"),
+        ({"tokens": ["\u2581", " "], "token_type": [4, 1]}, CheckpointError, "twice"),
+        ({"tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 0.0]}, CheckpointError, "neither an unknown"),
     ],
     ids=str,
 )
@@ -197,8 +349,11 @@ GPT2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 # transformers' own classes build the tokenizer of a family from a vocabulary and merges alone.
 CLASSES = {
     "gpt-2": transformers.GPT2Tokenizer,
+    "phi-2": transformers.CodeGenTokenizer,
     "qwen2": transformers.Qwen2Tokenizer,
+    "qwen35": transformers.Qwen3_5Tokenizer,
     "olmo": transformers.GPTNeoXTokenizer,
+    "mpt": transformers.GPTNeoXTokenizer,
 }
 
 
@@ -271,3 +426,24 @@ def test_texts_are_cut_by_the_published_pattern(name: str, pattern: str) -> None
 def test_digits_stand_alone(name: str) -> None:
     tokenizer = read(byte_level(GPT2_CUT) | {"pre": name})
     assert [tokenizer.token(id_) for id_ in tokenizer.encode("a 1234 b")][:6] == ["a", " ", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("default", "it's 1234567!! x", ["it", "'", "s", "\u0120", "123", "456", "7", "!!", "\u0120x"]),
+        ("default", "a <b> ٣٤", ["a", "\u0120", "<", "b", ">", "\u0120", "Ù£Ù¤"]),
+        ("superbpe", "by the way 1234567 12", ["by\u0120the\u0120way\u0120", "1", "234", "567", "\u0120", "12"]),
+    ],
+)
+def test_texts_are_cut_as_llama_cpp_cuts_them(name: str, text: str, expected: list[str]) -> None:
+    """By hand, from its patterns: there is no library to ask."""
+    pre_tokenizer = PRE_TOKENIZERS[name].build()
+    assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] == expected
+
+
+def test_bytes_without_a_token_are_dropped_as_by_the_models_own_tokenizer() -> None:
+    keys = byte_level(GPT2_CUT) | {"pre": "gpt-2"}
+    keys["tokens"][keys["tokens"].index("\u0104")] = "none"  # byte 4
+    tokenizer = read(keys)
+    assert tokenizer.encode("a\x04b") == tokenizer.encode("a") + tokenizer.encode("b")

@@ -1,7 +1,7 @@
 """How byte-level BPE vocabularies cut text before merging, by the names that llama.cpp writes into GGUF files.
 
 The patterns are those of the models' own tokenizer.json files, which llama.cpp imitates; so are the normalizers, which
-it leaves out.
+it leaves out. Beside them stands what else files of a kind do not say.
 """
 
 from __future__ import annotations
@@ -46,6 +46,24 @@ _LETTERS_AND_MARKS = _split(
 )
 
 
+def _default() -> PreTokenizer:
+    """llama.cpp's own, of no model: converters wrote `default` where they did not know better."""
+    patterns = [
+        r"[\p{P}$+<=>^~|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    ]
+    splits: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _superwords() -> PreTokenizer:
+    """Merges may join words; only digits are cut, in threes from the right."""
+    splits: list[PreTokenizer] = [Split(Regex(p), "isolated") for p in (r"\p{N}+", r"(?=(\d{3})+(?!\d))")]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _by_case(contractions: str, digits: str) -> Callable[[], PreTokenizer]:
     """Words are cut where lower case turns into upper case."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -62,6 +80,7 @@ _QWEN2 = PreTokenizerSpec(_ONE_DIGIT, NFC)
 _GPT4O = PreTokenizerSpec(_by_case(_CONTRACTIONS + "?", r"\p{N}{1,3}"))
 
 PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
+    "default": PreTokenizerSpec(_default),
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
     "granite-docling": _GPT2,
@@ -85,4 +104,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "tekken": PreTokenizerSpec(_by_case("", r"\p{N}"), ignore_merges=True, add_bos=True),
     "gpt-4o": _GPT4O,
     "llama4": _GPT4O,
+    "superbpe": PreTokenizerSpec(_superwords),
 }
+
+# Architectures whose SentencePiece-style vocabularies have special tokens that take the white space after them, and
+# which of their tokens do not. It is in the models' tokenizer.json; of GGUF files llama.cpp knows it by name as well.
+KEEPS_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 SPACE = "\u2581"  # what stands for a space in these vocabularies
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def build_backend(
@@ -36,16 +37,20 @@ def build_backend(
 def merges_by_score(vocab: dict[str, int], scores: Sequence[float], is_piece: Sequence[bool]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the best-scored first.
 
-    SentencePiece merges the neighbours whose union scores best; a list of pairs in that order says the same.
+    SentencePiece merges the neighbours whose union scores best; a list of pairs in that order says the same. Where a
+    piece can be made in several ways, the pairs are in the order of their ids, as in transformers' conversion.
     """
-    ranked = []
-    for token, id_ in vocab.items():
-        if not is_piece[id_]:
-            continue
-        score = -scores[id_]
+    pieces = {token: id_ for token, id_ in vocab.items() if is_piece[id_]}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(pieces, key=lambda token: -scores[pieces[token]]):
+        pairs = []
         for cut in range(1, len(token)):
-            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
-            if left is not None and right is not None and is_piece[left] and is_piece[right]:
-                ranked.append((score, left, right, token[:cut], token[cut:]))
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
+            left = token[:cut]
+            if left in pieces:  # most are not, and a vocabulary has millions of cuts
+                right = token[cut:]
+                if right in pieces:
+                    pairs.append((left, right))
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
+        merges += pairs
+    return merges

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +242,53 @@ def test_what_is_no_template_is_refused_with_the_name_of_the_file(tiny_llama, na
     (folder / name).write_text(json.dumps({"chat_template": value}))
     with pytest.raises(CheckpointError, match=f"{name}: chat_template is not a template"):
         kvgen.load(folder)
+
+
+# --- --chat-template ---------------------------------------------------------------------------------------------
+
+
+def chat(folder: Path, template: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvgen", "generate", "-m", str(folder), "-n", "1", "-t", "0", "-p", "x", "--json"]
+    arguments = ["--chat", "--chat-template", template]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_a_template_file_is_taken_as_it_is(tiny_llama, tmp_path: Path) -> None:
+    """Jinja drops the last line break of a file, once."""
+    folder, _ = tiny_llama()
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ bos_token }}Q: {{ messages[0].content }}\n\n")
+    ids = json.loads(chat(folder, str(template)).stdout)["prompt_ids"]
+    assert ids == kvgen.load(folder).tokenizer.encode("<s>Q: x\n", parse_special=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (None, 1, "cannot be read"),
+        (b"", 2, "the file is empty"),
+        (b" \n", 2, "the file is empty"),
+        (b"a\xff", 2, "not UTF-8"),
+        (b"{% for %}", 1, "TemplateSyntaxError"),
+    ],
+    ids=str,
+)
+def test_a_template_file_that_is_none_is_one_line(
+    tiny_llama, tmp_path: Path, content: bytes | None, code: int, message: str
+) -> None:
+    folder, _ = tiny_llama()
+    template = tmp_path / "t.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    result = chat(folder, str(template))
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.startswith("kvgen: error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_template_does_not_come_from_stdin(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    result = chat(folder, "-")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--chat-template takes a file" in result.stderr

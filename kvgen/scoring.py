@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgen.contract import Backend
-from kvgen.errors import UsageError
+from kvgen.errors import ModelError, UsageError
 from kvgen.generation.decode import ids_tensor
 
 DEFAULT_WINDOW = 2048
@@ -20,9 +20,10 @@ _ROWS = 256  # of logits that are normalized at once: in float32 a large vocabul
 
 @dataclass(frozen=True)
 class Score:
-    """logprobs: natural logarithms, one for each of `ids`; None for a token that nothing stands before.
+    """What a model makes of a text.
 
-    window, stride: in tokens; see `score`.
+    logprobs: in nats, one for each of `ids`; None for a token that nothing stands before, -inf for one that the model
+    rules out. window, stride: in tokens; see `score`.
     """
 
     ids: tuple[int, ...]
@@ -37,13 +38,25 @@ class Score:
 
     @property
     def total(self) -> float:
-        """The log-likelihood, in nats."""
+        """The log-likelihood of the tokens that are scored, in nats; summed without rounding in between."""
         return math.fsum(value for value in self.logprobs if value is not None)
 
     @property
     def perplexity(self) -> float:
-        """exp(-total / count)."""
-        return math.exp(min(-self.total / self.count, 700.0))
+        """exp(-total / count); infinite where float64 ends."""
+        try:
+            return math.exp(-self.total / self.count)
+        except OverflowError:
+            return math.inf
+
+    def bits_per_byte(self, tokens: int, size: int) -> float:
+        """Surprise by length of text, which unlike perplexity compares models with different vocabularies.
+
+        tokens: that the text itself has, without BOS and EOS; scored or not. size: of the text, in bytes of UTF-8.
+        It is (tokens / size) * (-total / count) / ln 2, in bits: section 3.1 of "The Pile", arXiv:2101.00027. So tokens
+        that are not scored are taken to be as surprising as the others.
+        """
+        return tokens / size * -self.total / self.count / math.log(2)
 
 
 def score(
@@ -56,28 +69,32 @@ def score(
 ) -> Score:
     """Score a text in windows, as in the guide "Perplexity of fixed-length models" of transformers.
 
+    ids: of the whole text, BOS and EOS included.
     window: tokens that the model sees at once; None for its context, at most 2048. stride: tokens from the start of one
     window to that of the next; None for half a window. A token is scored in the first window that holds it, so it has
     at least window - stride tokens before it, beyond the first window. With stride = window, windows are independent,
     and the first token of each is not scored.
-    progress: told how many tokens are done, of how many.
+    progress: told after each window how many tokens are done, of how many.
 
-    Raises UsageError for a text of one token, or for sizes that do not fit.
+    Raises UsageError for a text of one token, for ids outside the vocabulary, or for sizes that do not fit, ModelError
+    for logits that are not numbers.
     """
-    longest = model.context_length or max(len(ids), DEFAULT_WINDOW)
-    window = min(longest, DEFAULT_WINDOW) if window is None else window
+    longest = model.context_length  # None: any window fits
+    if window is None:
+        window = DEFAULT_WINDOW if longest is None else min(longest, DEFAULT_WINDOW)
     stride = max(1, window // 2) if stride is None else stride
     if len(ids) < 2:
         raise UsageError("a text needs at least two tokens to be scored: the first is given")
-    if not 2 <= window <= longest:
-        raise UsageError(f"a window of {window} tokens does not fit: it can be 2 to {longest}")
+    if window < 2 or (longest is not None and window > longest):
+        sizes = "2 or more" if longest is None else f"2 to {longest}"
+        raise UsageError(f"a window of {window} tokens does not fit: it can be {sizes}")
     if not 1 <= stride <= window:
         raise UsageError(f"a stride of {stride} tokens does not fit: it can be 1 to the window, {window}")
     logprobs: list[float | None] = [None] * len(ids)
     for begin, first, end in windows(len(ids), window, stride):
-        text = ids_tensor(model, ids[begin:end])
         first = max(first, begin + 1)  # nothing stands before the first token of a window
-        logprobs[first:end] = _logprobs(model, text, first - begin)
+        if first < end:
+            logprobs[first:end] = _logprobs(model, ids_tensor(model, ids[begin:end]), first - begin)
         progress(end, len(ids))
     return Score(tuple(ids), tuple(logprobs), window, stride)
 
@@ -95,24 +112,29 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 @torch.inference_mode()
 def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
-    """Log-probabilities of the tokens of `text`, (1, n), from index `first` on, at least 1."""
-    logits = model.all_logits(text)
-    rows = _one_by_one(model, text, first) if logits is None else logits[0, first - 1 : -1]
-    targets = text[0, first:, None]
+    """Log-probabilities of the tokens of `text`, (1, n) int64, from index `first` on, at least 1."""
     found: list[float] = []
-    for start in range(0, len(targets), _ROWS):
-        part = rows[start : start + _ROWS]
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        chosen = torch.log_softmax(wide, dim=-1).gather(1, targets[start : start + _ROWS])
-        found += chosen[:, 0].tolist()
+    for logits in _logits(model, text, first):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        start = first + len(found)
+        targets = text[0, start : start + len(logits), None]
+        if int(targets.max()) >= logits.shape[1]:
+            raise ModelError(f"the model gives {logits.shape[1]} logits, too few for token id {int(targets.max())}")
+        chosen = torch.log_softmax(wide, dim=-1).gather(1, targets)[:, 0]
+        if chosen.isnan().any():
+            raise ModelError("the model's logits for this text are not finite numbers")
+        found += chosen.tolist()
     return found
 
 
-def _one_by_one(model: Backend, text: Tensor, first: int) -> Tensor:
-    """For a model that gives the last position alone: (n - first, vocab)."""
-    cache: Any = None
-    rows = []
+def _logits(model: Backend, text: Tensor, first: int) -> Iterator[Tensor]:
+    """What predicts the tokens of `text` from index `first` on, a few rows at a time: (rows, vocab)."""
+    logits = model.all_logits(text)
+    if logits is not None:
+        for start in range(first - 1, text.shape[1] - 1, _ROWS):
+            yield logits[0, start : min(start + _ROWS, text.shape[1] - 1)]
+        return
+    cache: Any = None  # the model gives the last position alone
     for length in range(first, text.shape[1]):
         logits, cache = model(text[:, :length], cache)
-        rows.append(logits[0, -1])
-    return torch.stack(rows)
+        yield logits[0, -1:]

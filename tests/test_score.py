@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pty
-import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 from torch import Tensor
 
 import kvgen
-from kvgen import UsageError
+from kvgen import ModelError, Score, Tokenizer, UsageError
 from kvgen.backends.native import NativeBackend
+from kvgen.backends.python import PythonBackend
+from kvgen.cli.surprise import heat_map, pieces, table
 from kvgen.scoring import score, windows
 from tests.conftest import CORPUS
 from tests.test_cache import make_decoder
@@ -46,6 +45,13 @@ def guide(reference: Any, ids: list[int], window: int, stride: int) -> tuple[flo
     return total, count
 
 
+@torch.inference_mode()
+def each(reference: Any, ids: list[int]) -> list[float]:
+    """Log-probabilities of all ids but the first by transformers' model, in one pass."""
+    rows = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1)
+    return [float(rows[index, id_]) for index, id_ in enumerate(ids[1:])]
+
+
 @pytest.mark.parametrize(("window", "stride"), [(2048, 1024), (128, 64), (100, 100), (64, 7)])
 def test_log_likelihood_equals_transformers(
     smollm2: kvgen.Loaded, smollm2_reference: Any, window: int, stride: int
@@ -62,12 +68,24 @@ def test_log_likelihood_equals_transformers(
 def test_each_tokens_log_probability_equals_transformers(smollm2: kvgen.Loaded, smollm2_reference: Any) -> None:
     reference, _ = smollm2_reference
     ids = smollm2.tokenizer.encode(STORY)[:200]
-    with torch.inference_mode():
-        rows = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1)
-    expected = [float(rows[index, id_]) for index, id_ in enumerate(ids[1:])]
     result = score(smollm2.model, ids)
     assert result.logprobs[0] is None
-    assert result.logprobs[1:] == pytest.approx(expected, abs=1e-3)
+    assert result.logprobs[1:] == pytest.approx(each(reference, ids), abs=1e-4)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (64, None), (40, 40), (33, 10)])
+def test_a_tiny_model_scores_as_in_transformers(
+    tiny_llama: Callable[..., tuple[Path, Any]], window: int | None, stride: int | None
+) -> None:
+    folder, reference = tiny_llama()
+    loaded = kvgen.load(folder)
+    ids = loaded.tokenizer.encode(STORY)[:400]
+    result = score(loaded.model, ids, window=window, stride=stride)
+    total, count = guide(reference, ids, window or 512, stride or (window or 512) // 2)
+    assert (result.count, result.window) == (count, window or 512)
+    assert result.total == pytest.approx(total, abs=1e-3)
+    if window is None:
+        assert result.logprobs[1:] == pytest.approx(each(reference, ids), abs=1e-4)
 
 
 @settings(deadline=None, max_examples=300)
@@ -111,8 +129,8 @@ class LastOnly(NativeBackend):
 def test_a_model_that_gives_one_position_at_a_time_scores_the_same(window: int, stride: int) -> None:
     expected = score(MODEL, IDS, window=window, stride=stride)
     actual = score(LastOnly(MODEL.module), IDS, window=window, stride=stride)
-    assert actual.count == expected.count
-    assert actual.total == pytest.approx(expected.total, abs=1e-3)
+    assert actual.logprobs[0] is expected.logprobs[0] is None
+    assert actual.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -131,94 +149,114 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], message: str
         score(MODEL, IDS[:1])
 
 
-# --- The command -------------------------------------------------------------------------------------------------
+def flat(**changes: float) -> PythonBackend:
+    """A model of 8 tokens, all as likely, but for the logits that `changes` names: t3=-inf."""
+
+    def model(ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        logits = torch.zeros(1, ids.shape[1], 8)
+        for name, value in changes.items():
+            logits[..., int(name[1:])] = value
+        return logits, None
+
+    return PythonBackend(model)
 
 
-@pytest.fixture
-def tiny(tiny_llama) -> str:
-    return str(tiny_llama()[0])
+def test_what_is_not_a_number_is_an_error_and_no_score() -> None:
+    with pytest.raises(ModelError, match="not finite"):
+        score(flat(t3=math.nan), [1, 2])
+    with pytest.raises(ModelError, match="8 logits, too few for token id 8"):
+        score(flat(), [1, 8])
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvgen", "score", *arguments], capture_output=True, text=True, check=False, **options
+def test_what_a_model_rules_out_is_infinitely_surprising() -> None:
+    result = score(flat(t3=-math.inf), [1, 2, 3])
+    assert result.logprobs == (None, pytest.approx(-math.log(7)), -math.inf)
+    assert (result.total, result.perplexity) == (-math.inf, math.inf)
+    assert score(flat(t3=-1000.0), [1, 3]).perplexity == math.inf  # beyond float64
+
+
+def test_bits_per_byte_count_the_tokens_that_are_not_scored_too() -> None:
+    result = score(flat(), [1, 2, 3, 4], window=2)
+    assert result.perplexity == pytest.approx(8)
+    assert result.bits_per_byte(4, 6) == pytest.approx(4 * 3 / 6)
+
+
+def test_a_model_without_bounds_takes_any_window() -> None:
+    assert score(flat(), [1, 2]).window == 2048
+    assert score(flat(), [1, 2], window=10**6).stride == 500_000
+    with pytest.raises(UsageError, match="2 or more"):
+        score(flat(), [1, 2], window=1)
+
+
+def test_progress_is_told_after_each_window() -> None:
+    told: list[tuple[int, int]] = []
+    score(MODEL, IDS, window=40, stride=20, progress=lambda done, total: told.append((done, total)))
+    assert told == [(40, 90), (60, 90), (80, 90), (90, 90)]
+
+
+# --- For eyes ----------------------------------------------------------------------------------------------------
+
+
+def byte_fallback() -> Tokenizer:
+    """A SentencePiece-style vocabulary of few letters: what it lacks becomes bytes. A text begins with a space."""
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefgh"]
+    backend = tokenizers.Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return Tokenizer(backend, frozenset())
 
 
-def test_a_text_comes_from_where_the_options_say(tiny: str, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("Hello, world!\n")
-    results = [
-        run("-m", tiny, str(tmp_path / "text")),
-        run("-m", tiny, "-p", "Hello, world!"),
-        run("-m", tiny, input="Hello, world!\n"),
-        run("-m", tiny, "-", input="Hello, world!"),
+@pytest.fixture(params=["byte-level", "byte-fallback"])
+def vocabulary(request: pytest.FixtureRequest, tiny_tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer, frozenset()) if request.param == "byte-level" else byte_fallback()
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_pieces_are_whole_characters_and_add_up_to_the_text(vocabulary: Tokenizer, text: str) -> None:
+    ids = tuple(vocabulary.encode(text))
+    parts = list(pieces(ids, vocabulary))
+    assert "".join(piece for piece, _ in parts) == vocabulary.decode(ids)
+    assert [place for _, places in parts for place in places] == list(range(len(ids)))
+    assert not any("\ufffd" in piece for piece, _ in parts)
+    assert all(len(places) <= 4 for _, places in parts)
+
+
+def test_the_token_after_a_run_of_bytes_is_a_piece_of_its_own() -> None:
+    vocabulary = byte_fallback()
+    assert [piece for piece, _ in pieces(tuple(vocabulary.encode("a日本 b")), vocabulary)] == [
+        *("", "a", "日", "本", " ", "b")
     ]
-    assert len({result.stdout for result in results}) == 1
-    assert results[0].stdout.startswith("log-likelihood -")
-    assert results[0].stdout.count("\n") == 1
 
 
-def test_lines_of_json_are_scored_in_order_with_their_fields(tiny: str) -> None:
-    lines = ['{"text": "Hello, world!", "id": 7}', '"The quick brown fox"', '{"id": 9, "text": "naïve"}']
-    result = run("-m", tiny, "--jsonl", "--tokens", input="\n".join(lines))
-    answers = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [answer.get("id") for answer in answers] == [7, None, 9]
-    assert [answer["text"] for answer in answers] == ["Hello, world!", "The quick brown fox", "naïve"]
-    for answer in answers:
-        values = [entry["logprob"] for entry in answer["logprobs"]]
-        assert values[0] is None
-        assert sum(values[1:]) == pytest.approx(answer["log_likelihood"])
-        assert answer["perplexity"] == pytest.approx(math.exp(-answer["log_likelihood"] / answer["tokens"]))
+def test_pieces_show_special_tokens_and_what_is_no_text(tiny_tokenizer: tokenizers.Tokenizer) -> None:
+    vocabulary = Tokenizer(tiny_tokenizer, frozenset())
+    a, broken = vocabulary.encode("a"), vocabulary.encode("日")[:1]
+    found = list(pieces((0, *a, *broken, 1, *a, *broken), vocabulary))
+    assert found == [
+        ("<s>", range(1)),
+        ("a", range(1, 2)),
+        ("\ufffd", range(2, 3)),
+        ("</s>", range(3, 4)),
+        ("a", range(4, 5)),
+        ("\ufffd", range(5, 6)),
+    ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "stdin", "code", "message"),
-    [
-        (["--jsonl"], '{"text": "fine"}\nnot json', 2, "line 2: not JSON"),
-        (["--jsonl"], '{"txt": "x"}', 2, 'line 1: give {"text": "..."} or a string'),
-        (["-p", "a", "file"], "", 2, "not both"),
-        (["no-such-file"], "", 1, "no-such-file: cannot be read"),
-        (["-p", "a"], "", 2, "at least two tokens"),
-        (["-p", "Hello, world!", "--window", "9999"], "", 2, "window of 9999 tokens does not fit"),
-    ],
-)
-def test_errors_are_one_line(tiny: str, arguments: list[str], stdin: str, code: int, message: str) -> None:
-    result = run("-m", tiny, *arguments, input=stdin)
-    assert (result.returncode, result.stdout) == (code, "")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_tokens_are_a_line_each(tiny: str) -> None:
-    result = run("-m", tiny, "-p", "a\nb \x1b[31m", "--tokens")
-    *rows, last = result.stdout.splitlines()
-    assert last.startswith("log-likelihood")
-    assert "\x1b" not in result.stdout
-    assert rows[0].split()[:2] == ["-", "-"]
-    assert all(float(row.split()[1]) >= 0 for row in rows[1:])
-
-
-def test_a_terminal_shows_the_text_in_colours_and_nothing_that_steers_it(tiny: str) -> None:
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvgen", "score", "-m", tiny, "-p", "日本 [red]x[/] \x1b]0;title\x07", "-q"],
-        stdout=follower,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"TERM": "xterm-256color"},
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    assert process.wait() == 0
-    text = shown.decode()
-    assert "48;5;" in text  # a coloured ground
-    assert "bits of surprise" in text
-    assert "\x1b]0;" not in text
-    assert "日本 [red]x[/] " in re.sub(r"\x1b\[[\d;]*m", "", text)
+def test_a_character_is_as_surprising_as_its_tokens_together() -> None:
+    vocabulary = byte_fallback()
+    ids = tuple(vocabulary.encode("a日\nb"))  # a space, a, three bytes, one byte, b
+    nats = [None, -0.1, *(bits * -math.log(2) for bits in (3, 3, 3, 0.5)), None]
+    result = Score(ids, tuple(nats), 8, 4)
+    shown = heat_map(result, vocabulary)
+    styles = {shown.plain[span.start : span.end]: span.style for span in shown.spans}
+    assert styles == {
+        "a": "white on color(22)",
+        "日": "white on color(130)",
+        "\u23ce\n": "white on color(22)",
+        "b": "dim",
+    }
+    lines = [line.split(maxsplit=3) for line in table(result, vocabulary)]
+    assert [line[1] for line in lines] == ["-", "0.14", "3.00", "3.00", "3.00", "0.50", "-"]
+    assert [line[3] for line in lines[1:]] == ["a", "日 (1/3)", "日 (2/3)", "日 (3/3)", "\\n", "b"]

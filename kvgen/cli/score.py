@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json as json_library
 import math
 import sys
@@ -11,23 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from typer import Argument, Option
 
 from kvgen.cli import options
-from kvgen.cli.escape import escape_controls
 from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_file, read_prompts
 from kvgen.cli.render import terminal, write_json
-from kvgen.errors import UsageError
+from kvgen.cli.surprise import heat_map, legend, table
+from kvgen.errors import KvgenError, UsageError
 
 if TYPE_CHECKING:
     from kvgen import Loaded, Score, Tokenizer
 
 _WHAT = "What to score"
-# Up to so many bits of surprise, and the colour of the ground: from calm to hot.
-_HEAT = ((1.0, 22), (2.0, 64), (4.0, 100), (7.0, 136), (10.0, 130), (14.0, 124), (math.inf, 160))
-_MOST_MAPPED = 4000  # tokens: a screen cannot hold more
 
 
 def score(
@@ -37,7 +34,8 @@ def score(
         bool,
         Option(
             "--jsonl",
-            help='Each line is a text of its own: {"text": "..."}, or a string. Other fields are passed through.',
+            help='Each line is a text of its own: {"text": "..."}, or a string; and so is each line of the output, '
+            "in JSON. Other fields are passed through.",
             rich_help_panel=_WHAT,
         ),
     ] = False,
@@ -66,30 +64,56 @@ def score(
     """
     if prompt is not None and (text is not None or jsonl):
         raise UsageError("give --prompt, or a file, not both; --jsonl reads a file")
-    texts = list(_texts(prompt, text, jsonl=jsonl))
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
-    for fields in texts:
-        result = _score(loaded, fields["text"], window, stride, quiet=quiet)
-        if json or jsonl:
-            write_json(fields | _as_data(result, loaded.tokenizer, tokens=tokens))
-        else:
-            _print(result, loaded.tokenizer, tokens=tokens)
-
-
-def _texts(prompt: str | None, file: Path | None, *, jsonl: bool) -> Iterator[dict[str, Any]]:
-    """Objects with at least a `text`. Raises UsageError, with its number, for a line that is none."""
-    if not jsonl:
-        yield {"text": read_file(file) if file is not None else next(read_prompts(prompt, None, lines=False))}
+    if prompt is None and text is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("no text: give a FILE or --prompt TEXT, or pipe text in")
+    texts = _lines_of_json(text) if jsonl else iter([("", _whole(prompt, text))])
+    first = next(texts, None)  # what is wrong with it shows before a model is loaded
+    if first is None:
         return
+    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
+    for where, fields in itertools.chain([first], texts):
+        with _naming(where):
+            result = _score(loaded, fields["text"], window, stride, quiet=quiet)
+        size = None if ids else len(fields["text"].encode())
+        if json or jsonl:
+            write_json(fields | _as_data(result, loaded.tokenizer, size, tokens=tokens))
+        else:
+            _print(result, loaded.tokenizer, size, tokens=tokens)
+
+
+def _whole(prompt: str | None, file: Path | None) -> dict[str, Any]:
+    return {"text": read_file(file) if file is not None else next(read_prompts(prompt, None, lines=False))}
+
+
+def _lines_of_json(file: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each line its place, for messages, and an object with at least a `text`, as soon as the line is there.
+
+    Raises UsageError for a line that is none.
+    """
+    source = "stdin" if file in (None, Path("-")) else str(file)
     for number, line in enumerate(read_prompts(None, file, lines=True), start=1):
+        where = f"{source}, line {number}"
         try:
             value = json_library.loads(line)
+            # Numbers that JSON does not have and halves of characters get in, but could not go out again.
+            json_library.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"line {number}: not JSON ({error})") from None
+            raise UsageError(f"{where}: not JSON ({error})") from None
         fields = {"text": value} if isinstance(value, str) else value
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-            raise UsageError(f'line {number}: give {{"text": "..."}} or a string')
-        yield fields
+            raise UsageError(f'{where}: give {{"text": "..."}} or a string')
+        yield where, fields
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors inside say which line they are about."""
+    try:
+        yield
+    except KvgenError as error:
+        if not where:
+            raise
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *, quiet: bool) -> Score:
@@ -101,71 +125,65 @@ def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *,
 
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, from the first window on that is not the last."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     columns = (TextColumn("scoring"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal(sys.stderr), transient=True) as bar:
-        task = bar.add_task("scoring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=terminal(sys.stderr), transient=True)
+    task = bar.add_task("scoring", total=None)
+
+    def show(done: int, total: int) -> None:
+        if done < total:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
-def _as_data(score: Score, tokenizer: Tokenizer, *, tokens: bool) -> dict[str, Any]:
+def _as_data(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "log_likelihood": score.total,
+        "log_likelihood": _finite(score.total),
         "tokens": score.count,
-        "perplexity": score.perplexity,
+        "perplexity": _finite(score.perplexity),
+        "bits_per_byte": _finite(_bits_per_byte(score, tokenizer, size)),
         "window": score.window,
         "stride": score.stride,
     }
     if tokens:
         data["logprobs"] = [
-            {"id": id_, "token": tokenizer.token(id_), "logprob": logprob}
+            {"id": id_, "token": tokenizer.token(id_), "logprob": _finite(logprob)}
             for id_, logprob in zip(score.ids, score.logprobs, strict=True)
         ]
     return data
 
 
-def _print(score: Score, tokenizer: Tokenizer, *, tokens: bool) -> None:
+def _finite(value: float | None) -> float | None:
+    """A text that a model rules out has infinite surprise, and JSON no infinity."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def _bits_per_byte(score: Score, tokenizer: Tokenizer, size: int | None) -> float | None:
+    """None for a text that has no bytes: token ids, or BOS and EOS alone."""
+    if not size:
+        return None
+    return score.bits_per_byte(sum(id_ not in tokenizer.special_ids for id_ in score.ids), size)
+
+
+def _print(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool) -> None:
     console = terminal(sys.stdout)
     if tokens:
-        for id_, logprob in zip(score.ids, score.logprobs, strict=True):
-            bits = "-" if logprob is None else f"{-logprob / math.log(2):.2f}"
-            shown = escape_controls(tokenizer.token(id_)).replace("\n", "\\n").replace("\t", "\\t")
-            sys.stdout.write(f"{'-' if logprob is None else f'{logprob:.4f}':>10}{bits:>8}{id_:>8}  {shown}\n")
+        sys.stdout.writelines(f"{line}\n" for line in table(score, tokenizer))
     elif console.is_terminal:
-        console.print(_heat_map(score, tokenizer))
-        console.print(_legend())
+        console.print(heat_map(score, tokenizer))
+        console.print(legend())
+    bits = _bits_per_byte(score, tokenizer, size)
     sys.stdout.write(
-        f"log-likelihood {score.total:.4f} nats, {score.count} tokens, perplexity {score.perplexity:.4f} "
-        f"(windows of {score.window} tokens, stride {score.stride})\n"
+        f"log-likelihood {score.total:.4f} nats, {score.count} tokens, perplexity {score.perplexity:.6g}"
+        f"{'' if bits is None else f', {bits:.4f} bits per byte'}"
+        f" (windows of {score.window} tokens, stride {score.stride})\n"
     )
-
-
-def _heat_map(score: Score, tokenizer: Tokenizer) -> Text:
-    """The text, each piece on the colour of its surprise. Tokens that make one character share it."""
-    heat, stream, pending = Text(), tokenizer.detokenizer(), 0.0
-    shown = list(zip(score.ids, score.logprobs, strict=True))[:_MOST_MAPPED]
-    for id_, logprob in shown:
-        pending += 0.0 if logprob is None else -logprob / math.log(2)
-        if piece := stream.add(id_):
-            heat.append(escape_controls(piece), _style(pending))
-            pending = 0.0
-    heat.append(escape_controls(stream.flush()), _style(pending))
-    if len(score.ids) > len(shown):
-        heat.append(f"\n... and {len(score.ids) - len(shown)} more tokens", "dim")
-    return heat
-
-
-def _legend() -> Text:
-    legend, lower = Text("bits of surprise: "), 0.0
-    for upper, colour in _HEAT:
-        label = f" {lower:g}-{upper:g} " if math.isfinite(upper) else f" over {lower:g} "
-        legend.append(label, f"white on color({colour})").append(" ")
-        lower = upper
-    return legend
-
-
-def _style(bits: float) -> str:
-    colour = next(colour for upper, colour in _HEAT if bits <= upper)
-    return f"white on color({colour})"

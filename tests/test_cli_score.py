@@ -1,0 +1,196 @@
+"""`kvgen score` as its users have it: real processes, pipes, signals and a pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def tiny(tiny_llama) -> str:
+    return str(tiny_llama()[0])
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvgen", "score", *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_a_text_comes_from_where_the_options_say(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Hello, world!\n")
+    results = [
+        run("-m", tiny, str(tmp_path / "text")),
+        run("-m", tiny, "-p", "Hello, world!"),
+        run("-m", tiny, input="Hello, world!\n"),
+        run("-m", tiny, "-", input="Hello, world!"),
+    ]
+    assert len({result.stdout for result in results}) == 1
+    assert results[0].stdout.startswith("log-likelihood -")
+    assert results[0].stdout.count("\n") == 1
+
+
+def test_lines_of_json_are_scored_in_order_with_their_fields(tiny: str) -> None:
+    lines = ['{"text": "Hello, world!", "id": 7}', '"The quick brown fox"', '{"id": 9, "text": "naïve"}']
+    result = run("-m", tiny, "--jsonl", "--tokens", input="\n".join(lines))
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer.get("id") for answer in answers] == [7, None, 9]
+    assert [answer["text"] for answer in answers] == ["Hello, world!", "The quick brown fox", "naïve"]
+    for answer in answers:
+        values = [entry["logprob"] for entry in answer["logprobs"]]
+        assert values[0] is None
+        assert sum(values[1:]) == pytest.approx(answer["log_likelihood"])
+        size = len(answer["text"].encode())
+        assert answer["bits_per_byte"] == pytest.approx(
+            math.log2(answer["perplexity"]) * len(answer["logprobs"]) / size
+        )
+        assert answer["perplexity"] == pytest.approx(math.exp(-answer["log_likelihood"] / answer["tokens"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "message"),
+    [
+        (["--jsonl"], "not json", 2, "stdin, line 1: not JSON"),
+        (["--jsonl"], '{"text": "fine", "n": NaN}', 2, "line 1: not JSON"),
+        (["--jsonl"], '{"text": "fine", "n": 1e999}', 2, "line 1: not JSON"),
+        (["--jsonl"], '{"text": "fine", "name": "\\ud800"}', 2, "line 1: not JSON"),
+        (["--jsonl"], '"a"', 2, "stdin, line 1: a text needs at least two tokens"),
+        (["--jsonl"], '{"txt": "x"}', 2, 'line 1: give {"text": "..."} or a string'),
+        (["-p", "a", "file"], "", 2, "not both"),
+        (["no-such-file"], "", 1, "no-such-file: cannot be read"),
+        (["-p", "a"], "", 2, "at least two tokens"),
+        (["-"], "", 2, "at least two tokens"),
+        (["-p", "Hello, world!", "--window", "9999"], "", 2, "window of 9999 tokens does not fit"),
+    ],
+)
+def test_errors_are_one_line(tiny: str, arguments: list[str], stdin: str, code: int, message: str) -> None:
+    result = run("-m", tiny, *arguments, input=stdin)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_line_is_answered_before_the_next_one_is_there(tiny: str, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvgen", "score", "-m", tiny, "--jsonl"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write('"Hello, world!"\n')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["text"] == "Hello, world!"
+        process.stdin.write("{\n")
+        process.stdin.close()
+        assert process.wait(60) == 2
+        assert process.stdout.read() == ""
+        assert process.stderr.read().startswith("kvgen: error: stdin, line 2: not JSON")
+
+
+def test_infinity_is_null_in_json_and_not_a_number_an_error(tmp_path: Path) -> None:
+    (tmp_path / "flat.py").write_text(
+        "import torch\n"
+        "def without_b():\n"
+        "    return model(float('-inf'))\n"
+        "def broken():\n"
+        "    return model(float('nan'))\n"
+        "def model(b):\n"
+        "    def call(ids, cache=None):\n"
+        "        logits = torch.zeros(1, ids.shape[1], 256)\n"
+        "        logits[..., 98] = b\n"
+        "        return logits, None\n"
+        "    return call\n"
+    )
+    where = ["--tokenizer", "bytes", "-p", "abc", "--json", "--tokens"]
+    answer = json.loads(run("-m", f"{tmp_path}/flat.py:without_b", *where).stdout)
+    assert answer["log_likelihood"] is answer["perplexity"] is answer["bits_per_byte"] is None
+    assert [entry["logprob"] for entry in answer["logprobs"]] == [None, None, pytest.approx(-math.log(255))]
+    broken = run("-m", f"{tmp_path}/flat.py:broken", *where)
+    assert (broken.returncode, broken.stdout) == (1, "")
+    assert broken.stderr.count("\n") == 1
+
+
+def test_token_ids_have_no_bytes(tiny: str) -> None:
+    assert json.loads(run("-m", tiny, "--ids", "-p", "5 17 3", "--json").stdout)["bits_per_byte"] is None
+    assert "byte" not in run("-m", tiny, "--ids", "-p", "5 17 3").stdout
+
+
+def test_ctrl_c_ends_it_without_a_traceback(smollm2_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "long").write_text("The quick brown fox. " * 20_000)
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvgen", "score", str(tmp_path / "long"), "--window", "64", "--stride", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(6)  # by now it scores; it would for an hour
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == 130
+
+
+def test_tokens_are_a_line_each(tiny: str) -> None:
+    result = run("-m", tiny, "-p", "a\nb \x1b[31m", "--tokens")
+    *rows, last = result.stdout.splitlines()
+    assert last.startswith("log-likelihood")
+    assert "\x1b" not in result.stdout
+    assert rows[0].split()[:2] == ["-", "-"]
+    assert all(float(row.split()[1]) >= 0 for row in rows[1:])
+
+
+def on_terminal(*arguments: str, stream: str = "stdout", stdin: int | None = subprocess.DEVNULL) -> tuple[int, str]:
+    """Run with one stream, or with stdin too for None, on a pseudo-terminal. The exit code and what it was sent."""
+    leader, follower = pty.openpty()
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: follower}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvgen", "score", *arguments],
+        **streams,
+        stdin=follower if stdin is None else stdin,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    return process.wait(), shown.decode()
+
+
+def test_a_terminal_shows_the_text_in_colours_and_nothing_that_steers_it(tiny: str) -> None:
+    code, text = on_terminal("-m", tiny, "-p", "日本 [red]x[/] \x1b]0;title\x07", "-q")
+    assert code == 0
+    assert "48;5;" in text  # a coloured ground
+    assert "bits of surprise" in text
+    assert "\x1b]0;" not in text
+    assert "日本 [red]x[/] \\x1b]0;title\\x07" in re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def test_a_terminal_without_a_text_is_wrong_usage(tiny: str) -> None:
+    code, text = on_terminal("-m", tiny, stream="stderr", stdin=None)
+    assert code == 2
+    assert "no text: give a FILE or --prompt TEXT" in text
+
+
+def test_a_bar_shows_where_there_is_more_than_one_window(tiny: str) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    assert "scoring" in on_terminal("-m", tiny, "-p", text, "--window", "32", stream="stderr")[1]
+    for arguments in (["--window", "32", "--quiet"], []):
+        assert on_terminal("-m", tiny, "-p", text[:100], *arguments, stream="stderr") == (0, "")

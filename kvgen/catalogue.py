@@ -6,6 +6,7 @@ arrives in kvgen's cache folder whole and checked, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -86,17 +87,18 @@ def fetch(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            _sweep(folder)
+            sweep(folder)
             return find(entry, folder) or _fetch(entry, target, progress)
     except OSError as error:
         raise NotFoundError(f"model {entry.name!r} cannot be stored in {folder} ({error})") from error
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what downloads left behind that were killed. One that goes on writes to its folder all the time."""
+def sweep(folder: Path) -> None:
+    """Remove what downloads that were killed have left in `folder`, so long ago that none can be going on."""
     for scratch in folder.glob(f"{_SCRATCH}*"):
-        if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it was one that ends just now
+            if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _installed_file(entry: CatalogueEntry) -> Path | None:

@@ -6,6 +6,7 @@ $KVGEN_OFFLINE set.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -108,8 +109,11 @@ def _hub_folder(repository: str) -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether a snapshot has all that a checkpoint needs; a download that was interrupted leaves less."""
-    from kvgen.checkpoint.raw import read_json_object  # here because it imports torch, and listing needs none
-
     index = folder / "model.safetensors.index.json"
-    shards = read_json_object(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
+    shards = ["model.safetensors"]
+    if index.exists():
+        try:
+            shards = [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
+            return False
     return all((folder / name).exists() for name in ("config.json", "tokenizer.json", *shards))

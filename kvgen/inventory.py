@@ -48,16 +48,20 @@ def remove(name: str) -> Entry:
     """
     folder = cache_dir() / "models"
     if known := CATALOGUE.get(name):
-        entry = next(entry for entry in list_models() if entry.name == name)
-        if entry.path is None:
-            raise NotFoundError(f"model {name!r} is not in {folder}")
-        if folder not in entry.path.parents:
-            raise UsageError(f"model {name!r} belongs to the package {known.package}: pip uninstall {known.package}")
+        path = folder / known.file_name
         try:
-            entry.path.unlink()
+            catalogue.sweep(folder)
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            if catalogue.find(known, folder) is None:
+                raise NotFoundError(f"model {name!r} is not in {folder}") from None
+            raise UsageError(
+                f"model {name!r} belongs to the package {known.package}: pip uninstall {known.package}"
+            ) from None
         except OSError as error:
-            raise KvgenError(f"{entry.path}: cannot be removed ({error.strerror})") from error
-        return entry
+            raise KvgenError(f"{path}: cannot be removed ({error.strerror})") from error
+        return Entry(name, "catalogue", path, size, known.licence, size == known.size)
     for entry, revisions in _hub_entries():
         if entry.name == name:
             _scan().delete_revisions(*revisions).execute()

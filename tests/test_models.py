@@ -185,8 +185,40 @@ def test_what_killed_downloads_left_is_swept(caches: Path, monkeypatch: pytest.M
     assert new.exists()
 
 
+def test_rm_sweeps_too_and_takes_a_file_that_is_not_whole(caches: Path) -> None:
+    path = put_catalogue_file(caches)
+    path.write_bytes(b"half")
+    old = path.parent / ".fetch-old"
+    old.mkdir()
+    before = time.time() - 2 * 24 * 3600
+    os.utime(old, (before, before))
+    assert listed()["smollm2"]["state"] == "not fetched"
+    assert run("rm", "smollm2", "--yes").stderr == "removed smollm2, 4 B\n"
+    assert not path.exists()
+    assert not old.exists()
+
+
+def test_rm_takes_the_cached_copy_of_what_a_package_owns_too(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put_catalogue_file(caches)
+    owned = caches / "site-packages" / path.name
+    owned.parent.mkdir()
+    owned.write_bytes(path.read_bytes())
+    monkeypatch.setattr(catalogue, "_installed_file", lambda entry: owned)
+    assert remove("smollm2").path == path
+    assert owned.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": "other.safetensors"}}'])
+def test_a_repository_with_a_damaged_index_is_listed_as_incomplete(caches: Path, index: str) -> None:
+    (put_repository(caches, whole=True) / "model.safetensors.index.json").write_text(index)
+    assert listed()["someone/tiny"]["state"] == "incomplete"
+
+
 def test_listing_does_not_import_torch(caches: Path) -> None:
+    put_repository(caches, whole=True)
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "kvgen", "models"], capture_output=True, text=True, check=True
     )
+    assert "someone/tiny" in result.stdout
     assert " torch\n" not in result.stderr

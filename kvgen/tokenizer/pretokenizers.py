@@ -76,7 +76,7 @@ _GPT2 = PreTokenizerSpec(_gpt2)
 _GPT2_NFC = PreTokenizerSpec(_gpt2, NFC)
 _DIGITS = PreTokenizerSpec(_single_digits)
 _LLAMA3 = PreTokenizerSpec(_THREE_DIGITS, ignore_merges=True, add_bos=True)
-_QWEN2 = PreTokenizerSpec(_ONE_DIGIT, NFC)
+_ONE_DIGIT_NFC = PreTokenizerSpec(_ONE_DIGIT, NFC)
 _GPT4O = PreTokenizerSpec(_by_case(_CONTRACTIONS + "?", r"\p{N}{1,3}"))
 
 PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
@@ -97,9 +97,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "pixtral": _LLAMA3,
     "dbrx": PreTokenizerSpec(_THREE_DIGITS),
     "smaug-bpe": PreTokenizerSpec(_THREE_DIGITS),
-    "stablelm2": PreTokenizerSpec(_ONE_DIGIT),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "stablelm2": _ONE_DIGIT_NFC,
+    "qwen2": _ONE_DIGIT_NFC,
+    "deepseek-r1-qwen": _ONE_DIGIT_NFC,
     "qwen35": PreTokenizerSpec(_LETTERS_AND_MARKS, NFC),
     "tekken": PreTokenizerSpec(_by_case("", r"\p{N}"), ignore_merges=True, add_bos=True),
     "gpt-4o": _GPT4O,

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -55,7 +56,7 @@ def resolve(reference: str | Path | None = None, *, progress: Progress = no_prog
             )
         return present or catalogue.fetch(entry, folder, progress)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference) and path.suffix != ".gguf":
-        return _hub_folder(reference)
+        return _hub_folder(reference, progress)
     raise NotFoundError(
         f"model {reference!r}: no such file or folder, and neither a name of the catalogue "
         f"({', '.join(CATALOGUE)}) nor a hub id owner/name"
@@ -78,7 +79,7 @@ def is_offline() -> bool:
     return os.environ.get("KVGEN_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
-def _hub_folder(repository: str) -> Path:
+def _hub_folder(repository: str, progress: Progress) -> Path:
     """The repository's snapshot: from the hub's own cache if it is whole there, else downloaded into it."""
     import huggingface_hub  # here because it is slow to import and seldom needed
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -87,7 +88,14 @@ def _hub_folder(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def snapshot(*, local: bool) -> Path:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=local))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                allow_patterns=_HUB_FILES,
+                local_files_only=local,
+                tqdm_class=_reporter(repository, progress),
+            )
+        )
 
     try:
         cached = snapshot(local=True)
@@ -105,6 +113,25 @@ def _hub_folder(repository: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotFoundError(f"model {repository!r} is no local path and could not be fetched: {reason}") from error
+
+
+def _reporter(repository: str, progress: Progress) -> type[Any]:
+    """What the hub's library takes for a progress bar: a class whose objects show nothing and tell `progress`."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Reporter(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            # Not the bar that counts files, nor that of the network, which may count the same bytes again.
+            self.is_for_bytes = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
+            self.bytes = int(options.get("initial") or 0)
+
+        def update(self, count: float | None = 1) -> None:
+            if self.is_for_bytes and self.total:
+                self.bytes += int(count or 0)
+                progress(repository, min(self.bytes, int(self.total)), int(self.total))
+
+    return Reporter
 
 
 def is_whole(folder: Path) -> bool:

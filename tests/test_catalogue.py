@@ -226,6 +226,27 @@ def test_a_hub_id_is_downloaded_once_and_then_used_offline(hub_server, tmp_path:
     assert (offline.returncode, offline.stdout) == (0, first.stdout)
 
 
+def test_a_hub_id_is_fetched_with_its_progress_told(hub_server, tmp_path: Path, tiny_llama) -> None:
+    address, _ = hub_server
+    code = (
+        "import sys; from kvgen import hub; seen = []; hub.resolve('owner/name', progress=lambda *u: seen.append(u)); "
+        "print(seen[-1][0], seen[-1][1] == seen[-1][2], seen[-1][2])"
+    )
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    wanted = [item for item in (tmp_path / "tiny").iterdir() if item.suffix in (".json", ".safetensors")]
+    assert result.stdout == f"owner/name True {sum(item.stat().st_size for item in wanted)}\n", result.stderr
+    pull = [sys.executable, "-m", "kvgen", "models", "pull", "owner/name"]
+    again = subprocess.run(pull, capture_output=True, text=True, env={**os.environ, **environment})
+    assert (again.returncode, again.stderr) == (0, "")  # it is here
+    assert (Path(again.stdout.rstrip("\n")) / "config.json").exists()
+    environment["HF_HOME"] = str(tmp_path / "other")
+    first = subprocess.run(pull, capture_output=True, text=True, env={**os.environ, **environment})
+    assert (first.returncode, first.stderr) == (0, "fetching owner/name\n")
+
+
 def test_a_hub_id_that_does_not_exist_is_one_clear_error(hub_server, tmp_path: Path) -> None:
     address, _ = hub_server
     result = run_kvgen("-m", "owner/other", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))

@@ -106,7 +106,7 @@ def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
                 bar.start()
             else:
                 print_note(f"fetching {what}")
-        bar.update(bar.tasks[0].id, completed=done)
+        bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
 
     try:
         yield show

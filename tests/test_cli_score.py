@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -91,6 +92,9 @@ def test_a_line_is_answered_before_the_next_one_is_there(tiny: str, tmp_path: Pa
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write('"Hello, world!"\n')
         process.stdin.flush()
+        if not select.select([process.stdout], [], [], 60)[0]:
+            process.kill()
+            pytest.fail("no answer before the end of stdin")
         assert json.loads(process.stdout.readline())["text"] == "Hello, world!"
         process.stdin.write("{\n")
         process.stdin.close()

@@ -244,6 +244,12 @@ def test_pieces_show_special_tokens_and_what_is_no_text(tiny_tokenizer: tokenize
     ]
 
 
+def test_what_never_becomes_a_character_is_held_back_for_four_tokens(tiny_tokenizer: tokenizers.Tokenizer) -> None:
+    vocabulary = Tokenizer(tiny_tokenizer, frozenset())
+    broken = vocabulary.encode("日")[:1] * 6
+    assert list(pieces(tuple(broken), vocabulary)) == [("\ufffd" * 4, range(4)), ("\ufffd" * 2, range(4, 6))]
+
+
 def test_a_character_is_as_surprising_as_its_tokens_together() -> None:
     vocabulary = byte_fallback()
     ids = tuple(vocabulary.encode("a日\nb"))  # a space, a, three bytes, one byte, b

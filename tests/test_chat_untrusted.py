@@ -8,11 +8,13 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import kvgen
 from kvgen import CheckpointError, Message, UsageError
 from kvgen.tokenizer.chat import ChatTemplate
+from kvgen.tokenizer.limits import Budget
 from kvgen.tokenizer.lookalikes import LookAlikes, encode_with
 
 from .conftest import CORPUS
@@ -88,6 +90,11 @@ def test_what_would_take_all_memory_or_all_day_is_refused_at_once(name: str) -> 
     assert "MemoryError" not in str(caught.value)  # then it was tried
     assert "TemplateTimeoutError" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_format_is_estimated_before_it_is_made() -> None:
+    with pytest.raises(SecurityError, match="too much text"):
+        Budget().allows_format("%9999999d" * 99)
 
 
 def test_a_long_conversation_is_within_the_limits() -> None:

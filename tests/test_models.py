@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -135,6 +136,44 @@ def test_the_answer_counts(caches: Path, answer: str, code: int, stays: bool) ->
     os.close(leader)
     assert b"Traceback" not in shown
     assert path.exists() == stays
+
+
+def on_terminal(*arguments: str, answer: str = "") -> tuple[int, str]:
+    """Run on a pseudo-terminal, answer its question; returns the exit code and all that the terminal got."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", COLUMNS="200")
+        os.execv(sys.executable, [sys.executable, "-m", "kvgen", "models", *arguments])
+    output = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while data := os.read(terminal, 4096):
+            output += data
+            if answer and b"[y/N]" in output:
+                os.write(terminal, answer.encode())
+                answer = ""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "stays"), [("n\n", 1, True), ("\n", 1, True), ("\x03", 130, True), ("y\n", 0, False)]
+)
+def test_rm_does_what_is_answered(caches: Path, answer: str, code: int, stays: bool) -> None:
+    path = put_catalogue_file(caches)
+    got, output = on_terminal("rm", "smollm2", answer=answer)
+    assert (got, path.exists()) == (code, stays)
+    assert "Remove smollm2?" in output
+    assert "Traceback" not in output
+
+
+def test_a_terminal_gets_a_table_with_titles(caches: Path) -> None:
+    put_catalogue_file(caches)
+    snapshot = put_repository(caches, whole=False)
+    code, output = on_terminal()
+    assert code == 0
+    for text in ("licence", "smollm2", "98.4 MB", "Apache-2.0", "someone/tiny", "incomplete"):
+        assert text in output
+    assert "\t" not in output
+    assert str(snapshot)[:20] in output
 
 
 def test_a_file_of_an_installed_package_stays(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

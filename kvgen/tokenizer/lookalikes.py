@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_left
 from functools import cached_property
 
 import tokenizers
@@ -67,11 +68,12 @@ class LookAlikes:
         while True:
             encoding = encode_with(backend, text, parse_special=False, policy=False)
             spans = [span for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ in stands_for]
-            unseen = [
-                match
-                for match in self._double.finditer(text)
-                if not any(start <= match.start() and match.end() <= end for start, end in spans)
-            ]
+            ends = [end for _, end in spans]
+            unseen = []
+            for match in self._double.finditer(text):
+                following = bisect_left(ends, match.end())  # of those that were seen, the first that ends no earlier
+                if following == len(ends) or spans[following][0] > match.start():
+                    unseen.append(match)
             if not unseen:
                 return [stands_for.get(id_, id_) for id_ in encoding.ids]
             for match in reversed(unseen):  # there, inside a word perhaps, a special token would not be seen either
@@ -97,7 +99,8 @@ class LookAlikes:
             for id_, token in self._special.values()
         ]
         backend.add_tokens(doubles)
-        return backend, {backend.get_vocab()[self._name(id_)]: id_ for id_, _ in self._special.values()}
+        vocabulary = backend.get_vocab()
+        return backend, {vocabulary[self._name(id_)]: id_ for id_, _ in self._special.values()}
 
     def _name(self, id_: int) -> str:
         return f"<{self._secret}.{id_}>"

@@ -251,6 +251,16 @@ def test_a_struck_out_text_of_html_does_not_end_a_completion() -> None:
     assert read(keys).eos_ids == {0}  # <|endoftext|> alone
 
 
+@pytest.mark.parametrize("type_", [3, 5])
+def test_merging_leads_to_pieces_alone(type_: int) -> None:
+    text = "The quick"
+    id_ = next(id_ for id_ in BUILT["plain"].encode(text) if len(PROCESSORS["plain"].IdToPiece(id_)) > 1)
+    keys = as_keys("plain", add_bos_token=False)
+    keys["token_type"][id_] = type_  # a control token, or one that is not in use
+    ids = read(keys).encode(text)
+    assert id_ not in ids and read(keys).decode(ids) == text
+
+
 def test_scores_may_be_whole_numbers() -> None:
     keys = as_keys("plain", add_bos_token=False)
     tokenizer = read(keys | {"scores": [round(score) for score in keys["scores"]]})

@@ -46,6 +46,7 @@ HOSTILE = {
         "{% set n = namespace(v=[]) %}{% for i in range(999) %}{% set n.v = n.v + ['a' * 999999] %}{% endfor %}",
         "",
     ),
+    "text of its own": ("{% for i in range(99999) %}" + "a" * 999 + "{% endfor %}", "writes more than"),
     # single operations
     "bytes": ("{{ 'a'.encode() * 9999999999 }}", "too much text"),
     "to bytes": ("{{ (1).to_bytes(9999999999, 'big') }}", "too large"),

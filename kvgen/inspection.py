@@ -12,7 +12,6 @@ from kvgen.backends.native import draw_blueprint
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
-from kvgen.families import runs_natively
 from kvgen.hub import default_reference, no_progress, resolve
 from kvgen.model.cache import window_capacity
 from kvgen.model.config import DecoderConfig, Rotary
@@ -173,10 +172,6 @@ def _native_config(raw: RawCheckpoint) -> tuple[DecoderConfig | None, str]:
         return draw_blueprint(raw).decoder.config, ""
     except UnsupportedError as error:
         return None, str(error)
-    except CheckpointError as error:
-        if raw.format == "x-transformers" and not runs_natively(raw):
-            return None, str(error)
-        raise
 
 
 def _tokenizer(raw: RawCheckpoint) -> tuple[Tokenizer | None, str]:

@@ -62,13 +62,14 @@ def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
 def _rotary_fields(fields: Fields) -> tuple[Fields, Fields]:
     """The fields that say how global and local layers rotate, in the new form or in that of the first releases."""
     nested = fields.section("rope_parameters")
-    if nested is not None:
-        plain = {"max_position_embeddings": fields.get("max_position_embeddings")}
-        return tuple(  # type: ignore[return-value]
-            Fields({**plain, "rope_parameters": nested.get(kind)}, fields.path)
-            for kind in ("full_attention", "sliding_attention")
-        )
-    return fields, Fields({"rope_theta": fields.get("rope_local_base_freq")}, fields.path)
+    if nested is None:
+        return fields, Fields({"rope_theta": fields.get("rope_local_base_freq")}, fields.path)
+    context = fields.get("max_position_embeddings")
+    everywhere, local = (
+        Fields({"max_position_embeddings": context, "rope_parameters": nested.get(kind)}, fields.path)
+        for kind in ("full_attention", "sliding_attention")
+    )
+    return everywhere, local
 
 
 def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:

@@ -85,14 +85,16 @@ def attention_mask(
     queries for all positions are plainly causal.
     """
     total = past + new if window is None else min(past, window - 1) + new
+    plainly_causal = new == total and (window is None or new <= window) and config.attention_softcap is None
+    if not config.alibi and (new == 1 or plainly_causal):
+        return None
     rows = torch.arange(total - new, total, device=device)[:, None]
     distance = rows - torch.arange(total, device=device)  # (new, S)
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    if config.alibi:
-        slopes = torch.tensor(config.alibi, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return torch.where(visible, -distance * slopes[:, None, None], float("-inf")).to(dtype)
-    plainly_causal = new == total and (window is None or new <= window) and config.attention_softcap is None
-    return None if new == 1 or plainly_causal else visible
+    if not config.alibi:
+        return visible
+    slopes = torch.tensor(config.alibi, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    return torch.where(visible, -distance * slopes[:, None, None], float("-inf")).to(dtype)
 
 
 def _qk_norm(config: DecoderConfig, name: str, heads: int) -> nn.Module | None:

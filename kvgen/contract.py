@@ -35,6 +35,7 @@ class Backend(ABC):
     lossy: why cached logits are expected to differ from uncached ones; None if they are not.
     rewinds: whether a cache may be handed any sequence, not only one that goes on from what it has seen.
     module: the torch module inside, if there is one.
+    engine: what does the arithmetic, for people.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Backend(ABC):
     lossy: str | None = None
     rewinds: bool = False
     module: nn.Module | None = None
+    engine: str = "torch"
 
     @abstractmethod
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:

@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from kvgen import catalogue
 from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
 from kvgen.errors import NotFoundError
+from kvgen.folders import cache_dir
 
 _HUB_FILES = [
     "config.json",
@@ -66,12 +65,6 @@ def resolve(reference: str | Path | None = None, *, progress: Progress = no_prog
 def default_reference() -> str:
     """What is meant where no model is named: $KVGEN_MODEL, or the default model."""
     return os.environ.get("KVGEN_MODEL") or DEFAULT_MODEL
-
-
-def cache_dir() -> Path:
-    """Where kvgen keeps what it fetched: $KVGEN_CACHE_DIR, or the user's cache folder."""
-    chosen = os.environ.get("KVGEN_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else user_cache_path("kvgen", appauthor=False)
 
 
 def is_offline() -> bool:

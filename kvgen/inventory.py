@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from kvgen import catalogue
 from kvgen.catalogue import CATALOGUE
 from kvgen.errors import KvgenError, NotFoundError, UsageError
-from kvgen.hub import cache_dir, is_whole
+from kvgen.folders import cache_dir
+from kvgen.hub import is_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo

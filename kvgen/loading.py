@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from kvgen.backends.native import load_native
+from kvgen.backends.native import Arithmetic, load_native
 from kvgen.backends.python import load_python
 from kvgen.backends.xtransformers import load_xtransformers
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint
 from kvgen.contract import Backend
-from kvgen.errors import UsageError
+from kvgen.errors import UnsupportedError, UsageError
 from kvgen.families import runs_natively
 from kvgen.hub import default_reference, no_progress, resolve
+from kvgen.kernels.build import library
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
 BACKENDS = ("auto", "own", "native", "x-transformers")
+COMPILE = ("auto", "on", "off")
+QUANTIZE = ("auto", "none", "int8", "int4")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -55,6 +58,9 @@ def load(
     device: str | torch.device = "auto",
     tokenizer: str | Path | None = None,
     backend: str = "auto",
+    compile: str = "auto",
+    quantize: str = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint and its tokenizer.
@@ -71,6 +77,12 @@ def load(
     backend: `auto` runs a checkpoint on kvgen's own decoder where that has all its mechanisms, and an x-transformers
         one that needs more in the library; `own` runs it in the library that it was written for; or `native`,
         `x-transformers`.
+    compile: `on` computes with kernels in C++, which are built once for this machine; `off` with torch's operations;
+        `auto` with the kernels where they can be: on a CPU, in float32, with a C++ compiler. `Backend.engine` says
+        which. With the kernels weights stay in the types that they are stored in.
+    quantize: `auto` leaves weights as they are stored. `int8` and `int4` round floating-point ones, which is LOSSY;
+        `none` makes floats of integers.
+    kv_dtype: of cached keys and values; `auto` is that of the computation. A narrower one is LOSSY.
     progress: told about a download; see `kvgen.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
@@ -80,16 +92,21 @@ def load(
         return _load_from_python(name, tokenizer)
     chosen_device = _device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
-    chosen_dtype = _dtype(dtype, chosen_device, raw)
+    arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)
+    chosen_kv_dtype = None if kv_dtype == "auto" else _dtype(kv_dtype, chosen_device, raw)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the vocabulary is read while the weights are
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         model: Backend
         config: Any
         if _runs_in_library(raw, backend):
-            model, config = load_xtransformers(raw, chosen_dtype, chosen_device), raw.metadata
+            if compile == "on" or quantize != "auto" or chosen_kv_dtype:
+                raise UsageError(
+                    f"{raw.path} runs in its library: compile, quantize and kv_dtype are for kvgen's decoder"
+                )
+            model, config = load_xtransformers(raw, arithmetic.dtype, arithmetic.device), raw.metadata
         else:
-            model = native = load_native(raw, chosen_dtype, chosen_device, pool)
-            config = native.module.config
+            model = native = load_native(raw, arithmetic, pool)
+            config, native.decoder.kv_dtype = native.decoder.config, chosen_kv_dtype
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
     return Loaded(model, chosen, str(raw.path), config)
 
@@ -110,6 +127,26 @@ def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:
         raise UsageError(f"model {reference!r} has no tokenizer: give --tokenizer FILE, or --ids for plain token ids")
     model = load_python(reference)
     return Loaded(model, choose_tokenizer(str(tokenizer), model.vocab_size or model.count_vocabulary()), reference)
+
+
+def _arithmetic(dtype: torch.dtype, device: torch.device, compile: str, quantize: str) -> Arithmetic:
+    """How to compute, and on which kernels. Raises UsageError, and UnsupportedError for kernels that cannot be."""
+    if compile not in COMPILE:
+        raise UsageError(f"compile {compile!r} is not one of {', '.join(COMPILE)}")
+    if quantize not in QUANTIZE:
+        raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZE)}")
+    fits = device.type == "cpu" and dtype == torch.float32
+    if compile == "on" and not fits:
+        raise UsageError(f"the kernels compute in float32 on a CPU, not in {str(dtype)[6:]} on {device}")
+    if compile == "off" or not fits:
+        return Arithmetic(dtype, device, quantize=quantize)
+    try:
+        library()
+    except UnsupportedError as error:
+        if compile == "on":
+            raise
+        return Arithmetic(dtype, device, quantize=quantize, engine=f"torch ({error})")
+    return Arithmetic(dtype, device, fused=True, quantize=quantize, engine="C++ kernels")
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -59,6 +59,12 @@ def smollm2(smollm2_path: Path) -> kvgen.Loaded:
 
 
 @pytest.fixture(scope="session")
+def smollm2_on_torch(smollm2_path: Path) -> kvgen.Loaded:
+    """The default model in torch's own operations and fp32 throughout."""
+    return kvgen.load(smollm2_path, compile="off")
+
+
+@pytest.fixture(scope="session")
 def smollm2_reference(smollm2_path: Path) -> Any:
     """The same file in transformers, by transformers' own GGUF reader, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

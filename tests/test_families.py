@@ -32,8 +32,11 @@ every_gguf_file = pytest.mark.parametrize(
 every_case = pytest.mark.parametrize(("kind", "number"), CASES)
 
 
-def load_model(folder: Path, dtype: str = "float32") -> NativeBackend:
-    model = load(folder, dtype=dtype, tokenizer="ids").model
+every_engine = pytest.mark.parametrize("compile", ["on", "off"])
+
+
+def load_model(folder: Path, dtype: str = "float32", compile: str = "auto") -> NativeBackend:
+    model = load(folder, dtype=dtype, tokenizer="ids", compile=compile).model
     assert isinstance(model, NativeBackend)
     return model
 
@@ -47,10 +50,11 @@ def expected_logits(reference: Any, ids: torch.Tensor) -> torch.Tensor:
         return reference(ids, use_cache=False).logits
 
 
+@every_engine
 @every_case
-def test_logits_equal_transformers(kind: str, number: int, tmp_path: Path) -> None:
+def test_logits_equal_transformers(kind: str, number: int, compile: str, tmp_path: Path) -> None:
     reference = make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, compile=compile)
     ids = random_ids()
     actual = model.all_logits(ids)
     assert actual.abs().max() > 0.1
@@ -62,25 +66,28 @@ def test_logits_equal_transformers(kind: str, number: int, tmp_path: Path) -> No
         assert (logits[:, 0] - expected[:, -1]).abs().max() < TOLERANCE
 
 
+@every_engine
 @every_case
-def test_cached_equals_uncached_step_by_step(kind: str, number: int, tmp_path: Path) -> None:
+def test_cached_equals_uncached_step_by_step(kind: str, number: int, compile: str, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, compile=compile)
     ids = random_ids()
     cache = None
     for length in range(1, LENGTH + 1):
         cached, cache = model(ids[:, :length], cache)
         uncached, _ = model(ids[:, :length], None)
         assert (cached - uncached).abs().max() < TOLERANCE
+        assert compile == "off" or torch.equal(cached, uncached)  # the kernels sum in one order
 
 
+@every_engine
 @every_gguf_file
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
-    kind: str, options: dict[str, Any], tmp_path: Path
+    kind: str, options: dict[str, Any], compile: str, tmp_path: Path
 ) -> None:
     reference = make_model(kind, options, seed=7)
     gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, reference)
-    model = load_model(tmp_path / "tiny.gguf")
+    model = load_model(tmp_path / "tiny.gguf", compile=compile)
     ids = random_ids()
     actual = model.all_logits(ids)
     for length in (1, 40, LENGTH):

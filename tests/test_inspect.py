@@ -14,7 +14,6 @@ import torch
 import kvgen
 from kvgen import UsageError
 from kvgen.inspection import cache_bytes, inspect
-from kvgen.model.decoder import Decoder
 from tests.families import CONFIGS, make_checkpoint
 
 
@@ -24,14 +23,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_default_model_is_described(smollm2: kvgen.Loaded, smollm2_path: Path) -> None:
+def test_the_default_model_is_described(smollm2_on_torch: kvgen.Loaded, smollm2_path: Path) -> None:
     data = json.loads(run(str(smollm2_path), "--json").stdout)
-    module = smollm2.model.module
+    module = smollm2_on_torch.model.module
     assert data["parameters"] == sum(parameter.numel() for parameter in module.parameters())
     assert data["backend"] == "native"
     assert data["obstacle"] is data["tokenizer_obstacle"] is None
-    assert data["context_length"] == smollm2.model.context_length
-    assert data["vocabulary"] == smollm2.model.vocab_size
+    assert data["context_length"] == smollm2_on_torch.model.context_length
+    assert data["vocabulary"] == smollm2_on_torch.model.vocab_size
     assert data["chat_template"] is True
     assert sum(data["types"].values()) == data["bytes"] <= smollm2_path.stat().st_size
 
@@ -51,14 +50,13 @@ def test_the_cache_takes_what_is_said(kind: str, tmp_path: Path) -> None:
     make_checkpoint(kind, 0, tmp_path)
     inspection = inspect(tmp_path)
     assert inspection.kind == kind
-    model = kvgen.load(tmp_path, tokenizer="ids").model.module
-    assert isinstance(model, Decoder)
+    model = kvgen.load(tmp_path, tokenizer="ids").model.decoder
     assert inspection.config == model.config
     assert (inspection.cache_bytes_per_token, inspection.cache_bytes_full) == cache_bytes(model.config)
     assert model.config.context_length == 256
     cache = None
     for length in range(1, 257):
-        _, cache = model(torch.zeros(1, length, dtype=torch.int64), cache)
+        _, cache = model.forward(torch.zeros(1, length, dtype=torch.int64), cache)
     assert cache.nbytes == inspection.cache_bytes_full
 
 

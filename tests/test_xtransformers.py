@@ -329,7 +329,7 @@ def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_
     from kvgen.convert import convert_to_xtransformers
 
     folder, reference = tiny_llama(rms_norm_eps=1e-12, **config)  # the library's norm has no epsilon of this kind
-    loaded = kvgen.load(folder)
+    loaded = kvgen.load(folder, compile="off")
     convert_to_xtransformers(loaded.model.module, loaded.tokenizer, tmp_path / "x")
     ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -347,17 +347,17 @@ def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_
 def test_what_the_library_lacks_is_not_converted(tiny_llama, tmp_path: Path) -> None:
     from kvgen.convert import convert_to_xtransformers
 
-    loaded = kvgen.load(tiny_llama(attention_bias=True)[0])
+    loaded = kvgen.load(tiny_llama(attention_bias=True)[0], compile="off")
     with pytest.raises(UnsupportedError, match=r"attn\.k"):
         convert_to_xtransformers(loaded.model.module, loaded.tokenizer, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
-def test_the_articles_scenario_on_a_real_model(smollm2, tmp_path: Path) -> None:
+def test_the_articles_scenario_on_a_real_model(smollm2, smollm2_on_torch, tmp_path: Path) -> None:
     from kvgen.convert import convert_to_xtransformers
 
-    convert_to_xtransformers(smollm2.model.module, smollm2.tokenizer, tmp_path / "x")
+    convert_to_xtransformers(smollm2_on_torch.model.module, smollm2.tokenizer, tmp_path / "x")
     loaded = kvgen.load(tmp_path / "x", backend="own")
     prompt = loaded.tokenizer.encode("Once upon a time,")
     rows = compare(loaded.model, prompt, patterns=["full-sequence", "last-token"], steps=16).rows

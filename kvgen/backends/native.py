@@ -8,49 +8,59 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
+from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
+from kvgen.kernels.fused import FusedDecoder
+from kvgen.kernels.packed import Packed
 from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
+from kvgen.model.layers import Linear
 
 
 class NativeBackend(Backend):
-    """A `Decoder`, whose cache knows its text."""
+    """kvgen's own decoder, whose cache knows its text.
+
+    decoder: on torch, or on the kernels. module: the decoder on torch.
+    """
 
     name = "native"
     rewinds = True
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.module: Decoder = decoder
-        weight = decoder.token_embd.weight
+    def __init__(self, decoder: Decoder | FusedDecoder, engine: str = "torch") -> None:
+        self.decoder, self.engine = decoder, engine
+        self.module = decoder if isinstance(decoder, Decoder) else None
+        weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
-        result: tuple[Tensor, KVCache] = self.module(ids, cache)
-        return result
+        return self.decoder.forward(ids, cache)
 
     def all_logits(self, ids: Tensor) -> Tensor:
-        return self.module.all_logits(ids)
+        return self.decoder.all_logits(ids)
 
     def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
         """With the guard switched off, what a cache does that does not know its text: positions restart at 0."""
-        return self.module.append(new, cache, start=0)
+        return self.decoder.append(new, cache, start=0)
 
     def placed(self, ids: Tensor, cache: KVCache | None, positions: Tensor) -> tuple[Tensor, KVCache]:
         """Keys are cached as they were rotated, so only the positions of what is new can be chosen."""
         known = 0 if cache is None else cache.length
-        return self.module.append(ids[:, known:], cache, start=int(positions[known]))
+        return self.decoder.append(ids[:, known:], cache, start=int(positions[known]))
 
     def in_float64(self) -> NativeBackend:
-        return NativeBackend(copy.deepcopy(self.module).to(torch.float64))
+        if isinstance(self.decoder, FusedDecoder):
+            return NativeBackend(self.decoder.unfused(torch.float64))
+        return NativeBackend(copy.deepcopy(self.decoder).to(torch.float64))
 
 
 @dataclass(frozen=True)
@@ -82,38 +92,106 @@ def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
     return Blueprint(family, decoder, sources)
 
 
-def load_native(raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, pool: Executor) -> NativeBackend:
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a decoder is to compute.
+
+    dtype: of the computation; on torch of the weights too. fused: on the kernels, where weights stay as they are.
+    quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
+    engine: what it is called.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    fused: bool = False
+    quantize: str = "auto"
+    engine: str = "torch"
+
+
+def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:
     """Build the decoder that a checkpoint describes and read its tensors, in parallel.
 
     Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement.
     """
     blueprint = draw_blueprint(raw)
-    model, sources, config = blueprint.decoder, blueprint.sources, blueprint.decoder.config
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    transforms = blueprint.family.transforms(raw, config)
+    reader = _Reader(raw, blueprint, arithmetic)
+    state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
+    if arithmetic.fused:
+        return NativeBackend(FusedDecoder(blueprint.decoder.config, state), arithmetic.engine)
+    model = blueprint.decoder
+    model.load_state_dict(state, strict=True, assign=True)
+    return NativeBackend(model.requires_grad_(False).to(arithmetic.device), arithmetic.engine)
 
-    def read(source: str) -> list[tuple[str, Tensor]]:
-        tensors = [_read_floats(raw, name) for name in sources[source]]
-        where = f"{raw.path}: tensor {sources[source][0]!r}"
+
+class _Reader:
+    """Reads the tensors of a checkpoint as the decoder's parameters."""
+
+    def __init__(self, raw: RawCheckpoint, blueprint: Blueprint, arithmetic: Arithmetic) -> None:
+        self.raw, self.sources, self.arithmetic = raw, blueprint.sources, arithmetic
+        self.config = blueprint.decoder.config
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
+        self.transforms = blueprint.family.transforms(raw, self.config)
+        linear = (name for name, module in blueprint.decoder.named_modules() if isinstance(module, Linear))
+        self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
+
+    def read(self, source: str) -> list[tuple[str, Any]]:
+        """The parameters that a source holds, by name: ready for the decoder, on torch or on the kernels."""
+        names = self.sources[source]
+        where = f"{self.raw.path}: tensor {names[0]!r}"
         try:
-            tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-            transform = transforms.get(block_part(source))
-            pieces = take_apart(transform(tensor) if transform else tensor, source, config)
+            pieces: Sequence[Tensor | Grouped] = self._as_integers(source) or self._as_floats(source)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{where} does not fit the config ({error})") from error
-        named = list(zip(parts_of(source), pieces, strict=True))
-        for name, piece in named:
-            if piece.shape != shapes[name]:
-                raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {shapes[name]}")
-        placed = [(name, piece.to(device=device, dtype=dtype)) for name, piece in named]
-        if all(piece.data_ptr() != tensor.data_ptr() for _, piece in placed for tensor in tensors):
-            for name in sources[source]:
-                raw.tensors[name].release()
+        placed = []
+        for name, piece in zip(parts_of(source), pieces, strict=True):
+            if tuple(piece.shape) != self.shapes[name]:
+                raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {self.shapes[name]}")
+            placed.append((name, self._placed(name, piece)))
+        kept = {piece.data_ptr() for _, piece in placed if isinstance(piece, Tensor)}
+        if kept.isdisjoint(piece.data_ptr() for piece in pieces if isinstance(piece, Tensor)):
+            for name in names:
+                self.raw.tensors[name].release()
         return placed
 
-    state = dict(chain.from_iterable(pool.map(read, sources)))
-    model.load_state_dict(state, strict=True, assign=True)
-    return NativeBackend(model.requires_grad_(False).to(device))
+    def _as_integers(self, source: str) -> list[Grouped] | None:
+        """The pieces of a source as the integers that it is stored in; None if that cannot be or is not wanted."""
+        names = self.sources[source]
+        if self.arithmetic.quantize == "none" or not self.arithmetic.fused or len(names) > 1:
+            return None
+        if not self.matrices.issuperset(parts_of(source)):
+            return None
+        grouped = self.raw.tensors[names[0]].read_grouped()
+        if grouped is None:
+            return None
+        transform = self.transforms.get(block_part(source))
+        index = torch.arange(grouped.shape[0], dtype=torch.float64)[:, None]
+        moved = transform(index) if transform else index
+        if moved.shape != index.shape or not torch.equal(moved.sort(0).values, index):
+            return None  # it does more than to order rows
+        pieces = take_apart(moved, source, self.config)
+        return (
+            [grouped] if len(pieces) == 1 and not transform else [grouped.rows(piece[:, 0].long()) for piece in pieces]
+        )
+
+    def _as_floats(self, source: str) -> list[Tensor]:
+        tensors = [_read_floats(self.raw, name) for name in self.sources[source]]
+        tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        transform = self.transforms.get(block_part(source))
+        return take_apart(transform(tensor) if transform else tensor, source, self.config)
+
+    def _placed(self, name: str, piece: Tensor | Grouped) -> Tensor | Packed:
+        arithmetic = self.arithmetic
+        if name in self.matrices and isinstance(piece, Tensor) and arithmetic.quantize in ("int8", "int4"):
+            piece = _rounded(piece, 4 if arithmetic.quantize == "int4" and block_part(name) != name else 8)
+        if arithmetic.fused and name in self.matrices:
+            return Packed(piece)
+        floats = piece.dequantized() if isinstance(piece, Grouped) else piece
+        return floats.to(device=arithmetic.device, dtype=arithmetic.dtype)
+
+
+def _rounded(matrix: Tensor, bits: int) -> Tensor | Grouped:
+    """Of `bits` bits, if its rows divide into groups."""
+    return matrix if matrix.shape[1] % 32 else quantized(matrix, bits)
 
 
 def _read_floats(raw: RawCheckpoint, name: str) -> Tensor:

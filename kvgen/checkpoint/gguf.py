@@ -18,6 +18,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
+from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor
 from kvgen.errors import CheckpointError, UnsupportedError
@@ -205,7 +206,9 @@ class _Header:
         if offset + size > len(self.data):
             raise CheckpointError(f"{self.path}: cut short: the data of tensor {name!r} runs past its end")
         read_tensor = partial(_read_tensor, self.path, self.file, shape, kind, offset, size)
-        return RawTensor(shape, kind.name, size, read_tensor, partial(self.file.release, offset, size)), size
+        read_grouped = partial(_read_grouped, self.file, shape, kind, offset, size)
+        release = partial(self.file.release, offset, size)
+        return RawTensor(shape, kind.name, size, read_tensor, release, read_grouped), size
 
 
 def _read_tensor(
@@ -222,3 +225,12 @@ def _read_tensor(
         return torch.from_numpy(dequantize(blocks, kind)).view(shape)
     except NotImplementedError as error:
         raise UnsupportedError(f"{path}: the quantization type {kind.name} cannot be read yet") from error
+
+
+def _read_grouped(
+    file: MappedFile, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
+) -> Grouped | None:
+    if len(shape) != 2 or kind in _PLAIN_TYPES:
+        return None
+    blocks = np.frombuffer(file.data, np.uint8, size, offset).reshape(-1, GGML_QUANT_SIZES[kind][1])
+    return read_blocks(kind.name, blocks, shape[0])

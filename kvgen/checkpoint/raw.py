@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
@@ -18,7 +19,7 @@ Format = Literal["gguf", "hf", "x-transformers"]
 
 
 def _nothing() -> None:
-    """What there is to release of a tensor in memory."""
+    """What there is to release of a tensor in memory, and to read of one that has no groups."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class RawTensor:
     type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
     nbytes: what it takes in the file.
     read: returns the tensor; blocks of a quantized type are dequantized to fp32.
+    read_grouped: returns a matrix of a quantized type as the integers that it is made of; None for other types.
     release: gives back the memory that reading took of the file's own, once a copy of the tensor is all that is
         wanted.
     """
@@ -38,6 +40,7 @@ class RawTensor:
     nbytes: int
     read: Callable[[], Tensor]
     release: Callable[[], None] = _nothing
+    read_grouped: Callable[[], Grouped | None] = _nothing
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,9 @@ def compare(
     backend: options.Backend = "own",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    compile: options.Compile = "auto",
+    quantize: options.Quantize = "auto",
+    kv_dtype: options.KVDtype = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
     html: Annotated[
@@ -75,7 +78,18 @@ def compare(
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _texts(prompt, prompt_file, text, ids=ids)
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
+    loaded = load_model(
+        model,
+        dtype,
+        device,
+        threads,
+        "ids" if ids else tokenizer,
+        backend=backend,
+        compile=compile,
+        quantize=quantize,
+        kv_dtype=kv_dtype,
+        quiet=quiet,
+    )
     comparisons = [
         _compare(loaded, prompt_text, names, max_tokens, forced=text is not None, quiet=quiet) for prompt_text in texts
     ]

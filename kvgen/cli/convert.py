@@ -23,7 +23,7 @@ def convert(
 
     Then `kvgen compare --model DIR` checks the cache of that library, not kvgen's.
     """
-    loaded = load_model(model, "float32", "cpu", None, None, quiet=quiet)
+    loaded = load_model(model, "float32", "cpu", None, None, compile="off", quiet=quiet)
 
     from kvgen.convert import convert_to_xtransformers
     from kvgen.model.decoder import Decoder

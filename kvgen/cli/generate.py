@@ -36,6 +36,9 @@ def generate(
     backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    compile: options.Compile = "auto",
+    quantize: options.Quantize = "auto",
+    kv_dtype: options.KVDtype = "auto",
     threads: options.Threads = None,
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
     stop: options.Stop = None,
@@ -85,7 +88,18 @@ def generate(
     if not first:
         return  # --lines of an empty file: nothing to do
     started = time.perf_counter()
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
+    loaded = load_model(
+        model,
+        dtype,
+        device,
+        threads,
+        "ids" if ids else tokenizer,
+        backend=backend,
+        compile=compile,
+        quantize=quantize,
+        kv_dtype=kv_dtype,
+        quiet=quiet,
+    )
     load_seconds = time.perf_counter() - started
     if template is not None:
         loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))

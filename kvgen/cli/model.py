@@ -19,6 +19,9 @@ def load_model(
     tokenizer: str | None,
     *,
     backend: str = "auto",
+    compile: str = "auto",
+    quantize: str = "auto",
+    kv_dtype: str = "auto",
     quiet: bool,
 ) -> Loaded:
     """What `kvgen.load` returns, with a progress bar for a download."""
@@ -30,4 +33,14 @@ def load_model(
     if threads is not None:
         torch.set_num_threads(threads)
     with download_progress(quiet=quiet) as progress:
-        return load(model, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend, progress=progress)
+        return load(
+            model,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            backend=backend,
+            compile=compile,
+            quantize=quantize,
+            kv_dtype=kv_dtype,
+            progress=progress,
+        )

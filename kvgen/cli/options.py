@@ -51,6 +51,30 @@ Backend = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Compile = Annotated[
+    Literal["auto", "on", "off"],
+    Option(
+        help="Kernels in C++ for a CPU and float32, built once for this machine; they round activations to 16 bits, "
+        "which is lossy (KL 5e-8). auto: where there is a compiler. off: torch alone.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Quantize = Annotated[
+    Literal["auto", "none", "int8", "int4"],
+    Option(
+        help="auto: weights as they are stored. int8, int4: floats as integers, lossy. none: integers as floats.",
+        rich_help_panel=_MODEL,
+    ),
+]
+KVDtype = Annotated[
+    Literal["auto", "bfloat16"],
+    Option(
+        "--kv-dtype",
+        help="Of cached keys and values. auto: that of the computation. bfloat16 takes half the memory of float32, "
+        "and is lossy.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
 Threads = Annotated[
     int | None, Option(min=1, max=1024, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)

@@ -53,6 +53,9 @@ def score(
     backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    compile: options.Compile = "auto",
+    quantize: options.Quantize = "auto",
+    kv_dtype: options.KVDtype = "auto",
     threads: options.Threads = None,
     tokens: Annotated[bool, Option("--tokens", help="A line, or in JSON an entry, for each token.")] = False,
     json: options.Json = False,
@@ -70,7 +73,18 @@ def score(
     first = next(texts, None)  # what is wrong with it shows before a model is loaded
     if first is None:
         return
-    loaded = load_model(model, dtype, device, threads, "ids" if ids else tokenizer, backend=backend, quiet=quiet)
+    loaded = load_model(
+        model,
+        dtype,
+        device,
+        threads,
+        "ids" if ids else tokenizer,
+        backend=backend,
+        compile=compile,
+        quantize=quantize,
+        kv_dtype=kv_dtype,
+        quiet=quiet,
+    )
     for where, fields in itertools.chain([first], texts):
         with _naming(where):
             result = _score(loaded, fields["text"], window, stride, quiet=quiet)

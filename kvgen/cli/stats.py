@@ -91,7 +91,7 @@ def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sa
             f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
             f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
             f"positions: {_count(meter.reused)} reused, {_count(meter.computed)} computed",
-            f"seed {sampling.seed} | {dtype} on {loaded.model.device}",
+            f"seed {sampling.seed} | {dtype} on {loaded.model.device}, {loaded.model.engine}",
         )
     )
 

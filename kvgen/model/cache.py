@@ -7,6 +7,9 @@ that it does not belong to, and reuse, editing, rewinding and rejected drafts ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,22 +19,38 @@ _MIN_CAPACITY = 64
 _MOST_SLACK = 64
 
 
+@dataclass(frozen=True)
+class Room:
+    """The buffers of one layer, (B, H_kv, capacity, D) each. Their entry 0 is the absolute position `first`."""
+
+    keys: Tensor
+    values: Tensor
+    first: int
+
+    @property
+    def end(self) -> int:
+        """The absolute position behind the last one that there is room for."""
+        return self.first + self.keys.shape[2]
+
+
 class KVCache:
     """Keys and values of every layer, and the ids behind them. One forward pass advances it once.
 
     owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
+    dtype: to store keys and values in; None for their own.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """
 
-    def __init__(self, owner: object | None = None) -> None:
-        self.owner = owner
+    def __init__(self, owner: object | None = None, dtype: torch.dtype | None = None) -> None:
+        self.owner, self.dtype = owner, dtype
         self.reused = 0
         self.computed = 0
         self._length = 0
         self._variant = 0
         self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (B, capacity)
         self._layers: list[_FullStore | _WindowStore] = []
+        self._rooms: tuple[Room, ...] = ()
 
     @property
     def length(self) -> int:
@@ -76,9 +95,34 @@ class KVCache:
         The new positions do not count until `advance`, so a forward pass that is interrupted leaves the cache as
         it was.
         """
+        self._rooms = ()
+        room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2])
+        old, new = self._length - room.first, self._length - room.first + keys.shape[2]
+        room.keys[:, :, old:new] = keys
+        room.values[:, :, old:new] = values
+        seen = 0 if window is None else max(0, self._length - window + 1)  # the oldest that the first new query sees
+        return room.keys[:, :, seen - room.first : new], room.values[:, :, seen - room.first : new]
+
+    def reserve(self, new: Tensor, windows: Sequence[int | None]) -> tuple[Room, ...]:
+        """Room for new positions in all layers at once, for a writer that fills it in itself.
+
+        new: what one layer appends, (B, H_kv, T, D); only its shape and type matter. windows: of each layer, as in
+        `append`. Returns the same object again as long as no buffer moved.
+        """
+        count = new.shape[2]
+        if not self._rooms or self._length + count > min(room.end for room in self._rooms):
+            stores = [self._store(layer, new, new, window) for layer, window in enumerate(windows)]
+            rooms = tuple(store.reserve(self._length, count) for store in stores)
+            # A window's buffer that moves does so when the pass is over: its room is for this pass alone.
+            self._rooms = () if any(store.moving for store in stores) else rooms
+            return rooms
+        return self._rooms
+
+    def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> _FullStore | _WindowStore:
         if layer == len(self._layers):
+            keys, values = (tensor[:, :, :0].to(self.dtype or tensor.dtype) for tensor in (keys, values))
             self._layers.append(_FullStore(keys, values) if window is None else _WindowStore(keys, values, window))
-        return self._layers[layer].append(keys, values, self._length)
+        return self._layers[layer]
 
     def advance(self, ids: Tensor) -> None:
         """Count the positions that every layer has appended: `ids`, (B, T) int64, are their token ids."""
@@ -103,14 +147,18 @@ class KVCache:
         if not self._can_trim(length):
             raise CacheError(f"cannot trim to {length} positions: a sliding window has dropped what they need")
         if length == 0:
-            self._layers.clear()
+            self._forget()
         self._length = length
 
     def reset(self) -> None:
         """Forget everything and release the memory."""
         self._length = 0
         self._tokens = torch.empty(0, 0, dtype=torch.int64)
+        self._forget()
+
+    def _forget(self) -> None:
         self._layers.clear()
+        self._rooms = ()
 
     def _can_trim(self, length: int) -> bool:
         return length == 0 or all(layer.can_trim(length) for layer in self._layers)
@@ -119,18 +167,19 @@ class KVCache:
 class _FullStore:
     """Keys and values of all positions, (B, H_kv, capacity, D)."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+    moving = False
 
-    def append(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        end = length + keys.shape[2]
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def reserve(self, length: int, count: int) -> Room:
+        """Room for `count` positions behind the first `length`."""
+        end = length + count
         if end > self.keys.shape[2]:
             capacity = max(end, 2 * self.keys.shape[2], _MIN_CAPACITY)
             self.keys = _grow(self.keys, capacity, length, dim=2)
             self.values = _grow(self.values, capacity, length, dim=2)
-        self.keys[:, :, length:end] = keys
-        self.values[:, :, length:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return Room(self.keys, self.values, 0)
 
     def commit(self) -> None:
         """Nothing waits: what is written beyond the length does not count yet."""
@@ -152,34 +201,42 @@ class _WindowStore:
         self.window = window
         self.slack = _slack(window)
         self.first = 0
-        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        self._moved: tuple[int, Tensor, Tensor] | None = None
+        self.keys, self.values = keys, values
+        self._moving: tuple[Room, int] | None = None
 
-    def append(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        end = length + keys.shape[2]
-        seen = max(0, length - self.window + 1)  # the oldest position that the first new query sees
+    @property
+    def moving(self) -> bool:
+        """Whether what was reserved last is kept elsewhere once the pass is over."""
+        return self._moving is not None
+
+    def reserve(self, length: int, count: int) -> Room:
+        """Room for `count` positions behind the first `length`, after all that the first of them sees."""
+        end = length + count
+        self._moving = None
+        if end <= self.first + self.keys.shape[2]:
+            return Room(self.keys, self.values, self.first)
+        seen = max(0, length - self.window + 1)
         kept = max(self.first, end - self.window + 1 - self.slack)
-        if end - self.first <= self.keys.shape[2]:
-            self._moved = None
-            old, new = length - self.first, end - self.first
-            self.keys[:, :, old:new] = keys
-            self.values[:, :, old:new] = values
-            return self.keys[:, :, seen - self.first : new], self.values[:, :, seen - self.first : new]
-        start = min(seen, kept) - self.first
-        both = tuple(
-            torch.cat((stored[:, :, start : length - self.first], new), dim=2)
-            for stored, new in ((self.keys, keys), (self.values, values))
+        start = min(seen, kept)
+        old = slice(start - self.first, length - self.first)
+        keys, values = (
+            _grow(stored[:, :, old], end - start, length - start, dim=2) for stored in (self.keys, self.values)
         )
-        used, visible = end - kept, end - seen
-        capacity = min(window_capacity(self.window), max(2 * used, _MIN_CAPACITY))
-        moved = [_grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in both]
-        self._moved = (kept, moved[0], moved[1])  # not before `commit`: an interrupted pass must not lose positions
-        return both[0][:, :, -visible:], both[1][:, :, -visible:]
+        room = Room(keys, values, start)
+        self._moving = (room, kept)  # not before `commit`: an interrupted pass must not lose positions
+        return room
 
     def commit(self) -> None:
-        if self._moved is not None:
-            self.first, self.keys, self.values = self._moved
-            self._moved = None
+        """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""
+        if self._moving is None:
+            return
+        room, kept = self._moving
+        used = room.end - kept
+        capacity = min(window_capacity(self.window), max(2 * used, _MIN_CAPACITY))
+        self.keys, self.values = (
+            _grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in (room.keys, room.values)
+        )
+        self.first, self._moving = kept, None
 
     def can_trim(self, length: int) -> bool:
         return self.first <= max(0, length - self.window + 1)

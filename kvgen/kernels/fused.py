@@ -1,0 +1,170 @@
+"""The decoder on the kernels: the same contract and the same cache as `kvgen.model.decoder`, for CPUs and fp32."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvgen.kernels.build import library
+from kvgen.kernels.packed import Packed
+from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
+from kvgen.model.cache import KVCache, Room
+from kvgen.model.cached import CachedModel
+from kvgen.model.config import DecoderConfig
+from kvgen.model.decoder import Decoder
+from kvgen.model.layers import RotaryTables
+
+_RUNNING = threading.Lock()  # the kernels keep their scratch memory from run to run
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("key_batch", "key_head", "value_batch", "value_head", "first", "window")),
+        ("bf16", ctypes.c_int32),
+    )
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("rotated", ctypes.c_int32))
+
+
+class _Run(ctypes.Structure):
+    _fields_ = (
+        ("ops", ctypes.POINTER(Op)),
+        ("slots", ctypes.POINTER(ctypes.c_void_p)),
+        ("widths", ctypes.POINTER(ctypes.c_int32)),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("tables", ctypes.POINTER(_Table)),
+        ("slopes", ctypes.c_void_p),
+        ("past", ctypes.c_int64),
+        ("count", ctypes.c_int32),
+        ("batch", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+    )
+
+
+class FusedDecoder(CachedModel):
+    """A decoder whose weights stay in the checkpoint's own type, and whose arithmetic is fp32.
+
+    weights: matrices packed, vectors and the table of learned positions in fp32, by `Decoder`'s names for them.
+    Raises UnsupportedError where the kernels cannot be built.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Packed | Tensor]) -> None:
+        self.config, self.weights = config, weights
+        self.rotaries = [RotaryTables(rotary) for rotary in config.rotaries]
+        self._library = library()
+        self._slopes = torch.tensor(config.alibi) if config.alibi else None
+        self._windows = [layer.window for layer in config.layers]
+        self._rooms: Sequence[Room] = ()
+        self._layers = (_Layer * len(config.layers))()
+        body, head = Programmer(config, weights), Programmer(config, weights)
+        for i in range(len(config.layers)):
+            body.block(i)
+        head.head()
+        self._body, self._head = ((Op * len(part.ops))(*part.ops) for part in (body, head))
+        widths = slot_widths(config)
+        self._widths = (ctypes.c_int32 * len(Slot))(*(widths.get(slot, config.vocab_size) for slot in Slot))
+        self._slots = (ctypes.c_void_p * len(Slot))()
+        self._scratch = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
+        batch, count = new.shape
+        x = self.embed(new, start)  # (B, T, dim), which the run overwrites
+        tables = [  # they must outlive the run
+            table.contiguous()
+            for rotary, make_tables in zip(self.config.rotaries, self.rotaries, strict=True)
+            for table in make_tables(start, count, rotary.is_long(cache.length + count))
+        ]
+        with _RUNNING:
+            self._place(cache.reserve(self._shape_of_new(batch, count), self._windows))
+            pairs = zip(tables[::2], tables[1::2], strict=True)
+            rotations = [_Table(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in pairs]
+            self._run(self._body, x, None, past=cache.length, tables=rotations)
+        cache.advance(new)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        logits = torch.empty(*hidden.shape[:2], self.config.vocab_size)
+        with _RUNNING:
+            self._run(self._head, hidden, logits)
+        return logits
+
+    def token_rows(self, ids: Tensor) -> Tensor:
+        table = self.weights["token_embd.weight"]
+        assert isinstance(table, Packed)
+        return table.rows(ids)
+
+    def position_rows(self, start: int, end: int) -> Tensor:
+        table = self.weights["position_embd.weight"]
+        assert isinstance(table, Tensor)
+        return table[start:end]
+
+    def unfused(self, dtype: torch.dtype) -> Decoder:
+        """The same decoder in torch's own operations, its weights unpacked to `dtype`: a copy."""
+        with torch.device("meta"):
+            decoder = Decoder(self.config)
+        state = {
+            name: (weight.unpacked() if isinstance(weight, Packed) else weight).to(dtype, copy=True)
+            for name, weight in self.weights.items()
+        }
+        decoder.load_state_dict(state, strict=True, assign=True)
+        return decoder.requires_grad_(False).to(dtype)
+
+    def _shape_of_new(self, batch: int, count: int) -> Tensor:
+        """A tensor as one layer adds it to the cache, (B, H_kv, T, D); it takes no memory."""
+        return torch.empty(1).expand(batch, self.config.kv_heads, count, self.config.head_dim)
+
+    def _place(self, rooms: Sequence[Room]) -> None:
+        """Tell the kernels where keys and values of each layer go."""
+        if rooms is self._rooms:
+            return
+        for layer, room, window in zip(self._layers, rooms, self._windows, strict=True):
+            layer.keys, layer.values = room.keys.data_ptr(), room.values.data_ptr()
+            layer.key_batch, layer.key_head = room.keys.stride()[:2]
+            layer.value_batch, layer.value_head = room.values.stride()[:2]
+            layer.first, layer.window, layer.bf16 = room.first, window or 0, room.keys.dtype == torch.bfloat16
+        self._rooms = rooms
+
+    def _run(
+        self,
+        ops: ctypes.Array[Op],
+        x: Tensor,
+        logits: Tensor | None,
+        past: int = 0,
+        tables: Sequence[_Table] = (),
+    ) -> None:
+        rows = x.shape[0] * x.shape[1]
+        needed = rows * sum(self._widths[Slot.NORMED : Slot.LOGITS])
+        if not needed <= self._scratch.numel() <= 4 * needed:  # what a long prompt took is not kept for short steps
+            self._scratch = torch.empty(needed)
+        self._slots[Slot.X], at = x.data_ptr(), self._scratch.data_ptr()
+        for slot in range(Slot.NORMED, Slot.LOGITS):
+            self._slots[slot] = at
+            at += rows * self._widths[slot] * 4
+        self._slots[Slot.LOGITS] = None if logits is None else logits.data_ptr()
+        run = _Run(
+            ops=ops,
+            slots=self._slots,
+            widths=self._widths,
+            layers=self._layers,
+            tables=(_Table * len(tables))(*tables),
+            slopes=None if self._slopes is None else self._slopes.data_ptr(),
+            past=past,
+            count=len(ops),
+            batch=x.shape[0],
+            tokens=x.shape[1],
+        )
+        self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())

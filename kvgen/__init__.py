@@ -27,6 +27,7 @@ from kvgen.errors import (
 if TYPE_CHECKING:
     from kvgen.contract import Model
     from kvgen.generation.decode import Step
+    from kvgen.generation.drafts import DraftModel, PromptLookup
     from kvgen.generation.settings import Sampling
     from kvgen.generation.stream import generate, stream
     from kvgen.generation.text import Chunk
@@ -42,6 +43,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Chunk",
+    "DraftModel",
     "KVCache",
     "KvgenError",
     "Loaded",
@@ -49,6 +51,7 @@ __all__ = [
     "Model",
     "ModelError",
     "NotFoundError",
+    "PromptLookup",
     "Sampling",
     "Score",
     "Step",
@@ -63,10 +66,12 @@ __all__ = [
 
 _HOMES = {
     "Chunk": "kvgen.generation.text",
+    "DraftModel": "kvgen.generation.drafts",
     "KVCache": "kvgen.model.cache",
     "Loaded": "kvgen.loading",
     "Message": "kvgen.tokenizer.chat",
     "Model": "kvgen.contract",
+    "PromptLookup": "kvgen.generation.drafts",
     "Sampling": "kvgen.generation.settings",
     "Score": "kvgen.scoring",
     "Step": "kvgen.generation.decode",

@@ -58,6 +58,18 @@ class Backend(ABC):
         logits, _ = self(ids, None)
         return logits if logits.shape[1] == ids.shape[1] else None
 
+    def most_drafts(self, length: int) -> int:
+        """How many drafted tokens may stand behind a sequence of `length` for `speculate`; 0 if it is not offered."""
+        return 0
+
+    def speculate(self, ids: Tensor, cache: Any, count: int) -> tuple[Tensor, Any]:
+        """The contract, with what is logits after each of the last `count` positions of `ids`: (B, count, vocab).
+
+        They are those that the sequence gives position by position, so that drafts at its end can be judged; the next
+        call drops those that were wrong.
+        """
+        raise UnsupportedError(f"the {self.name} backend cannot judge drafts")
+
     def by_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The whole sequence, handed in the way that someone does who has not read the manual."""
         return self(ids, cache)

@@ -159,3 +159,28 @@ def test_logit_bias_comes_first() -> None:
 def test_values_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.floats(0.05, 0.99), st.floats(0.5, 8))
+def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(seed: int, p: float, spread: float) -> None:
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * spread
+    assert torch.equal(sampling.top_p(logits, p), reference.TopPLogitsWarper(p)(None, logits[None])[0])
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([sampling.draw(logits, generator) for _ in range(20000)]), minlength=5)
+    expected = logits.softmax(-1) * 20000
+    assert counts[2] == counts[4] == 0
+    seen = expected > 0
+    chi_squared = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum()
+    assert chi_squared < 13.8  # of 2 degrees of freedom, exceeded once in a thousand
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_range_draw_tokens_with_a_probability(number: float, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, dtype, generator: torch.tensor([number], dtype=dtype))
+    logits = torch.tensor([-torch.inf, 0.3, 0.1, -torch.inf])
+    assert sampling.draw(logits, torch.Generator()) == (1 if number == 0 else 2)

@@ -39,6 +39,7 @@ ROOMS = [
     "kvgen.inspection",
     "kvgen.generation.settings",
     "kvgen.generation.sampling",
+    "kvgen.generation.drafts",
     "kvgen.generation.decode",
     "kvgen.generation.verify",
     "kvgen.generation.text",

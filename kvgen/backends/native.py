@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class NativeBackend(Backend):
 
     def all_logits(self, ids: Tensor) -> Tensor:
         return self.decoder.all_logits(ids)
+
+    def most_drafts(self, length: int) -> int:
+        """Not beyond where a rotation takes other frequencies: they would change the logits before it, too."""
+        config = self.decoder.config
+        ends = [rotary.short_length for rotary in config.rotaries if rotary.long_frequencies]
+        room = (self.context_length or sys.maxsize) - length
+        return max(0, min([room, *(end - length for end in ends if length <= end)]))
+
+    def speculate(self, ids: Tensor, cache: KVCache | None, count: int) -> tuple[Tensor, KVCache]:
+        return self.decoder.forward(ids, cache, last=count)
 
     def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
         """With the guard switched off, what a cache does that does not know its text: positions restart at 0."""

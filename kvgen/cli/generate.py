@@ -19,7 +19,7 @@ from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Sampling
 
 if TYPE_CHECKING:
-    from kvgen import Loaded, Message, Step, Tokenizer
+    from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
 
 
 def generate(
@@ -52,6 +52,8 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = Sampling.frequency_penalty,
     logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
+    speculate: options.Speculate = "off",
+    draft: options.DraftModel = None,
     no_cache: options.NoCache = False,
     verify_cache: options.VerifyCache = None,
     json: options.Json = False,
@@ -68,6 +70,10 @@ def generate(
         raise UsageError("--system goes with --chat")
     if chat_template is not None and not chat:
         raise UsageError("--chat-template goes with --chat")
+    if draft is not None and speculate != "off":
+        raise UsageError("--draft and --speculate do not go together")
+    if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
+        raise UsageError("--speculate and --draft need the cache, and go without --verify-cache")
     if logprobs is not None and not json:
         raise UsageError("--logprobs goes with --json")
     sampling = Sampling(
@@ -106,8 +112,11 @@ def generate(
     if not no_cache:
         loaded = _verified(loaded, verify_cache)
 
-    from kvgen import stream
+    from kvgen import PromptLookup, stream
 
+    draft_model = (
+        None if draft is None else _draft_model(loaded, draft, device, "ids" if ids else tokenizer, quiet=quiet)
+    )
     cache = None
     for number, text in enumerate(chain(first, prompts), start=1):
         if lines and not quiet and sys.stderr.isatty():
@@ -122,6 +131,7 @@ def generate(
             use_cache=not no_cache,
             cache=cache,
             top_logprobs=logprobs,
+            drafter=PromptLookup() if speculate == "lookup" else draft_model,
         )
         meter = Meter()
         if json:
@@ -148,6 +158,15 @@ def _verified(loaded: Loaded, every: int | None) -> Loaded:
         loaded.model, None, lambda found: print_note(f"the cache is wrong, going on without it: {found}", "yellow")
     )
     return replace(loaded, model=model)
+
+
+def _draft_model(loaded: Loaded, draft: str, device: str, tokenizer: str | None, *, quiet: bool) -> DraftModel:
+    from kvgen import DraftModel
+
+    smaller = load_model(draft, "auto", device, None, tokenizer, quiet=quiet)
+    if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
+        raise UsageError(f"--draft {draft}: its vocabulary is not that of {loaded.source}")
+    return DraftModel(smaller.model)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None, parse_special: bool) -> list[int]:

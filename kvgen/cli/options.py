@@ -168,6 +168,23 @@ Stop = Annotated[
     Option(metavar="TEXT", help="End before this text. Repeatable.", rich_help_panel=_STOP),
 ]
 
+Speculate = Annotated[
+    Literal["off", "lookup"],
+    Option(
+        help="lookup: guess that text goes on as it did before, and check guesses many at once. Faster where the "
+        "completion quotes the prompt; the completion is the same.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    Option(
+        "--draft",
+        metavar="MODEL",
+        help="Let a smaller model with the same vocabulary guess. The completion is the same.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 NoCache = Annotated[
     bool,
     Option(

@@ -70,12 +70,24 @@ class Meter:
         """Positions computed, over all steps."""
         return _total(chunk.step.computed for chunk in self.chunks)
 
+    @property
+    def drafted(self) -> int:
+        """Tokens that were guessed."""
+        return sum(chunk.step.drafted for chunk in self.chunks)
+
+    @property
+    def accepted(self) -> int:
+        """Of those, the ones that were right."""
+        return sum(chunk.step.guessed for chunk in self.chunks)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.chunks),
             "positions_reused": self.reused,
             "positions_computed": self.computed,
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
             "first_token_seconds": round(self.prefill_seconds, 4),
             "prefill_tokens_per_second": _rounded(self.prefill_rate),
             "decode_tokens_per_second": _rounded(self.decode_rate),
@@ -85,14 +97,18 @@ class Meter:
 def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
     """The line that --stats prints."""
     dtype = str(loaded.model.dtype).removeprefix("torch.")
+    drafts = f"drafts: {meter.accepted} of {meter.drafted} accepted" if meter.drafted else ""
     return " | ".join(
-        (
+        part
+        for part in (
             f"{meter.prompt_tokens} prompt tokens, {len(meter.chunks)} generated ({meter.last.finish_reason})",
             f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
             f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
             f"positions: {_count(meter.reused)} reused, {_count(meter.computed)} computed",
+            drafts,
             f"seed {sampling.seed} | {dtype} on {loaded.model.device}, {loaded.model.engine}",
         )
+        if part
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvgen.contract import Backend, Model
 from kvgen.errors import ModelError, UsageError
+from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import Sampler
 
 FinishReason = Literal["eos", "stop", "length", "context"]
@@ -25,6 +26,8 @@ class Step:
     cache: what the model returned; it covers the sequence before `token`.
     positions: the length of that sequence. reused: how many of its positions came from the cache; None if the
         cache does not say.
+    drafted: how many tokens were guessed, and computed, behind that sequence.
+    guessed: whether the token before this one had been guessed, so that this one came without a pass of its own.
     logprob: natural log-probability of the token under the model, before any filter; None if not asked for.
     top_logprobs: the most likely tokens and their log-probabilities, most likely first.
     """
@@ -36,11 +39,13 @@ class Step:
     finish_reason: FinishReason | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    drafted: int = 0
+    guessed: bool = False
 
     @property
     def computed(self) -> int | None:
         """How many positions the model computed for this step."""
-        return None if self.reused is None else self.positions - self.reused
+        return None if self.reused is None else self.positions - self.reused + self.drafted
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def decode(
     use_cache: bool = True,
     cache: Any = None,
     top_logprobs: int | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Step]:
     """Decode from the prompt `ids`, (1, n) int64, one token a step.
 
@@ -77,28 +83,79 @@ def decode(
     cache: from an earlier call with this model, to go on from.
     top_logprobs: how many of the most likely tokens to report; 0 for the chosen one alone, None for no
         log-probabilities.
+    drafter: guesses tokens, which the model then judges in one pass. Each token is chosen by the sampler from the
+        logits that it would see without guesses, so the completion is the same one.
 
-    Raises UsageError for a prompt that is empty or fills the context, ModelError for logits that are not numbers.
+    Raises UsageError for a prompt that is empty or fills the context, or for drafts and a model that cannot judge
+    them, ModelError for logits that are not numbers.
     """
-    prompt_length = ids.shape[1]
+    text, prompt_length = _Sequence(ids), ids.shape[1]
     _check_prompt(prompt_length, limits)
+    judge = None if drafter is None else _judge(model, prompt_length, use_cache)
     end = prompt_length + limits.max_tokens
-    sequence = ids
-    for length in range(prompt_length, end):
-        logits, cache = model(sequence[:, :length], cache if use_cache else None)
-        last = logits[0, -1].to("cpu", torch.float32)
-        if not last.max().isfinite():
-            raise ModelError(f"the model's logits after {length} positions are not finite numbers")
-        token = sampler(last, sequence[0, :length].cpu(), prompt_length)
-        if length == sequence.shape[1]:  # doubles, so that no step copies the past
-            sequence = torch.cat((sequence, torch.empty_like(sequence)), dim=1)
-        sequence[0, length] = token
-        logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
-        finish = _finish_reason(token, length + 1, end, limits)
+    while True:
+        start, drafts = text.length, []
+        if judge and drafter:
+            drafts = drafter.draft(text.tokens, min(end - start - 1, judge.most_drafts(start)))
+        if judge and drafts:
+            logits, cache = judge.speculate(text.ahead(drafts), cache, len(drafts) + 1)
+        else:
+            logits, cache = model(text.ids, cache if use_cache else None)
         reused = getattr(cache, "reused", None) if use_cache else 0
-        yield Step(token, cache, length, reused, finish, logprob, top)
-        if finish:
-            return
+        for guess, at in zip([*drafts, None], logits[0, -len(drafts) - 1 :], strict=True):
+            length, last = text.length, at.to("cpu", torch.float32)
+            if not last.max().isfinite():
+                raise ModelError(f"the model's logits after {length} positions are not finite numbers")
+            token = sampler(last, text.ids[0].cpu(), prompt_length)
+            text.append(token)
+            finish = _finish_reason(token, text.length, end, limits)
+            logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
+            if length == start:
+                yield Step(token, cache, length, reused, finish, logprob, top, drafted=len(drafts))
+            else:
+                yield Step(token, cache, length, length, finish, logprob, top, guessed=True)
+            if finish:
+                return
+            if token != guess:
+                break
+        if drafts and drafter:
+            drafter.learn(len(drafts), text.length - start - 1)
+
+
+class _Sequence:
+    """Ids that grow, and what may follow them, without a copy of the past for each."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._buffer = ids  # the caller's until something is added
+        self.tokens: list[int] = ids[0].tolist()
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, length)"""
+        return self._buffer[:, : self.length]
+
+    def ahead(self, drafts: Sequence[int]) -> Tensor:
+        """The ids and, behind them, drafts: (1, length + len(drafts))."""
+        total = self.length + len(drafts)
+        if total > self._buffer.shape[1]:
+            self._buffer = torch.cat((self._buffer, self._buffer.new_empty(1, total)), dim=1)
+        self._buffer[0, self.length : total] = torch.tensor(drafts)
+        return self._buffer[:, :total]
+
+    def append(self, token: int) -> None:
+        self.ahead([token])
+        self.tokens.append(token)
+
+
+def _judge(model: Model, length: int, use_cache: bool) -> Backend:
+    """The model, as one that judges drafts."""
+    if use_cache and isinstance(model, Backend) and model.most_drafts(length):
+        return model
+    raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
 
 
 def _check_prompt(length: int, limits: Limits) -> None:

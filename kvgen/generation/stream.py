@@ -7,6 +7,7 @@ from typing import Any
 
 from kvgen.errors import UsageError
 from kvgen.generation.decode import Limits, decode, ids_tensor
+from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
 from kvgen.generation.text import Chunk, to_chunks
@@ -23,6 +24,7 @@ def stream(
     use_cache: bool = True,
     cache: Any = None,
     top_logprobs: int | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Chunk]:
     """Complete a prompt; one chunk for each token, as soon as it is there.
 
@@ -35,6 +37,8 @@ def stream(
         computed again.
     top_logprobs: how many of the most likely tokens to report with each step, besides the chosen one; None for
         no log-probabilities.
+    drafter: guesses what comes next: `PromptLookup()`, or `DraftModel(loaded.model)` of a smaller model. A new one
+        for each completion. The completion is the same; see `Step.drafted`.
 
     Raises UsageError for a prompt or a setting that cannot be used. Nothing is computed before the first chunk
     is asked for.
@@ -50,6 +54,7 @@ def stream(
         use_cache=use_cache,
         cache=cache,
         top_logprobs=top_logprobs,
+        drafter=drafter,
     )
     return to_chunks(steps, loaded.tokenizer, stop)
 

@@ -301,7 +301,7 @@ void linear_codes(const Weight &w, C codes, int panel, const Shared &shared, int
     int groups = w.cols / w.group;
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
     Codes16<PAIRS> unpacked{nullptr};
-    if (count > TILE) { // worth unpacking once
+    if (count > 2 * TILE) { // worth unpacking once
         resize(codes_room, size_t(groups) * PAIRS * PANEL);
         for (int g = 0; g < groups; g++)
             for (int p = 0; p < PAIRS; p++)
@@ -668,7 +668,7 @@ void attend(const Op &op, const Run &run, Shared &shared) {
     int heads = run.batch * op.kv_heads;
     int64_t from = lowest(0) / KEYS, chunks = (end + KEYS - 1) / KEYS - from;
     size_t few = size_t(run.tokens) * group, size = few * (padded + 2);
-    if (run.tokens <= TILE) { // too few queries for all threads: they divide the positions
+    if (run.tokens <= 2 * TILE) { // too few queries for all threads: they divide the positions
 #pragma omp single
         resize(shared.parts, size * heads * chunks);
 #pragma omp for schedule(static) collapse(2)

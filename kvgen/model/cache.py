@@ -67,11 +67,11 @@ class KVCache:
         """Bytes of the buffers for keys and values, room that is not used yet included."""
         return sum(buffer.nbytes for layer in self._layers for buffer in (layer.keys, layer.values))
 
-    def match(self, ids: Tensor, variant: int = 0) -> Tensor:
+    def match(self, ids: Tensor, variant: int = 0, least: int = 1) -> Tensor:
         """Trim the cache to the longest prefix that it shares with `ids` and return the ids after it.
 
-        ids: the whole sequence, (B, n) int64, n >= 1. The result is (B, n - reused); at least one position is
-        always left to compute, since its logits are what the caller wants. Rows of a batch share one length, so
+        ids: the whole sequence, (B, n) int64, n >= 1. The result is (B, n - reused); `least` positions at its end are
+        always left to compute, since their logits are what the caller wants. Rows of a batch share one length, so
         the prefix ends where the first row differs. If a window has dropped what the prefix needs, nothing is
         reused.
         variant: what keys depend on besides their text; keys of another variant are not reused.
@@ -80,7 +80,7 @@ class KVCache:
         if batch != self._tokens.shape[0] or variant != self._variant:
             self.reset()
             self._tokens, self._variant = ids.new_empty(batch, 0), variant
-        limit = min(self._length, n - 1)
+        limit = min(self._length, n - least)
         shared = _common_prefix(self._tokens[:, :limit], ids[:, :limit])
         self.trim(shared if self._can_trim(shared) else 0)
         self.reused = self._length

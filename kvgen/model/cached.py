@@ -39,18 +39,18 @@ class CachedModel(ABC):
         """The learned embeddings of positions start to end - 1, (T, dim). Asked for only if the config has them."""
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
+    def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
         """Logits for the token after `ids`, and the cache to hand in with the next, longer sequence.
 
         ids: the WHOLE sequence, (B, n) int64. What is new is decided here: positions whose ids the cache has
-        already seen are not computed again. Returns fp32 (or fp64) logits, (B, 1, vocab), and the cache, which
-        is `cache` itself, brought up to date, or a new one for None.
+        already seen are not computed again. last: of how many positions the logits are wanted. Returns fp32 (or fp64)
+        logits, (B, last, vocab), and the cache, which is `cache` itself, brought up to date, or a new one for None.
 
         Raises CacheError for a cache that another model wrote, UsageError for an empty sequence.
         """
         cache = self._checked(ids, cache)
-        new = cache.match(ids, variant=self._variant(ids.shape[1]))
-        return self._logits(self.extend(new, cache, cache.length)[:, -1:]), cache
+        new = cache.match(ids, self._variant(ids.shape[1]), last)
+        return self._logits(self.extend(new, cache, cache.length)[:, -last:]), cache
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:

@@ -44,6 +44,10 @@ class Tokenizer:
         """The same vocabulary with another template."""
         return Tokenizer(self.backend, self.eos_ids, source, self.special_tokens)
 
+    def shares_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether both give every token the same id."""
+        return self.backend.get_vocab() == other.backend.get_vocab()
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of `text`, with BOS and EOS as the checkpoint wants them.
 

@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]
     found = {}
     for kind in ("llama", "gemma3_text", "phi3"):
         folder = tmp_path_factory.mktemp(kind)
-        make_checkpoint(kind, 0, folder)
+        make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
         model = kvgen.load(folder, tokenizer="ids", compile="on").model
         assert isinstance(model, NativeBackend)
         found[kind] = model
@@ -71,6 +71,17 @@ def test_any_drafts_give_the_same_tokens(models, data, kind: str, prompt: list[i
     expected = complete(model, prompt, sampling, top_logprobs=1)
     assert [step.top_logprobs for step in steps] == [step.top_logprobs for step in expected]
     assert [step.positions for step in steps] == [step.positions for step in expected]
+
+
+@pytest.mark.parametrize("start", [38, 41, 44])
+def test_drafts_end_where_a_longer_text_would_be_rotated_otherwise(models, start: int) -> None:
+    model, prompt = models["phi3"], list(range(2, 2 + start))
+    greedy = kvgen.Sampling(temperature=0)
+    expected = complete(model, prompt, greedy, max_tokens=20, top_logprobs=1)
+    drafter = Scripted([[step.token for step in expected[at : at + 10]] for at in (0, 48 - start, 49 - start)])
+    steps = complete(model, prompt, greedy, max_tokens=20, top_logprobs=1, drafter=drafter)
+    assert [step.top_logprobs for step in steps] == [step.top_logprobs for step in expected]
+    assert max(step.drafted for step in steps) > 3
 
 
 def test_right_drafts_save_passes_and_are_counted(models) -> None:
@@ -145,6 +156,15 @@ def test_a_draft_model_that_is_the_model_is_always_right(models) -> None:
     assert [step.token for step in steps] == expected
     assert sum(step.drafted for step in steps) == sum(step.guessed for step in steps)
     assert sum(not step.guessed for step in steps) < 12
+
+
+def test_logits_of_positions_that_are_cached_are_computed_again(models) -> None:
+    model, ids = models["llama"], torch.randint(2, 96, (1, 20))
+    expected = model.all_logits(ids)[:, -4:]
+    _, cache = model(ids, None)
+    logits, cache = model.speculate(ids, cache, 4)
+    assert torch.equal(logits, expected)
+    assert (cache.reused, cache.computed) == (16, 4)
 
 
 def test_speculation_without_a_cache_or_a_judge_is_refused(models) -> None:

@@ -36,6 +36,7 @@ class Backend(ABC):
     rewinds: whether a cache may be handed any sequence, not only one that goes on from what it has seen.
     module: the torch module inside, if there is one.
     engine: what does the arithmetic, for people.
+    weight_bytes: what the weights take in memory. step_bytes: how much of them one step reads. None if unknown.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Backend(ABC):
     rewinds: bool = False
     module: nn.Module | None = None
     engine: str = "torch"
+    weight_bytes: int | None = None
+    step_bytes: int | None = None
 
     @abstractmethod
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:

@@ -157,7 +157,7 @@ def test_half_precision_weights_compute_in_fp32(tiny_llama, stored: str) -> None
         expected = reference(ids).logits
     model = on_kernels(folder)
     assert (model.all_logits(ids) - expected).abs().max() < 1e-4
-    assert model.decoder.nbytes < 0.6 * sum(p.nbytes for p in reference.parameters())
+    assert model.weight_bytes < 0.6 * sum(p.nbytes for p in reference.parameters())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -169,7 +169,7 @@ def test_quantized_at_load(tiny_llama, bits: int) -> None:
     model = on_kernels(folder, quantize=f"int{bits}")
     on_torch = kvgen.load(folder, compile="off", quantize=f"int{bits}").model
     assert isinstance(plain, NativeBackend)
-    assert model.decoder.nbytes < plain.decoder.nbytes * (0.35 if bits == 8 else 0.3)
+    assert model.weight_bytes < plain.weight_bytes * (0.35 if bits == 8 else 0.3)
     logits = plain.all_logits(ids)
     assert (model.all_logits(ids) - on_torch.all_logits(ids)).abs().max() < 1e-3 * logits.abs().max()
     assert 1e-3 < (model.all_logits(ids) - logits).abs().max() / logits.abs().max() < (0.1 if bits == 8 else 1)

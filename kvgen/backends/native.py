@@ -42,6 +42,13 @@ class NativeBackend(Backend):
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length
+        sizes = {name: parameter.nbytes for name, parameter in self._weights()}
+        looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
+        self.weight_bytes = sum(sizes.values())
+        self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
+
+    def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
+        return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
         return self.decoder.forward(ids, cache)

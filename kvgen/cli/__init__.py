@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import kvgen
+from kvgen.cli.bench import bench
 from kvgen.cli.compare import compare
 from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
@@ -85,5 +86,14 @@ app.command(
         "kvgen score --jsonl texts.jsonl > scores.jsonl"
     )
 )(score)
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        "kvgen bench\n\n"
+        "kvgen bench -m ./my-model --dtype bfloat16 --contexts 16,4096 --html speed.html\n\n"
+        "kvgen bench --compile off --json"
+    )
+)(bench)
 
 app.add_typer(models, name="models")

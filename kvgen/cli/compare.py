@@ -13,9 +13,9 @@ from typer import Exit, Option
 from kvgen.cli import options
 from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import terminal, write_json
+from kvgen.cli.render import terminal, write_json, write_page
 from kvgen.cli.report import print_comparison
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
     from kvgen import Loaded
@@ -65,10 +65,7 @@ def compare(
     kv_dtype: options.KVDtype = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
-    html: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Write a page with plots (extra: report).", rich_help_panel="Output"),
-    ] = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Prove that cached decoding equals uncached decoding on this model, or show where and why it does not.
@@ -95,7 +92,9 @@ def compare(
     ]
     report = _as_data(loaded, comparisons)
     if html is not None:
-        _write_html(html, report)
+        from kvgen.compare.html import render_html
+
+        write_page(html, render_html(report))
     if json:
         write_json(report)
     else:
@@ -157,13 +156,3 @@ def _as_data(loaded: Loaded, comparisons: Sequence[Comparison]) -> dict[str, Any
         "acceptable": all(comparison.acceptable for comparison in comparisons),
         "comparisons": [as_data(comparison, loaded.tokenizer) for comparison in comparisons],
     }
-
-
-def _write_html(path: Path, report: dict[str, Any]) -> None:
-    from kvgen.compare.html import render_html
-
-    page = render_html(report)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error

@@ -203,6 +203,10 @@ VerifyCache = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+Html = Annotated[
+    Path | None,
+    Option(metavar="FILE", help="Write a page with plots (extra: report).", rich_help_panel=_OUTPUT),
+]
 Json = Annotated[bool, Option("--json", help="One JSON object for each prompt.", rich_help_panel=_OUTPUT)]
 Logprobs = Annotated[
     int | None,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
+from kvgen.errors import KvgenError
 
 
 def terminal(stream: TextIO) -> Console:
@@ -107,6 +109,36 @@ def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
             else:
                 print_note(f"fetching {what}")
         bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write what --html names. Raises KvgenError if that cannot be."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def count_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for what is done, of how much; it shows once something is done and something left."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=terminal(sys.stderr), transient=True)
+    task = bar.add_task(label, total=None)
+
+    def show(done: int, total: int) -> None:
+        if done < total:
+            bar.start()
+        bar.update(task, completed=done, total=total)
 
     try:
         yield show

@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvgen.cli.chart import log_chart
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.render import terminal
 
 _GOOD, _BAD, _NEUTRAL = "green", "bold red", "yellow"
 _STYLES = {"equivalent": _GOOD, "near-tie": _GOOD, "lossy": _NEUTRAL, "unsupported": _NEUTRAL}
-_MARKERS = "ox+*#"
 _PIPE_WIDTH = 110
-_CHART_HEIGHT = 12
 _LABEL_WIDTH = 18
 
 
@@ -116,21 +115,12 @@ def _print_texts(console: Console, patterns: list[dict[str, Any]]) -> None:
 
 def _chart(patterns: list[dict[str, Any]], width: int) -> str:
     """The largest |difference| of a logit at each step, on a logarithmic scale."""
-    import plotext
-
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(min(width, 100), _CHART_HEIGHT)
-    plotext.yscale("log")
     drawn = [pattern for pattern in patterns[1:] if pattern["logits"] and pattern["logits"]["max_abs"] > 0]
-    if not drawn:
-        return ""
-    for pattern, marker in zip(drawn, _MARKERS, strict=False):
-        points = [(step, gap) for step, gap in enumerate(pattern["logits"]["per_step"], start=1) if gap > 0]
-        plotext.scatter(*zip(*points, strict=True), label=pattern["pattern"], marker=marker)
-    plotext.title("largest |difference| of a logit at each step")
-    chart: str = plotext.uncolorize(plotext.build())
-    return "\n".join(line.rstrip() for line in chart.splitlines())
+    points = {
+        pattern["pattern"]: [(step, gap) for step, gap in enumerate(pattern["logits"]["per_step"], start=1) if gap > 0]
+        for pattern in drawn
+    }
+    return log_chart(points, "largest |difference| of a logit at each step", width) if points else ""
 
 
 def _print_findings(console: Console, pattern: dict[str, Any]) -> None:

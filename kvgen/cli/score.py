@@ -7,17 +7,16 @@ import itertools
 import json as json_library
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from kvgen.cli import options
 from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_file, read_prompts
-from kvgen.cli.render import terminal, write_json
+from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.surprise import heat_map, legend, table
 from kvgen.errors import KvgenError, UsageError
 
@@ -133,30 +132,8 @@ def _naming(where: str) -> Iterator[None]:
 def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *, quiet: bool) -> Score:
     from kvgen import score as score_ids
 
-    with _progress(quiet=quiet) as progress:
+    with count_progress("scoring", quiet=quiet) as progress:
         return score_ids(loaded.model, loaded.tokenizer.encode(text), window=window, stride=stride, progress=progress)
-
-
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, from the first window on that is not the last."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("scoring"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=terminal(sys.stderr), transient=True)
-    task = bar.add_task("scoring", total=None)
-
-    def show(done: int, total: int) -> None:
-        if done < total:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def _as_data(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool) -> dict[str, Any]:

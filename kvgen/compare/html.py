@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
 
-from kvgen.errors import UnsupportedError
+from kvgen.plots import as_svg, new_axes
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -35,12 +34,7 @@ def _split_text(pattern: dict[str, Any]) -> dict[str, Any]:
 
 def _plot(patterns: Sequence[dict[str, Any]]) -> str:
     """An SVG with the largest |difference| of a logit at each step, one line a pattern."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("--html draws with matplotlib: pip install 'kvgen[report]'") from None
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.add_subplot()
+    axes = new_axes()
     for pattern in patterns[1:]:
         if pattern["logits"]:
             steps = range(1, len(pattern["logits"]["per_step"]) + 1)
@@ -48,6 +42,4 @@ def _plot(patterns: Sequence[dict[str, Any]]) -> str:
     axes.set(yscale="log", xlabel="step", ylabel="max |Δ logit|")
     if axes.lines:
         axes.legend()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue().partition("<!DOCTYPE")[2].partition(">")[2] or buffer.getvalue()
+    return as_svg(axes)

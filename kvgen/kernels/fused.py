@@ -74,11 +74,6 @@ class FusedDecoder(CachedModel):
         self._slots = (ctypes.c_void_p * len(Slot))()
         self._scratch = torch.empty(0)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(weight.nbytes for weight in self.weights.values())
-
     def extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
         batch, count = new.shape
         x = self.embed(new, start)  # (B, T, dim), which the run overwrites

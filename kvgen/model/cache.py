@@ -67,6 +67,14 @@ class KVCache:
         """Bytes of the buffers for keys and values, room that is not used yet included."""
         return sum(buffer.nbytes for layer in self._layers for buffer in (layer.keys, layer.values))
 
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of the keys and values that are cached: what a step reads of them, and no room besides."""
+        return sum(
+            layer.entries(self._length) * (layer.keys[:, :, :1].nbytes + layer.values[:, :, :1].nbytes)
+            for layer in self._layers
+        )
+
     def match(self, ids: Tensor, variant: int = 0, least: int = 1) -> Tensor:
         """Trim the cache to the longest prefix that it shares with `ids` and return the ids after it.
 
@@ -181,6 +189,10 @@ class _FullStore:
             self.values = _grow(self.values, capacity, length, dim=2)
         return Room(self.keys, self.values, 0)
 
+    def entries(self, length: int) -> int:
+        """How many of the first `length` positions are here."""
+        return length
+
     def commit(self) -> None:
         """Nothing waits: what is written beyond the length does not count yet."""
 
@@ -225,6 +237,10 @@ class _WindowStore:
         room = Room(keys, values, start)
         self._moving = (room, kept)  # not before `commit`: an interrupted pass must not lose positions
         return room
+
+    def entries(self, length: int) -> int:
+        """How many of the first `length` positions are here."""
+        return length - self.first
 
     def commit(self) -> None:
         """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""

@@ -1,0 +1,1 @@
+"""How fast a model is: prefill, decode, cached against uncached, memory."""

@@ -1,0 +1,188 @@
+"""Timing a model. It knows no backend: everything goes through the contract."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvgen.contract import Backend
+from kvgen.errors import UsageError
+
+PROMPTS = (128, 512, 2048)
+CONTEXTS = (16, 512, 2048)
+LENGTHS = (16, 64, 256, 1024)
+_STEPS = 16  # timed at each context
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A pass over a prompt. tokens: its length. seconds: median."""
+
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A step behind a context. context: its length. seconds: median.
+
+    bandwidth: bytes of weights and of cached keys and values that a step reads, a second; None where they are unknown.
+    """
+
+    context: int
+    seconds: float
+    bandwidth: float | None
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return 1 / self.seconds
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The token behind a sequence of this length, with the cache of what came before and without. Seconds, medians."""
+
+    length: int
+    cached: float
+    uncached: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the cache is."""
+        return self.uncached / self.cached
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured.
+
+    weight_bytes, cache_bytes: of the weights, and of the cache at the longest context; None where they are unknown.
+    peak_bytes: the most memory that the process had; None where the system does not say.
+    memory_bandwidth: bytes a second that all threads read from memory together, measured.
+    """
+
+    prefill: tuple[Prefill, ...]
+    decode: tuple[Decode, ...]
+    growth: tuple[Growth, ...]
+    weight_bytes: int | None
+    cache_bytes: int | None
+    peak_bytes: int | None
+    memory_bandwidth: float
+    threads: int
+
+
+def measure(
+    model: Backend,
+    *,
+    prompts: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    repeat: int = 5,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Benchmark:
+    """Time a model on random tokens.
+
+    prompts: lengths to prefill. contexts: lengths to decode behind. lengths: of the comparison with uncached decoding.
+    None for those of PROMPTS, CONTEXTS and LENGTHS that fit the model's context.
+    repeat: runs of which the median is taken. progress: told how many measurements are done, of how many.
+
+    Raises UsageError for lengths that do not fit the model's context.
+    """
+    limit = model.context_length or sys.maxsize
+    prompts = [n for n in PROMPTS if n <= limit] if prompts is None else prompts
+    contexts = [n for n in CONTEXTS if n + _STEPS <= limit] if contexts is None else contexts
+    lengths = [n for n in LENGTHS if n + _STEPS <= limit] if lengths is None else lengths
+    longest = max((*prompts, *(length + _STEPS for length in (*contexts, *lengths))), default=0)
+    if longest > limit:
+        raise UsageError(f"{longest} tokens do not fit the model's context of {model.context_length}: measure fewer")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.vocab_size or 256
+    ids = torch.randint(0, vocabulary, (1, max(longest, 1)), generator=generator).to(model.device)
+    total, done = len(prompts) + len(contexts) + len(lengths) + 1, 0
+
+    def counted(result: Any) -> Any:
+        nonlocal done
+        done += 1
+        progress(done, total)
+        return result
+
+    model(ids[:, :2], None)  # the first call may set things up
+    prefill = [counted(_prefill(model, ids[:, :length], repeat)) for length in prompts]
+    decode = [counted(_decode(model, ids, context, repeat)) for context in contexts]
+    growth = [counted(_growth(model, ids, length, repeat)) for length in lengths]
+    cache = model(ids[:, : max(contexts, default=1)], None)[1]
+    return Benchmark(
+        tuple(prefill),
+        tuple(decode),
+        tuple(growth),
+        model.weight_bytes,
+        getattr(cache, "nbytes", None),
+        peak_memory(),
+        counted(memory_bandwidth(model.device)),
+        torch.get_num_threads(),
+    )
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second that are read from memory, at best of five: a sum over 256 MB."""
+    numbers = torch.ones(2**26, device=device)
+    return numbers.nbytes / min(_seconds(lambda: float(numbers.sum())) for _ in range(5))
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _prefill(model: Backend, ids: Tensor, repeat: int) -> Prefill:
+    return Prefill(ids.shape[1], _median(repeat, lambda: model(ids, None)))
+
+
+def _decode(model: Backend, ids: Tensor, context: int, repeat: int) -> Decode:
+    times = []
+    for _ in range(repeat):
+        _, cache = model(ids[:, :context], None)
+        for end in range(context + 1, context + _STEPS + 1):
+            start = time.perf_counter()
+            logits, cache = model(ids[:, :end], cache)
+            float(logits[0, -1, 0])  # waits for a GPU
+            times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+    read = None
+    if model.step_bytes is not None and hasattr(cache, "nbytes_held"):
+        read = model.step_bytes + cache.nbytes_held
+    return Decode(context, seconds, None if read is None else read / seconds)
+
+
+def _growth(model: Backend, ids: Tensor, length: int, repeat: int) -> Growth:
+    cached = _decode(model, ids, length, repeat).seconds
+    uncached = _median(max(1, repeat // 2), lambda: model(ids[:, : length + 1], None))
+    return Growth(length, cached, uncached)
+
+
+def _median(repeat: int, call: Callable[[], tuple[Tensor, Any]]) -> float:
+    return statistics.median(_seconds(lambda: float(call()[0][0, -1, 0])) for _ in range(repeat))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT_FILE ?= prompts/story.txt
 
-.PHONY: run test test-all lint clean
+.PHONY: run test test-all bench lint clean
 
 run: $(VENV)/.run
 	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 1 --max-tokens 120 --stats
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/speed.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -35,3 +38,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: $(VENV)/.dev benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@

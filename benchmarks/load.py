@@ -31,7 +31,7 @@ before = memory("VmRSS")
 start = time.perf_counter()
 loaded = load(sys.argv[1], dtype=sys.argv[2], tokenizer=None if sys.argv[3] == "own" else sys.argv[3])
 seconds = time.perf_counter() - start
-weights = sum(p.numel() * p.element_size() for p in loaded.model.module.parameters()) / 1e6
+weights = loaded.model.weight_bytes / 1e6
 print(json.dumps(dict(seconds=seconds, before=before, peak=memory("VmHWM"), resident=memory("VmRSS"), weights=weights)))
 """
 BILLION = {

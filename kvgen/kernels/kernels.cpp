@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -86,16 +87,32 @@ template <class V> void store(void *at, V v) { std::memcpy(at, &v, sizeof v); }
 f32x16 splat(float x) { return x - f32x16{}; }
 f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
+// GCC makes of these conversions a dozen instructions where there is one.
+i32x16 widen(u16x16 v) {
+#if defined(__AVX512F__)
+    return (i32x16)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, i32x16);
+#endif
+}
+i16x32 widen(i8x32 v) {
+#if defined(__AVX512BW__)
+    return (i16x32)_mm512_cvtepi8_epi16((__m256i)v);
+#else
+    return __builtin_convertvector(v, i16x32);
+#endif
+}
+
 f32x16 half_to_float(u16x16 h) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps((__m256i)h);
 #else
-    i32x16 x = __builtin_convertvector(h, i32x16);
+    i32x16 x = widen(h);
     return (f32x16)((i32x16)((f32x16)((x & 0x7fff) << 13) * 0x1p112f) | ((x & 0x8000) << 16));
 #endif
 }
 
-f32x16 bfloat_to_float(u16x16 b) { return (f32x16)(__builtin_convertvector(b, i32x16) << 16); }
+f32x16 bfloat_to_float(u16x16 b) { return (f32x16)(widen(b) << 16); }
 
 // acc + w.low * x.low + w.high * x.high: of pairs of 16-bit integers
 i32x16 dot2(i32x16 acc, i32x16 w, i32x16 x) {
@@ -190,7 +207,7 @@ template <int PAIRS> struct Codes8 { // [group][pair][row][2]
     const int8_t *at;
     i32x16 pair(int g, int p, int half) const {
         i8x32 bytes = load<i8x32>(at + ((size_t(g) * PAIRS + p) * PANEL + half * 16) * 2);
-        return (i32x16)__builtin_convertvector(bytes, i16x32);
+        return (i32x16)widen(bytes);
     }
 };
 template <int PAIRS> struct Codes16 { // [group][pair][row], unpacked
@@ -485,73 +502,61 @@ void add(const Op &op, const Run &run) {
     for (size_t i = 0; i < size; i++) y[i] += op.scale * x[i];
 }
 
-float read(const char *base, int64_t at, bool bf16) {
-    if (!bf16) return ((const float *)base)[at];
-    uint32_t bits = uint32_t(((const uint16_t *)base)[at]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+f32x16 number(const float *at) { return load<f32x16>(at); }
+f32x16 number(const uint16_t *at) { return bfloat_to_float(load<u16x16>(at)); }
 
-void write(char *base, int64_t at, bool bf16, float value) {
-    if (!bf16) {
-        ((float *)base)[at] = value;
-        return;
-    }
+void narrow(float *at, float value) { *at = value; }
+void narrow(uint16_t *at, float value) { // to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    ((uint16_t *)base)[at] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16); // to nearest, ties to even
+    *at = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-f32x16 read16(const char *base, int64_t at, bool bf16) {
-    return bf16 ? bfloat_to_float(load<u16x16>((const uint16_t *)base + at)) : load<f32x16>((const float *)base + at);
-}
+// KEYS positions of a head, `dims` numbers each from `keys` and `values`; of them only [low, end) are there, and the
+// others count as zeros.
+template <class T> struct Chunk {
+    const T *keys, *values;
+    int dims, low, end;
 
-// KEYS positions of a head from `start`; those outside [low, end) are zeros.
-struct Chunk {
-    const Layer &layer;
-    int64_t batch, start, low, end;
-    int head, dims;
-
-    bool holds(int j) const { return start + j >= low && start + j < end; }
-    int64_t key(int j) const { return batch * layer.key_batch + head * layer.key_head + entry(j) * dims; }
-    int64_t value(int j) const { return batch * layer.value_batch + head * layer.value_head + entry(j) * dims; }
-    int64_t entry(int j) const { return start + j - layer.first; }
+    bool whole() const { return low <= 0 && end >= KEYS; }
 
     // 16 numbers of a row from dimension d, zeros behind its end
-    f32x16 part(const char *base, int64_t row, int d) const {
-        if (d + 16 <= dims) return read16(base, row + d, layer.bf16);
-        f32x16 v{};
-        for (int i = 0; d + i < dims; i++) v[i] = read(base, row + d + i, layer.bf16);
-        return v;
+    f32x16 part(const T *row, int d) const {
+        if (d + 16 <= dims) return number(row + d);
+        T room[16] = {};
+        std::memcpy(room, row + d, (dims - d) * sizeof(T));
+        return number(room);
     }
 
     // Turned into a panel for each 32 keys, [D][32]
     void turn_keys(float *to) const {
-        int size = layer.bf16 ? 2 : 4;
-        for (int j = 0; j < KEYS; j += 16)
+        const T *key = keys, *value = values;
+        for (int j = 0; j < KEYS; j += 16, key += 16 * dims, value += 16 * dims)
             for (int d = 0; d < dims; d += 16) {
                 f32x16 m[16];
                 for (int i = 0; i < 16; i++) {
-                    // The next chunk is on its way while this one is used.
-                    __builtin_prefetch(layer.keys + (key(j + i + KEYS) + d) * size);
-                    __builtin_prefetch(layer.values + (value(j + i + KEYS) + d) * size);
-                    m[i] = holds(j + i) ? part(layer.keys, key(j + i), d) : f32x16{};
+                    if (d * sizeof(T) % 64 == 0) { // the next chunk is on its way while this one is used
+                        __builtin_prefetch(key + (KEYS + i) * dims + d);
+                        __builtin_prefetch(value + (KEYS + i) * dims + d);
+                    }
+                    m[i] = whole() || (j + i >= low && j + i < end) ? part(key + i * dims, d) : f32x16{};
                 }
                 transpose(m);
-                for (int i = 0; i < 16 && d + i < dims; i++)
-                    store(to + (j / PANEL * dims + d + i) * PANEL + j % PANEL, m[i]);
+                float *panel = to + (j / PANEL * dims + d) * PANEL + j % PANEL;
+                for (int i = 0; i < 16 && d + i < dims; i++) store(panel + i * PANEL, m[i]);
             }
     }
 
     // (KEYS, stride), whose rows are whole panels: the cache itself if it can be, else a copy in `room`
-    const float *values(float *room, int *stride) const {
+    const float *rows_of_values(float *room, int *stride) const {
         *stride = dims;
-        if (!layer.bf16 && dims % PANEL == 0 && holds(0) && holds(KEYS - 1)) return (const float *)layer.values + value(0);
+        if (std::is_same<T, float>::value && dims % PANEL == 0 && whole()) return (const float *)values;
         *stride = (dims + PANEL - 1) / PANEL * PANEL;
         for (int j = 0; j < KEYS; j++)
-            for (int d = 0; d < *stride; d += 16)
-                store(room + j * *stride + d, holds(j) && d < dims ? part(layer.values, value(j), d) : f32x16{});
+            for (int d = 0; d < *stride; d += 16) {
+                bool there = j >= low && j < end && d < dims;
+                store(room + j * *stride + d, there ? part(values + j * dims, d) : f32x16{});
+            }
         return room;
     }
 };
@@ -580,18 +585,21 @@ __attribute__((noinline)) void merge(float *most, float *total, float *out, floa
 
 // Attention of the tokens [t0, t1) of one batch row to the KEYS positions from `start`, for the heads that share a key
 // head. Rows of `part` go by token, then head.
+template <class T>
 void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, int t1, int64_t start, Part part) {
     const Layer &layer = run.layers[op.layer];
     int dims = op.width, shared = op.heads / op.kv_heads, rows = (t1 - t0) * shared;
     int padded = (dims + PANEL - 1) / PANEL * PANEL, width = run.widths[op.src];
     resize(panel_room, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
     float *keys = panel_room.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
-    int64_t end = run.past + run.tokens;
     int64_t low = std::max(layer.first, layer.window ? run.past + t0 - layer.window + 1 : 0);
-    Chunk chunk{layer, batch, start, low, end, kv_head, dims};
+    int64_t entry = (start - layer.first) * dims;
+    Chunk<T> chunk{(const T *)layer.keys + batch * layer.key_batch + kv_head * layer.key_head + entry,
+                   (const T *)layer.values + batch * layer.value_batch + kv_head * layer.value_head + entry, dims,
+                   int(std::max<int64_t>(low - start, 0)), int(std::min<int64_t>(run.past + run.tokens - start, KEYS))};
     chunk.turn_keys(keys);
     int stride;
-    const float *values = chunk.values(copied, &stride);
+    const float *values = chunk.rows_of_values(copied, &stride);
     const float *queries = run.slots[op.src] + (size_t(batch) * run.tokens + t0) * width + kv_head * shared * dims;
     for (int r = 0; r < rows; r += TILE) {
         int n = std::min(TILE, rows - r);
@@ -643,7 +651,7 @@ void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, i
 }
 
 // src: queries, other: keys, third: values. Stores keys and values in the cache, then dst = what the queries see.
-void attend(const Op &op, const Run &run, Shared &shared) {
+template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
     const Layer &layer = run.layers[op.layer];
     int dims = op.width, group = op.heads / op.kv_heads, padded = (dims + PANEL - 1) / PANEL * PANEL;
     int rows = run.batch * run.tokens, key_width = run.widths[op.other];
@@ -653,10 +661,9 @@ void attend(const Op &op, const Run &run, Shared &shared) {
             int64_t at = (run.past + r % run.tokens - layer.first) * dims, b = r / run.tokens;
             const float *key = run.slots[op.other] + size_t(r) * key_width + h * dims;
             const float *value = run.slots[op.third] + size_t(r) * key_width + h * dims;
-            for (int d = 0; d < dims; d++) {
-                write(layer.keys, b * layer.key_batch + h * layer.key_head + at + d, layer.bf16, key[d]);
-                write(layer.values, b * layer.value_batch + h * layer.value_head + at + d, layer.bf16, value[d]);
-            }
+            T *to_key = (T *)layer.keys + b * layer.key_batch + h * layer.key_head + at;
+            T *to_value = (T *)layer.values + b * layer.value_batch + h * layer.value_head + at;
+            for (int d = 0; d < dims; d++) narrow(to_key + d, key[d]), narrow(to_value + d, value[d]);
         }
     int64_t end = run.past + run.tokens;
     auto lowest = [&](int t) { return layer.window ? std::max<int64_t>(0, run.past + t - layer.window + 1) : 0; };
@@ -676,7 +683,7 @@ void attend(const Op &op, const Run &run, Shared &shared) {
             for (int64_t c = 0; c < chunks; c++) {
                 float *room = &shared.parts[size * (h * chunks + c)];
                 Part part{room, room + few, room + 2 * few};
-                attend_part(op, run, h / op.kv_heads, h % op.kv_heads, 0, run.tokens, (from + c) * KEYS, part);
+                attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, 0, run.tokens, (from + c) * KEYS, part);
             }
 #pragma omp for schedule(static) collapse(2)
         for (int h = 0; h < heads; h++)
@@ -702,7 +709,7 @@ void attend(const Op &op, const Run &run, Shared &shared) {
         int64_t c = lowest(t0) / KEYS, last = (run.past + t1 - 1) / KEYS;
         std::fill(sum, sum + many, -INFINITY);
         for (; c <= last; c++) {
-            attend_part(op, run, h / op.kv_heads, h % op.kv_heads, t0, t1, c * KEYS, part);
+            attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, t0, t1, c * KEYS, part);
             for (size_t r = 0; r < many; r++)
                 merge(sum + r, sum + many + r, sum + 2 * many + r * padded, part.most[r], part.total[r],
                       part.out + r * padded, padded);
@@ -726,7 +733,10 @@ void kvgen_run(const Run *run, int threads) {
         case NORM: norm(op, *run); break;
         case LINEAR: linear(op, *run, shared); break;
         case ROTATE: rotate(op, *run); break;
-        case ATTEND: attend(op, *run, shared); break;
+        case ATTEND:
+            if (run->layers[op.layer].bf16) attend<uint16_t>(op, *run, shared);
+            else attend<float>(op, *run, shared);
+            break;
         case ACTIVATE: activate(op, *run); break;
         default: add(op, *run);
         }

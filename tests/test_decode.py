@@ -185,3 +185,36 @@ def test_stop_texts_are_found_however_the_text_is_cut(pieces: list[str], stop: l
         assert any(whole[len(shown) :].startswith(text) for text in stop)
     else:
         assert shown == whole
+
+
+def test_a_long_text_loses_its_middle_again_and_again() -> None:
+    model = Counting()
+    options = {"max_context": 6, "keep_first": 2}
+    limits = Limits(9, (), 8, **options)
+    steps = list(decode(model, torch.tensor([[3, 4, 5, 6, 7]]), make_sampler(GREEDY), limits))
+    assert [step.token for step in steps] == [8, 9, 0, 1, 2, 3, 4, 5, 6]
+    assert [ids for ids, _ in model.calls] == [
+        [3, 4, 5, 6, 7],
+        [3, 4, 5, 6, 7, 8],
+        [3, 4, 8, 9],
+        [3, 4, 8, 9, 0],
+        [3, 4, 8, 9, 0, 1],
+        [3, 4, 1, 2],
+        [3, 4, 1, 2, 3],
+        [3, 4, 1, 2, 3, 4],
+        [3, 4, 4, 5],
+    ]
+    assert [step.positions for step in steps] == [len(ids) for ids, _ in model.calls]
+    assert steps[-1].finish_reason == "length"
+
+
+def test_a_prompt_longer_than_may_be_seen_loses_its_middle_at_once() -> None:
+    model = Counting()
+    list(decode(model, torch.arange(10)[None], make_sampler(GREEDY), Limits(1, (), 8, 6, 0)))
+    assert model.calls[0][0] == [7, 8, 9]
+
+
+@pytest.mark.parametrize(("most", "keep"), [(9, 0), (6, 5), (6, -1), (1, 0)])
+def test_what_may_be_seen_must_fit(most: int, keep: int) -> None:
+    with pytest.raises(UsageError, match="max_context is"):
+        Limits(1, (), 8, most, keep)

@@ -48,7 +48,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]
 
 
 def complete(model: NativeBackend, prompt: list[int], sampling: kvgen.Sampling, **options) -> list[kvgen.Step]:
-    limits = Limits(options.pop("max_tokens", 60), options.pop("eos_ids", ()), model.context_length)
+    limits = Limits(
+        options.pop("max_tokens", 60),
+        options.pop("eos_ids", ()),
+        model.context_length,
+        options.pop("max_context", None),
+    )
     return list(decode(model, torch.tensor([prompt]), make_sampler(sampling), limits, **options))
 
 
@@ -56,19 +61,27 @@ prompts = st.lists(st.integers(2, 95), min_size=1, max_size=30)
 samplings = st.builds(kvgen.Sampling, temperature=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
 
 
-@given(data=st.data(), kind=st.sampled_from(["llama", "gemma3_text", "phi3"]), prompt=prompts, sampling=samplings)
-@settings(max_examples=60, deadline=None)
-def test_any_drafts_give_the_same_tokens(models, data, kind: str, prompt: list[int], sampling: kvgen.Sampling) -> None:
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["llama", "gemma3_text", "phi3"]),
+    prompt=prompts,
+    sampling=samplings,
+    most=st.none() | st.integers(6, 90),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_drafts_give_the_same_tokens(
+    models, data, kind: str, prompt: list[int], sampling: kvgen.Sampling, most: int | None
+) -> None:
     model = models[kind]
-    plain = complete(model, prompt, sampling)
+    plain = complete(model, prompt, sampling, max_context=most)
     tokens = [step.token for step in plain]
     script = []
     for _ in range(12):  # guesses that are right for a while
         start, right, length = data.draw(st.tuples(st.integers(0, 59), st.integers(0, 10), st.integers(0, 10)))
         script.append((tokens[start : start + right] + data.draw(st.lists(st.integers(2, 95), max_size=3)))[:length])
-    steps = complete(model, prompt, sampling, drafter=Scripted(script), top_logprobs=1)
+    steps = complete(model, prompt, sampling, drafter=Scripted(script), top_logprobs=1, max_context=most)
     assert [step.token for step in steps] == tokens
-    expected = complete(model, prompt, sampling, top_logprobs=1)
+    expected = complete(model, prompt, sampling, top_logprobs=1, max_context=most)
     assert [step.top_logprobs for step in steps] == [step.top_logprobs for step in expected]
     assert [step.positions for step in steps] == [step.positions for step in expected]
 

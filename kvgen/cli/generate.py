@@ -16,7 +16,7 @@ from kvgen.cli.prompts import read_prompts, read_template
 from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_stats
 from kvgen.errors import UsageError
-from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Sampling
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Sampling
 
 if TYPE_CHECKING:
     from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
@@ -42,6 +42,8 @@ def generate(
     threads: options.Threads = None,
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
     stop: options.Stop = None,
+    max_context: options.MaxContext = None,
+    keep_first: options.KeepFirst = DEFAULT_KEEP_FIRST,
     temperature: options.Temperature = Sampling.temperature,
     top_k: options.TopK = Sampling.top_k,
     top_p: options.TopP = Sampling.top_p,
@@ -131,6 +133,8 @@ def generate(
             use_cache=not no_cache,
             cache=cache,
             top_logprobs=logprobs,
+            max_context=max_context,
+            keep_first=keep_first,
             drafter=PromptLookup() if speculate == "lookup" else draft_model,
         )
         meter = Meter()

@@ -168,6 +168,19 @@ Stop = Annotated[
     Option(metavar="TEXT", help="End before this text. Repeatable.", rich_help_panel=_STOP),
 ]
 
+MaxContext = Annotated[
+    int | None,
+    Option(
+        "--max-context",
+        min=2,
+        help="Let the model see at most so many positions: what is longer loses its middle, and goes on. Lossy.",
+        show_default="the model's own; a completion ends there",
+        rich_help_panel=_STOP,
+    ),
+]
+KeepFirst = Annotated[
+    int, Option("--keep-first", min=0, help="With --max-context: tokens at the start that stay.", rich_help_panel=_STOP)
+]
 Speculate = Annotated[
     Literal["off", "lookup"],
     Option(

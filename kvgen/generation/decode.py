@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from kvgen.contract import Backend, Model
 from kvgen.errors import ModelError, UsageError
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import Sampler
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 """Why a completion ended: an end token, a stop text, the most tokens asked for, or the model's context is full."""
@@ -50,11 +52,33 @@ class Step:
 
 @dataclass(frozen=True)
 class Limits:
-    """When the loop ends: after max_tokens, at an id of eos_ids, or when context_length positions are full."""
+    """When the loop ends, and what it forgets.
+
+    It ends after max_tokens, at an id of eos_ids, or when context_length positions are full.
+    max_context: the most positions to hand to the model; None for all. When a sequence gets there, its middle is
+        forgotten: the first keep_first tokens stay, and the later half of the others. What is left is a shorter text,
+        which the model reads anew: lossy, but right for any model and cache.
+    """
 
     max_tokens: int
     eos_ids: Collection[int] = ()
     context_length: int | None = None
+    max_context: int | None = None
+    keep_first: int = DEFAULT_KEEP_FIRST
+
+    @property
+    def end_of_context(self) -> int | None:
+        """The length at which nothing more fits; None if something is forgotten before that."""
+        return self.context_length if self.max_context is None else None
+
+    def __post_init__(self) -> None:
+        most = self.max_context
+        if most is None:
+            return
+        if self.context_length is not None and most > self.context_length:
+            raise UsageError(f"max_context is {most}; the model's own context is {self.context_length}")
+        if not 0 <= self.keep_first <= most - 2:
+            raise UsageError(f"max_context is {most}; it must be at least 2 more than keep_first, {self.keep_first}")
 
 
 def ids_tensor(backend: Backend, ids: Sequence[int]) -> Tensor:
@@ -89,18 +113,19 @@ def decode(
     Raises UsageError for a prompt that is empty or fills the context, or for drafts and a model that cannot judge
     them, ModelError for logits that are not numbers.
     """
-    text, prompt_length = _Sequence(ids), ids.shape[1]
+    text, prompt_length = _Sequence(ids, limits), ids.shape[1]
     _check_prompt(prompt_length, limits)
     judge = None if drafter is None else _judge(model, prompt_length, use_cache)
     end = prompt_length + limits.max_tokens
     while True:
-        start, drafts = text.length, []
+        text.forget()
+        start, drafts, forgotten = text.length, [], text.forgotten
         if judge and drafter:
-            drafts = drafter.draft(text.tokens, min(end - start - 1, judge.most_drafts(start)))
+            drafts = drafter.draft(text.tokens, min(end - start - 1, text.room, judge.most_drafts(start - forgotten)))
         if judge and drafts:
             logits, cache = judge.speculate(text.ahead(drafts), cache, len(drafts) + 1)
         else:
-            logits, cache = model(text.ids, cache if use_cache else None)
+            logits, cache = model(text.ahead(()), cache if use_cache else None)
         reused = getattr(cache, "reused", None) if use_cache else 0
         for guess, at in zip([*drafts, None], logits[0, -len(drafts) - 1 :], strict=True):
             length, last = text.length, at.to("cpu", torch.float32)
@@ -110,10 +135,11 @@ def decode(
             text.append(token)
             finish = _finish_reason(token, text.length, end, limits)
             logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
+            read = length - forgotten
             if length == start:
-                yield Step(token, cache, length, reused, finish, logprob, top, drafted=len(drafts))
+                yield Step(token, cache, read, reused, finish, logprob, top, drafted=len(drafts))
             else:
-                yield Step(token, cache, length, length, finish, logprob, top, guessed=True)
+                yield Step(token, cache, read, read, finish, logprob, top, guessed=True)
             if finish:
                 return
             if token != guess:
@@ -123,10 +149,15 @@ def decode(
 
 
 class _Sequence:
-    """Ids that grow, and what may follow them, without a copy of the past for each."""
+    """Ids that grow, and what may follow them, without a copy of the past for each.
 
-    def __init__(self, ids: Tensor) -> None:
+    forgotten: how many tokens behind the first `keep_first` the model does not see any more.
+    """
+
+    def __init__(self, ids: Tensor, limits: Limits) -> None:
         self._buffer = ids  # the caller's until something is added
+        self._most, self._keep = limits.max_context or sys.maxsize, limits.keep_first
+        self.forgotten = 0
         self.tokens: list[int] = ids[0].tolist()
 
     @property
@@ -135,20 +166,39 @@ class _Sequence:
 
     @property
     def ids(self) -> Tensor:
-        """(1, length)"""
+        """All of them, (1, length)."""
         return self._buffer[:, : self.length]
 
+    @property
+    def room(self) -> int:
+        """How many tokens may follow before something must be forgotten."""
+        return self._most - self.length + self.forgotten
+
+    def forget(self) -> None:
+        """Once as many are seen as may be, half of those that may be forgotten are."""
+        if self.room < 0:
+            seen = self.length - self._keep
+            self.forgotten = seen - max(1, (self._most - self._keep) // 2)
+
     def ahead(self, drafts: Sequence[int]) -> Tensor:
-        """The ids and, behind them, drafts: (1, length + len(drafts))."""
+        """What the model is to see, and behind it drafts: (1, length - forgotten + len(drafts))."""
         total = self.length + len(drafts)
-        if total > self._buffer.shape[1]:
-            self._buffer = torch.cat((self._buffer, self._buffer.new_empty(1, total)), dim=1)
-        self._buffer[0, self.length : total] = torch.tensor(drafts)
-        return self._buffer[:, :total]
+        self._write(drafts)
+        if not self.forgotten:
+            return self._buffer[:, :total]
+        return torch.cat((self._buffer[:, : self._keep], self._buffer[:, self._keep + self.forgotten : total]), dim=1)
 
     def append(self, token: int) -> None:
-        self.ahead([token])
+        self._write([token])
         self.tokens.append(token)
+
+    def _write(self, tokens: Sequence[int]) -> None:
+        """Put tokens behind the ids, without counting them."""
+        end = self.length + len(tokens)
+        if end > self._buffer.shape[1]:
+            self._buffer = torch.cat((self._buffer, self._buffer.new_empty(1, end)), dim=1)
+        if tokens:
+            self._buffer[0, self.length : end] = torch.tensor(tokens)
 
 
 def _judge(model: Model, length: int, use_cache: bool) -> Backend:
@@ -161,9 +211,9 @@ def _judge(model: Model, length: int, use_cache: bool) -> Backend:
 def _check_prompt(length: int, limits: Limits) -> None:
     if length == 0:
         raise UsageError("the prompt is empty")
-    if limits.context_length is not None and length >= limits.context_length:
+    if limits.end_of_context is not None and length >= limits.end_of_context:
         raise UsageError(
-            f"the prompt has {length} tokens, but the model's context has room for {limits.context_length}, "
+            f"the prompt has {length} tokens, but the model's context has room for {limits.end_of_context}, "
             "completion included"
         )
 
@@ -173,7 +223,7 @@ def _finish_reason(token: int, length: int, end: int, limits: Limits) -> FinishR
         return "eos"
     if length == end:
         return "length"
-    return "context" if length == limits.context_length else None
+    return "context" if length == limits.end_of_context else None
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -9,7 +9,7 @@ from kvgen.errors import UsageError
 from kvgen.generation.decode import Limits, decode, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import make_sampler
-from kvgen.generation.settings import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
 from kvgen.generation.text import Chunk, to_chunks
 from kvgen.loading import Loaded
 
@@ -25,6 +25,8 @@ def stream(
     cache: Any = None,
     top_logprobs: int | None = None,
     drafter: Drafter | None = None,
+    max_context: int | None = None,
+    keep_first: int = DEFAULT_KEEP_FIRST,
 ) -> Iterator[Chunk]:
     """Complete a prompt; one chunk for each token, as soon as it is there.
 
@@ -39,6 +41,8 @@ def stream(
         no log-probabilities.
     drafter: guesses what comes next: `PromptLookup()`, or `DraftModel(loaded.model)` of a smaller model. A new one
         for each completion. The completion is the same; see `Step.drafted`.
+    max_context: the most positions to hand to the model, which bounds cache and time: a longer sequence loses its
+        middle, see `Limits`. LOSSY. keep_first: how many tokens at the start stay.
 
     Raises UsageError for a prompt or a setting that cannot be used. Nothing is computed before the first chunk
     is asked for.
@@ -50,7 +54,7 @@ def stream(
         loaded.model,
         ids_tensor(loaded.model, ids),
         make_sampler(sampling),
-        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.model.context_length),
+        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.model.context_length, max_context, keep_first),
         use_cache=use_cache,
         cache=cache,
         top_logprobs=top_logprobs,

@@ -37,6 +37,7 @@ class Backend(ABC):
     module: the torch module inside, if there is one.
     engine: what does the arithmetic, for people.
     weight_bytes: what the weights take in memory. step_bytes: how much of them one step reads. None if unknown.
+    position_bytes: what one more position takes in the cache, while no window is full; None if unknown.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Backend(ABC):
     engine: str = "torch"
     weight_bytes: int | None = None
     step_bytes: int | None = None
+    position_bytes: int | None = None
 
     @abstractmethod
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:

@@ -13,7 +13,7 @@ from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
 from kvgen.hub import default_reference, no_progress, resolve
-from kvgen.model.cache import window_capacity
+from kvgen.model.cache import cache_bytes
 from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.tokenizer import Tokenizer, read_tokenizer
 
@@ -82,19 +82,6 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
         tokenizer_obstacle=tokenizer_obstacle,
         has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
     )
-
-
-def cache_bytes(config: DecoderConfig, item: int = 4) -> tuple[int, int | None]:
-    """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
-
-    item: bytes of a number. The second is None if the context has no bound.
-    """
-    row = 2 * config.kv_heads * config.head_dim * item
-    context = config.context_length
-    if context is None:
-        return row * len(config.layers), None
-    kept = [context if layer.window is None else min(context, window_capacity(layer.window)) for layer in config.layers]
-    return row * len(config.layers), row * sum(kept)
 
 
 def mechanisms(config: DecoderConfig) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,21 @@ def load(
     chosen_device = _device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
     arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)
-    chosen_kv_dtype = None if kv_dtype == "auto" else _dtype(kv_dtype, chosen_device, raw)
+    if kv_dtype != "auto":
+        arithmetic = replace(arithmetic, kv_dtype=_dtype(kv_dtype, chosen_device, raw))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the vocabulary is read while the weights are
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         model: Backend
         config: Any
         if _runs_in_library(raw, backend):
-            if compile == "on" or quantize != "auto" or chosen_kv_dtype:
+            if compile == "on" or quantize != "auto" or kv_dtype != "auto":
                 raise UsageError(
                     f"{raw.path} runs in its library: compile, quantize and kv_dtype are for kvgen's decoder"
                 )
             model, config = load_xtransformers(raw, arithmetic.dtype, arithmetic.device), raw.metadata
         else:
             model = native = load_native(raw, arithmetic, pool)
-            config, native.decoder.kv_dtype = native.decoder.config, chosen_kv_dtype
+            config = native.decoder.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
     return Loaded(model, chosen, str(raw.path), config)
 

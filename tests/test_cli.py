@@ -213,6 +213,7 @@ def test_the_shell_can_complete_commands_and_options() -> None:
 
 def test_stats_go_to_stderr_and_quiet_silences_them(tiny) -> None:
     result = run(*tiny, "-p", "abc", "--stats", "--seed", "7")
+    assert result.stderr.startswith("cache: ")
     for part in ("8 generated (length)", "first token", "prefill", "decode", "reused", "computed", "seed 7", "float32"):
         assert part in result.stderr
     assert "\x1b" not in result.stdout + result.stderr

@@ -13,7 +13,8 @@ import torch
 
 import kvgen
 from kvgen import UsageError
-from kvgen.inspection import cache_bytes, inspect
+from kvgen.inspection import inspect
+from kvgen.model.cache import cache_bytes
 from tests.families import CONFIGS, make_checkpoint
 
 

@@ -22,7 +22,7 @@ from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.kernels.fused import FusedDecoder
 from kvgen.kernels.packed import Packed
-from kvgen.model.cache import KVCache
+from kvgen.model.cache import KVCache, cache_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import Linear
 
@@ -36,7 +36,10 @@ class NativeBackend(Backend):
     name = "native"
     rewinds = True
 
-    def __init__(self, decoder: Decoder | FusedDecoder, engine: str = "torch") -> None:
+    def __init__(
+        self, decoder: Decoder | FusedDecoder, engine: str = "torch", kv_dtype: torch.dtype | None = None
+    ) -> None:
+        decoder.kv_dtype = kv_dtype
         self.decoder, self.engine = decoder, engine
         self.module = decoder if isinstance(decoder, Decoder) else None
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
@@ -46,6 +49,7 @@ class NativeBackend(Backend):
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
+        self.position_bytes, _ = cache_bytes(decoder.config, (decoder.kv_dtype or self.dtype).itemsize)
 
     def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
         return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()
@@ -116,6 +120,7 @@ class Arithmetic:
 
     dtype: of the computation; on torch of the weights too. fused: on the kernels, where weights stay as they are.
     quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
+    kv_dtype: of cached keys and values; None for `dtype`.
     engine: what it is called.
     """
 
@@ -123,6 +128,7 @@ class Arithmetic:
     device: torch.device
     fused: bool = False
     quantize: str = "auto"
+    kv_dtype: torch.dtype | None = None
     engine: str = "torch"
 
 
@@ -135,10 +141,12 @@ def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> N
     reader = _Reader(raw, blueprint, arithmetic)
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     if arithmetic.fused:
-        return NativeBackend(FusedDecoder(blueprint.decoder.config, state), arithmetic.engine)
+        fused = FusedDecoder(blueprint.decoder.config, state)
+        return NativeBackend(fused, arithmetic.engine, arithmetic.kv_dtype)
     model = blueprint.decoder
     model.load_state_dict(state, strict=True, assign=True)
-    return NativeBackend(model.requires_grad_(False).to(arithmetic.device), arithmetic.engine)
+    model = model.requires_grad_(False).to(arithmetic.device)
+    return NativeBackend(model, arithmetic.engine, arithmetic.kv_dtype)
 
 
 class _Reader:

@@ -14,7 +14,7 @@ from kvgen.cli import options
 from kvgen.cli.model import load_model
 from kvgen.cli.prompts import read_prompts, read_template
 from kvgen.cli.render import TextWriter, print_note, write_json
-from kvgen.cli.stats import Meter, format_stats
+from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Sampling
 
@@ -137,6 +137,9 @@ def generate(
             keep_first=keep_first,
             drafter=PromptLookup() if speculate == "lookup" else draft_model,
         )
+        if stats and not quiet:
+            most = len(prompt_ids) + max_tokens
+            print_note(format_cache(loaded.model, min(most, max_context or loaded.model.context_length or most)))
         meter = Meter()
         if json:
             completion = "".join(chunk.text for chunk in meter.watch(chunks))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling
+    from kvgen.contract import Backend
 
 
 @dataclass
@@ -110,6 +111,14 @@ def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sa
         )
         if part
     )
+
+
+def format_cache(model: Backend, positions: int) -> str:
+    """The line of --stats before anything is computed: the memory that the cache may take."""
+    if model.position_bytes is None:
+        return "cache: of unknown size"
+    most = positions * model.position_bytes / 1e6
+    return f"cache: {model.position_bytes / 1e3:.0f} kB a position, at most {most:.0f} MB for {positions} positions"
 
 
 def _total(counts: Iterable[int | None]) -> int | None:

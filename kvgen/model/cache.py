@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
+from kvgen.model.config import DecoderConfig
 
 _MIN_CAPACITY = 64
 _MOST_SLACK = 64
@@ -256,6 +257,19 @@ class _WindowStore:
 
     def can_trim(self, length: int) -> bool:
         return self.first <= max(0, length - self.window + 1)
+
+
+def cache_bytes(config: DecoderConfig, item: int = 4) -> tuple[int, int | None]:
+    """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
+
+    item: bytes of a number. The second is None if the context has no bound.
+    """
+    row = 2 * config.kv_heads * config.head_dim * item
+    context = config.context_length
+    if context is None:
+        return row * len(config.layers), None
+    kept = [context if layer.window is None else min(context, window_capacity(layer.window)) for layer in config.layers]
+    return row * len(config.layers), row * sum(kept)
 
 
 def window_capacity(window: int) -> int:

@@ -27,6 +27,7 @@ from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 BACKENDS = ("auto", "own", "native", "x-transformers")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("auto", "none", "int8", "int4")
+KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -60,7 +61,7 @@ def load(
     backend: str = "auto",
     compile: str = "auto",
     quantize: str = "auto",
-    kv_dtype: str | torch.dtype = "auto",
+    kv_dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint and its tokenizer.
@@ -82,7 +83,7 @@ def load(
         which. With the kernels weights stay in the types that they are stored in.
     quantize: `auto` leaves weights as they are stored. `int8` and `int4` round floating-point ones, which is LOSSY;
         `none` makes floats of integers.
-    kv_dtype: of cached keys and values; `auto` is that of the computation. A narrower one is LOSSY.
+    kv_dtype: of cached keys and values; `auto` is that of the computation. `bfloat16` and `int8` are LOSSY.
     progress: told about a download; see `kvgen.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
@@ -94,7 +95,9 @@ def load(
     raw = read_checkpoint(resolve(name, progress=progress))
     arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)
     if kv_dtype != "auto":
-        arithmetic = replace(arithmetic, kv_dtype=_dtype(kv_dtype, chosen_device, raw))
+        if kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype {kv_dtype!r} is not one of auto, {', '.join(KV_DTYPES)}")
+        arithmetic = replace(arithmetic, kv_dtype=KV_DTYPES[kv_dtype])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the vocabulary is read while the weights are
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         model: Backend

@@ -23,6 +23,7 @@ from kvgen.compare.comparison import compare
 from kvgen.compare.verdict import Verdict
 from kvgen.kernels import build
 from kvgen.kernels.packed import Packed
+from kvgen.model.cache import KVCache
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
 
@@ -175,18 +176,36 @@ def test_quantized_at_load(tiny_llama, bits: int) -> None:
     assert 1e-3 < (model.all_logits(ids) - logits).abs().max() / logits.abs().max() < (0.1 if bits == 8 else 1)
 
 
-def test_narrow_keys_and_values(tiny_llama) -> None:
-    folder, _ = tiny_llama()
-    ids = torch.randint(0, 384, (1, 100))
-    plain, narrow = on_kernels(folder), on_kernels(folder, kv_dtype="bfloat16")
-    on_torch = kvgen.load(folder, compile="off", kv_dtype="bfloat16").model
+@pytest.mark.parametrize("head_dim", [8, 20, 32])
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_narrow_keys_and_values(tiny_llama, stored: str, head_dim: int) -> None:
+    """Cached is uncached bit for bit here too: both read what was stored."""
+    folder, _ = tiny_llama(head_dim=head_dim)
+    ids = torch.randint(0, 384, (2, 100))
+    plain, narrow = on_kernels(folder), on_kernels(folder, kv_dtype=stored)
+    on_torch = kvgen.load(folder, compile="off", kv_dtype=stored).model
     logits, cache = narrow(ids, None)
-    _, wide = plain(ids, None)
-    assert 2 * cache.nbytes == wide.nbytes
+    expected, wide = plain(ids, None)
+    size = 2 * head_dim if stored == "bfloat16" else head_dim + 4
+    assert cache.nbytes * 4 * head_dim == wide.nbytes * size
+    assert narrow.position_bytes * 4 * head_dim == plain.position_bytes * size
     assert torch.equal(logits, narrow(ids, narrow(ids[:, :99], None)[1])[0])
-    expected = plain(ids, None)[0]
-    assert 1e-6 < (logits - expected).abs().max() < 0.02 * expected.abs().max()
-    assert (logits - on_torch(ids, None)[0]).abs().max() < 0.02 * expected.abs().max()
+    assert torch.equal(logits[:, -1], narrow.all_logits(ids)[:, -1])
+    scale = expected.abs().max()
+    assert 1e-6 < (logits - expected).abs().max() < 0.05 * scale
+    assert (logits - on_torch(ids, None)[0]).abs().max() < 0.02 * scale
+    cached, _ = on_torch(ids, on_torch(ids[:, :99], None)[1])
+    assert (cached - on_torch(ids, None)[0]).abs().max() < 0.02 * scale
+
+
+def test_keys_of_zeros_are_stored(tiny_llama) -> None:
+    """A row without a largest number has no scale."""
+    folder, _ = tiny_llama()
+    model = kvgen.load(folder, compile="off", kv_dtype="int8").model
+    cache = KVCache(model.decoder, torch.int8)
+    keys, values = cache.append(0, torch.zeros(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+    assert not keys.any()
+    assert torch.equal(values, torch.ones(1, 2, 3, 8))
 
 
 def test_the_default_model_on_kernels_is_that_on_torch(smollm2: kvgen.Loaded, smollm2_on_torch: kvgen.Loaded) -> None:
@@ -255,6 +274,8 @@ def test_options_that_do_not_go_together_are_refused(tiny_llama) -> None:
         kvgen.load(folder, compile="never")
     with pytest.raises(kvgen.UsageError, match="quantize 'int2'"):
         kvgen.load(folder, quantize="int2")
+    with pytest.raises(kvgen.UsageError, match="kv_dtype 'float16'"):
+        kvgen.load(folder, kv_dtype="float16")
 
 
 def test_grouped_knows_its_bits() -> None:

@@ -49,7 +49,7 @@ class NativeBackend(Backend):
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
-        self.position_bytes, _ = cache_bytes(decoder.config, (decoder.kv_dtype or self.dtype).itemsize)
+        self.position_bytes, _ = cache_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
     def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
         return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()

@@ -67,11 +67,11 @@ Quantize = Annotated[
     ),
 ]
 KVDtype = Annotated[
-    Literal["auto", "bfloat16"],
+    Literal["auto", "bfloat16", "int8"],
     Option(
         "--kv-dtype",
-        help="Of cached keys and values. auto: that of the computation. bfloat16 takes half the memory of float32, "
-        "and is lossy.",
+        help="Of cached keys and values. auto: that of the computation. bfloat16 and int8 take half and a quarter of "
+        "the memory of float32, and are lossy.",
         rich_help_panel=_MODEL,
     ),
 ]

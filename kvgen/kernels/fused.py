@@ -21,12 +21,15 @@ from kvgen.model.layers import RotaryTables
 _RUNNING = threading.Lock()  # the kernels keep their scratch memory from run to run
 
 
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("key_batch", "key_head", "value_batch", "value_head", "first", "window")),
-        ("bf16", ctypes.c_int32),
+        ("stored", ctypes.c_int32),
     )
 
 
@@ -130,7 +133,7 @@ class FusedDecoder(CachedModel):
             layer.keys, layer.values = room.keys.data_ptr(), room.values.data_ptr()
             layer.key_batch, layer.key_head = room.keys.stride()[:2]
             layer.value_batch, layer.value_head = room.values.stride()[:2]
-            layer.first, layer.window, layer.bf16 = room.first, window or 0, room.keys.dtype == torch.bfloat16
+            layer.first, layer.window, layer.stored = room.first, window or 0, _STORED[room.keys.dtype]
         self._rooms = rooms
 
     def _run(

@@ -24,6 +24,7 @@ namespace {
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef int16_t i16x32 __attribute__((vector_size(64)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x32 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
@@ -53,11 +54,13 @@ struct Op {
     int64_t vector_size;
 };
 
-struct Layer { // of a cache: (B, H_kv, capacity, D), whose entry 0 is the position `first`
+enum Stored { STORED_F32, STORED_BF16, STORED_INT8 };
+
+struct Layer { // of a cache: (B, H_kv, capacity, row), whose entry 0 is the position `first`
     char *keys, *values;
     int64_t key_batch, key_head, value_batch, value_head; // strides, in numbers
     int64_t first, window;                                // window: positions that a query sees; 0 for all
-    int32_t bf16;
+    int32_t stored;                                       // what a row is made of
 };
 
 struct Table { // rotary cosines and sines, (T, rotated)
@@ -91,6 +94,13 @@ f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 i32x16 widen(u16x16 v) {
 #if defined(__AVX512F__)
     return (i32x16)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, i32x16);
+#endif
+}
+i32x16 widen(i8x16 v) {
+#if defined(__AVX512F__)
+    return (i32x16)_mm512_cvtepi8_epi32((__m128i)v);
 #else
     return __builtin_convertvector(v, i32x16);
 #endif
@@ -502,44 +512,64 @@ void add(const Op &op, const Run &run) {
     for (size_t i = 0; i < size; i++) y[i] += op.scale * x[i];
 }
 
-f32x16 number(const float *at) { return load<f32x16>(at); }
-f32x16 number(const uint16_t *at) { return bfloat_to_float(load<u16x16>(at)); }
+// A position's numbers as the cache has them: fp32, bf16, or int8 with their fp32 scale behind them.
+int row_size(const float *, int dims) { return dims; }
+int row_size(const uint16_t *, int dims) { return dims; }
+int row_size(const int8_t *, int dims) { return dims + 4; }
 
-void narrow(float *at, float value) { *at = value; }
-void narrow(uint16_t *at, float value) { // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    *at = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// 16 numbers of a row from d on
+f32x16 read_row(const float *row, int d, int) { return load<f32x16>(row + d); }
+f32x16 read_row(const uint16_t *row, int d, int) { return bfloat_to_float(load<u16x16>(row + d)); }
+f32x16 read_row(const int8_t *row, int d, int dims) {
+    return __builtin_convertvector(widen(load<i8x16>(row + d)), f32x16) * load<float>(row + dims);
 }
 
-// KEYS positions of a head, `dims` numbers each from `keys` and `values`; of them only [low, end) are there, and the
-// others count as zeros.
+void write_row(float *row, const float *from, int dims) { std::memcpy(row, from, dims * sizeof(float)); }
+void write_row(uint16_t *row, const float *from, int dims) { // to nearest, ties to even
+    for (int d = 0; d < dims; d++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + d, 4);
+        row[d] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+void write_row(int8_t *row, const float *from, int dims) { // the largest is 127 scales
+    float most = 0;
+    for (int d = 0; d < dims; d++) most = std::max(most, std::fabs(from[d]));
+    float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+    for (int d = 0; d < dims; d++) row[d] = int8_t(std::nearbyint(from[d] * inverse));
+    std::memcpy(row + dims, &scale, sizeof scale);
+}
+
+// KEYS positions of a head, `dims` numbers each, in rows from `keys` and `values`; of them only [low, end) are there, and
+// the others count as zeros.
 template <class T> struct Chunk {
     const T *keys, *values;
-    int dims, low, end;
+    int dims, row, low, end;
 
     bool whole() const { return low <= 0 && end >= KEYS; }
 
     // 16 numbers of a row from dimension d, zeros behind its end
-    f32x16 part(const T *row, int d) const {
-        if (d + 16 <= dims) return number(row + d);
-        T room[16] = {};
-        std::memcpy(room, row + d, (dims - d) * sizeof(T));
-        return number(room);
+    f32x16 part(const T *at, int d) const {
+        if (d + 16 <= dims) return read_row(at, d, dims);
+        T room[32] = {}; // with what stands behind the numbers
+        std::memcpy(room, at + d, (row - d) * sizeof(T));
+        f32x16 v = read_row(room, 0, dims - d);
+        for (int i = dims - d; i < 16; i++) v[i] = 0;
+        return v;
     }
 
     // Turned into a panel for each 32 keys, [D][32]
     void turn_keys(float *to) const {
         const T *key = keys, *value = values;
-        for (int j = 0; j < KEYS; j += 16, key += 16 * dims, value += 16 * dims)
+        for (int j = 0; j < KEYS; j += 16, key += 16 * row, value += 16 * row)
             for (int d = 0; d < dims; d += 16) {
                 f32x16 m[16];
                 for (int i = 0; i < 16; i++) {
                     if (d * sizeof(T) % 64 == 0) { // the next chunk is on its way while this one is used
-                        __builtin_prefetch(key + (KEYS + i) * dims + d);
-                        __builtin_prefetch(value + (KEYS + i) * dims + d);
+                        __builtin_prefetch(key + (KEYS + i) * row + d);
+                        __builtin_prefetch(value + (KEYS + i) * row + d);
                     }
-                    m[i] = whole() || (j + i >= low && j + i < end) ? part(key + i * dims, d) : f32x16{};
+                    m[i] = whole() || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
                 }
                 transpose(m);
                 float *panel = to + (j / PANEL * dims + d) * PANEL + j % PANEL;
@@ -555,7 +585,7 @@ template <class T> struct Chunk {
         for (int j = 0; j < KEYS; j++)
             for (int d = 0; d < *stride; d += 16) {
                 bool there = j >= low && j < end && d < dims;
-                store(room + j * *stride + d, there ? part(values + j * dims, d) : f32x16{});
+                store(room + j * *stride + d, there ? part(values + j * row, d) : f32x16{});
             }
         return room;
     }
@@ -593,9 +623,10 @@ void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, i
     resize(panel_room, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
     float *keys = panel_room.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
     int64_t low = std::max(layer.first, layer.window ? run.past + t0 - layer.window + 1 : 0);
-    int64_t entry = (start - layer.first) * dims;
+    int row = row_size((const T *)nullptr, dims);
+    int64_t entry = (start - layer.first) * row;
     Chunk<T> chunk{(const T *)layer.keys + batch * layer.key_batch + kv_head * layer.key_head + entry,
-                   (const T *)layer.values + batch * layer.value_batch + kv_head * layer.value_head + entry, dims,
+                   (const T *)layer.values + batch * layer.value_batch + kv_head * layer.value_head + entry, dims, row,
                    int(std::max<int64_t>(low - start, 0)), int(std::min<int64_t>(run.past + run.tokens - start, KEYS))};
     chunk.turn_keys(keys);
     int stride;
@@ -658,12 +689,12 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
 #pragma omp for schedule(static) collapse(2)
     for (int r = 0; r < rows; r++)
         for (int h = 0; h < op.kv_heads; h++) {
-            int64_t at = (run.past + r % run.tokens - layer.first) * dims, b = r / run.tokens;
+            int64_t at = (run.past + r % run.tokens - layer.first) * row_size((T *)nullptr, dims), b = r / run.tokens;
             const float *key = run.slots[op.other] + size_t(r) * key_width + h * dims;
             const float *value = run.slots[op.third] + size_t(r) * key_width + h * dims;
             T *to_key = (T *)layer.keys + b * layer.key_batch + h * layer.key_head + at;
             T *to_value = (T *)layer.values + b * layer.value_batch + h * layer.value_head + at;
-            for (int d = 0; d < dims; d++) narrow(to_key + d, key[d]), narrow(to_value + d, value[d]);
+            write_row(to_key, key, dims), write_row(to_value, value, dims);
         }
     int64_t end = run.past + run.tokens;
     auto lowest = [&](int t) { return layer.window ? std::max<int64_t>(0, run.past + t - layer.window + 1) : 0; };
@@ -734,8 +765,11 @@ void kvgen_run(const Run *run, int threads) {
         case LINEAR: linear(op, *run, shared); break;
         case ROTATE: rotate(op, *run); break;
         case ATTEND:
-            if (run->layers[op.layer].bf16) attend<uint16_t>(op, *run, shared);
-            else attend<float>(op, *run, shared);
+            switch (run->layers[op.layer].stored) {
+            case STORED_F32: attend<float>(op, *run, shared); break;
+            case STORED_BF16: attend<uint16_t>(op, *run, shared); break;
+            default: attend<int8_t>(op, *run, shared);
+            }
             break;
         case ACTIVATE: activate(op, *run); break;
         default: add(op, *run);

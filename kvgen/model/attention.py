@@ -45,7 +45,7 @@ class Attention(nn.Module):
         v = v.view(batch, new, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        k, v = (stored.to(x.dtype) for stored in cache.append(self.layer, k, v, self.window))  # (B, H_kv, S, D)
+        k, v = cache.append(self.layer, k, v, self.window)  # (B, H_kv, S, D)
         mixed = self._attend(q, k, v, mask)
         out: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, new, -1))
         return out

@@ -18,6 +18,7 @@ from kvgen.model.config import DecoderConfig
 
 _MIN_CAPACITY = 64
 _MOST_SLACK = 64
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class KVCache:
     """Keys and values of every layer, and the ids behind them. One forward pass advances it once.
 
     owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
-    dtype: to store keys and values in; None for their own.
+    dtype: to store keys and values in, bf16 or int8 with a scale for each position and head; None for their own.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """
@@ -100,17 +101,18 @@ class KVCache:
         """Store the new positions of one layer; return the keys and values that they may see, and they themselves.
 
         keys, values: (B, H_kv, T, D). window: how many positions a query sees; None for all. Returns two
-        (B, H_kv, S, D) views that end with the new positions: S is length + T, or min(length, window - 1) + T.
+        (B, H_kv, S, D) tensors that end with the new positions: S is length + T, or min(length, window - 1) + T.
         The new positions do not count until `advance`, so a forward pass that is interrupted leaves the cache as
         it was.
         """
         self._rooms = ()
         room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2])
         old, new = self._length - room.first, self._length - room.first + keys.shape[2]
-        room.keys[:, :, old:new] = keys
-        room.values[:, :, old:new] = values
+        room.keys[:, :, old:new] = _stored(keys, self.dtype)
+        room.values[:, :, old:new] = _stored(values, self.dtype)
         seen = 0 if window is None else max(0, self._length - window + 1)  # the oldest that the first new query sees
-        return room.keys[:, :, seen - room.first : new], room.values[:, :, seen - room.first : new]
+        seen -= room.first
+        return _read(room.keys[:, :, seen:new], keys.dtype), _read(room.values[:, :, seen:new], values.dtype)
 
     def reserve(self, new: Tensor, windows: Sequence[int | None]) -> tuple[Room, ...]:
         """Room for new positions in all layers at once, for a writer that fills it in itself.
@@ -129,7 +131,7 @@ class KVCache:
 
     def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> _FullStore | _WindowStore:
         if layer == len(self._layers):
-            keys, values = (tensor[:, :, :0].to(self.dtype or tensor.dtype) for tensor in (keys, values))
+            keys, values = (_stored(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
             self._layers.append(_FullStore(keys, values) if window is None else _WindowStore(keys, values, window))
         return self._layers[layer]
 
@@ -259,12 +261,31 @@ class _WindowStore:
         return self.first <= max(0, length - self.window + 1)
 
 
-def cache_bytes(config: DecoderConfig, item: int = 4) -> tuple[int, int | None]:
+def _stored(numbers: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """(..., D) as a cache of this dtype keeps them. For int8: (..., D + 4), the four bytes of the fp32 scale last."""
+    if dtype != torch.int8:
+        return numbers if dtype is None else numbers.to(dtype)
+    wide = numbers.float()
+    scales = wide.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scales > 0, wide / scales, 0).round().to(torch.int8)
+    return torch.cat((codes, scales.contiguous().view(torch.int8)), dim=-1)
+
+
+def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `_stored` keeps, (..., D) of `dtype`."""
+    if stored.dtype != torch.int8:
+        return stored.to(dtype)
+    scales = stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    return (stored[..., :-_SCALE_BYTES] * scales).to(dtype)
+
+
+def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int | None]:
     """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
 
-    item: bytes of a number. The second is None if the context has no bound.
+    dtype: that keys and values are stored in. The second is None if the context has no bound.
     """
-    row = 2 * config.kv_heads * config.head_dim * item
+    scale = _SCALE_BYTES if dtype == torch.int8 else 0
+    row = 2 * config.kv_heads * (config.head_dim * dtype.itemsize + scale)
     context = config.context_length
     if context is None:
         return row * len(config.layers), None

@@ -32,7 +32,9 @@ def main() -> None:
     loaded = kvgen.load()
     prompts = {name: loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in CHATS.items()}
     prompts |= {name: loaded.tokenizer.encode(text) for name, text in TEXTS.items()}
-    sys.stdout.write("| prompt | temperature | plain, s | lookup, s | ratio | accepted |\n|---|---:|---:|---:|---:|---:|\n")
+    sys.stdout.write(
+        "| prompt | temperature | plain, s | lookup, s | ratio | accepted |\n|---|---:|---:|---:|---:|---:|\n"
+    )
     for name, ids in prompts.items():
         for temperature in (0.0, 0.7):
             times: dict[bool, list[float]] = {False: [], True: []}
@@ -42,7 +44,9 @@ def main() -> None:
                     drafter = kvgen.PromptLookup() if speculates else None
                     sampling = kvgen.Sampling(temperature=temperature, seed=3)
                     start = time.perf_counter()
-                    steps = [chunk.step for chunk in kvgen.stream(loaded, ids, sampling, max_tokens=300, drafter=drafter)]
+                    steps = [
+                        chunk.step for chunk in kvgen.stream(loaded, ids, sampling, max_tokens=300, drafter=drafter)
+                    ]
                     if run:
                         times[speculates].append(time.perf_counter() - start)
                     tokens[speculates] = [step.token for step in steps]

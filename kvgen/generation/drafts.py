@@ -10,7 +10,7 @@ import torch
 from kvgen.contract import Backend
 
 MOST = 10  # tokens of a draft: beyond it, checking costs about what steps would
-_GRAM = 3  # tokens that must occur before for what followed them to be a guess
+_GRAMS = (8, 5, 3)  # how many tokens must have occurred before, for what followed them to be a guess
 
 
 class Drafter(Protocol):
@@ -46,21 +46,26 @@ class Confidence:
 
 
 class PromptLookup:
-    """What followed the last three tokens when they last occurred (Saxena 2023, prompt lookup decoding)."""
+    """What followed the last tokens when they last occurred (Saxena 2023, prompt lookup decoding).
+
+    The more of them occurred together, the better the guess: eight are looked for, then five, then three.
+    """
 
     def __init__(self) -> None:
         self._confidence = Confidence()
-        self._followed: dict[tuple[int, ...], int] = {}  # three tokens: the index of what came after them
-        self._known = _GRAM - 1
+        # For each length: so many tokens, and the index of what came after them.
+        self._followed: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in _GRAMS}
+        self._known = 0
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """See `Drafter`."""
-        if len(tokens) < self._known:
-            raise ValueError("the tokens must grow from call to call")
-        for end in range(self._known + 1, len(tokens)):  # the last three have nothing after them yet
-            self._followed[tuple(tokens[end - _GRAM : end])] = end
+        for end in range(self._known + 1, len(tokens)):  # the last ones have nothing after them yet
+            for length, followed in self._followed.items():
+                if end >= length:
+                    followed[tuple(tokens[end - length : end])] = end
         self._known = max(self._known, len(tokens) - 1)
-        start = self._followed.get(tuple(tokens[-_GRAM:]))
+        found = (followed.get(tuple(tokens[-length:])) for length, followed in self._followed.items())
+        start = next((index for index in found if index is not None), None)
         if start is None:
             return []
         return list(tokens[start : start + min(self._confidence.length(), most)])

@@ -53,9 +53,8 @@ def main() -> None:
             assert tokens[False] == tokens[True]
             plain, lookup = (statistics.median(taken) for taken in times.values())
             drafted, accepted = sum(step.drafted for step in steps), sum(step.guessed for step in steps)
-            sys.stdout.write(
-                f"| {name} | {temperature} | {plain:.2f} | {lookup:.2f} | {plain / lookup:.2f} | {accepted} of {drafted} |\n"
-            )
+            seconds = f"{plain:.2f} | {lookup:.2f} | {plain / lookup:.2f}"
+            sys.stdout.write(f"| {name} | {temperature} | {seconds} | {accepted} of {drafted} |\n")
             sys.stdout.flush()
 
 

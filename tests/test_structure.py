@@ -38,6 +38,7 @@ ROOMS = [
     "kvgen.inventory",
     "kvgen.loading",
     "kvgen.inspection",
+    "kvgen.prompt_cache",
     "kvgen.generation.settings",
     "kvgen.generation.sampling",
     "kvgen.generation.drafts",

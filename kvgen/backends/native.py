@@ -17,12 +17,12 @@ from torch import Tensor
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.contract import Backend
-from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.errors import CacheError, CheckpointError, UnsupportedError
 from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.kernels.fused import FusedDecoder
 from kvgen.kernels.packed import Packed
-from kvgen.model.cache import KVCache, cache_bytes
+from kvgen.model.cache import KVCache, Room, cache_bytes, row_length
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import Linear
 
@@ -31,15 +31,20 @@ class NativeBackend(Backend):
     """kvgen's own decoder, whose cache knows its text.
 
     decoder: on torch, or on the kernels. module: the decoder on torch.
+    numerics: what cached numbers depend on besides weights and text.
     """
 
     name = "native"
     rewinds = True
 
     def __init__(
-        self, decoder: Decoder | FusedDecoder, engine: str = "torch", kv_dtype: torch.dtype | None = None
+        self,
+        decoder: Decoder | FusedDecoder,
+        engine: str = "torch",
+        kv_dtype: torch.dtype | None = None,
+        numerics: str = "",
     ) -> None:
-        decoder.kv_dtype = kv_dtype
+        decoder.kv_dtype, self.numerics = kv_dtype, numerics
         self.decoder, self.engine = decoder, engine
         self.module = decoder if isinstance(decoder, Decoder) else None
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
@@ -59,6 +64,20 @@ class NativeBackend(Backend):
 
     def all_logits(self, ids: Tensor) -> Tensor:
         return self.decoder.all_logits(ids)
+
+    def restored(self, tokens: Tensor, rooms: Sequence[Room], variant: int) -> KVCache:
+        """The cache that `KVCache.held` described, of these token ids. Raises CacheError where it does not fit."""
+        config, dtype = self.decoder.config, self.decoder.kv_dtype
+        shape = (tokens.shape[0], config.kv_heads, row_length(config.head_dim, dtype))
+        for room in rooms:
+            for tensor in (room.keys, room.values):
+                if tensor.dtype != (dtype or self.dtype) or (*tensor.shape[:2], *tensor.shape[3:]) != shape:
+                    raise CacheError(f"a layer of {tensor.dtype} and shape {tuple(tensor.shape)}")
+        if len(rooms) != len(config.layers):
+            raise CacheError(f"{len(rooms)} layers, not {len(config.layers)}")
+        cache = KVCache(self.decoder, dtype)
+        cache.restore(tokens, rooms, [layer.window for layer in config.layers], variant)
+        return cache
 
     def most_drafts(self, length: int) -> int:
         """Not beyond where a rotation takes other frequencies: they would change the logits before it, too."""
@@ -131,6 +150,12 @@ class Arithmetic:
     kv_dtype: torch.dtype | None = None
     engine: str = "torch"
 
+    @property
+    def numerics(self) -> str:
+        """What numbers depend on besides weights and text, for people and to compare."""
+        names = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype or self.dtype)]
+        return f"{'kernels' if self.fused else self.device.type} {names[0]}, cache {names[1]}, weights {self.quantize}"
+
 
 def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:
     """Build the decoder that a checkpoint describes and read its tensors, in parallel.
@@ -142,11 +167,11 @@ def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> N
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     if arithmetic.fused:
         fused = FusedDecoder(blueprint.decoder.config, state)
-        return NativeBackend(fused, arithmetic.engine, arithmetic.kv_dtype)
+        return NativeBackend(fused, arithmetic.engine, arithmetic.kv_dtype, arithmetic.numerics)
     model = blueprint.decoder
     model.load_state_dict(state, strict=True, assign=True)
     model = model.requires_grad_(False).to(arithmetic.device)
-    return NativeBackend(model, arithmetic.engine, arithmetic.kv_dtype)
+    return NativeBackend(model, arithmetic.engine, arithmetic.kv_dtype, arithmetic.numerics)
 
 
 class _Reader:

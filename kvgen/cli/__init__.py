@@ -8,6 +8,7 @@ import typer
 
 import kvgen
 from kvgen.cli.bench import bench
+from kvgen.cli.cache import cache
 from kvgen.cli.compare import compare
 from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
@@ -97,3 +98,4 @@ app.command(
 )(bench)
 
 app.add_typer(models, name="models")
+app.add_typer(cache, name="cache")

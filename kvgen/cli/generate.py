@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
@@ -19,7 +20,7 @@ from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Sampling
 
 if TYPE_CHECKING:
-    from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
+    from kvgen import DraftModel, KVCache, Loaded, Message, Step, Tokenizer
 
 
 def generate(
@@ -56,6 +57,7 @@ def generate(
     seed: options.Seed = None,
     speculate: options.Speculate = "off",
     draft: options.DraftModel = None,
+    prompt_cache: options.PromptCache = None,
     no_cache: options.NoCache = False,
     verify_cache: options.VerifyCache = None,
     json: options.Json = False,
@@ -76,6 +78,8 @@ def generate(
         raise UsageError("--draft and --speculate do not go together")
     if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
         raise UsageError("--speculate and --draft need the cache, and go without --verify-cache")
+    if prompt_cache is not None and (no_cache or verify_cache is not None):
+        raise UsageError("--prompt-cache needs the cache, and goes without --verify-cache")
     if logprobs is not None and not json:
         raise UsageError("--logprobs goes with --json")
     sampling = Sampling(
@@ -119,7 +123,7 @@ def generate(
     draft_model = (
         None if draft is None else _draft_model(loaded, draft, device, "ids" if ids else tokenizer, quiet=quiet)
     )
-    cache = None
+    cache: Any = None if prompt_cache is None else _read_prompt_cache(prompt_cache, loaded)
     for number, text in enumerate(chain(first, prompts), start=1):
         if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number}] {text}")
@@ -148,9 +152,15 @@ def generate(
             with TextWriter(raw=raw) as writer:
                 for chunk in meter.watch(chunks):
                     writer.write(chunk.text)
+        if prompt_cache is not None and number == 1 and not quiet:
+            print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
         cache = meter.last.step.cache  # what the next prompt shares with this one is not computed again
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, sampling))
+    if prompt_cache is not None:
+        from kvgen.prompt_cache import save_prompt_cache
+
+        save_prompt_cache(prompt_cache, cache, loaded)
 
 
 def _verified(loaded: Loaded, every: int | None) -> Loaded:
@@ -165,6 +175,17 @@ def _verified(loaded: Loaded, every: int | None) -> Loaded:
         loaded.model, None, lambda found: print_note(f"the cache is wrong, going on without it: {found}", "yellow")
     )
     return replace(loaded, model=model)
+
+
+def _read_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
+    """What the file holds; None if there is no file yet, and can be."""
+    from kvgen.prompt_cache import load_prompt_cache
+
+    if path.exists():
+        return load_prompt_cache(path, loaded)
+    if not path.parent.is_dir():
+        raise UsageError(f"--prompt-cache {path}: there is no folder {path.parent}")
+    return None
 
 
 def _draft_model(loaded: Loaded, draft: str, device: str, tokenizer: str | None, *, quiet: bool) -> DraftModel:

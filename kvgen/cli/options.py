@@ -206,6 +206,16 @@ NoCache = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+PromptCache = Annotated[
+    Path | None,
+    Option(
+        "--prompt-cache",
+        metavar="FILE",
+        help="Go on from the keys and values in this file, if it exists, as far as the prompt begins like its text, "
+        "and write them there at the end.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 VerifyCache = Annotated[
     int | None,
     Option(

@@ -72,10 +72,35 @@ class KVCache:
     @property
     def nbytes_held(self) -> int:
         """Bytes of the keys and values that are cached: what a step reads of them, and no room besides."""
-        return sum(
-            layer.entries(self._length) * (layer.keys[:, :, :1].nbytes + layer.values[:, :, :1].nbytes)
-            for layer in self._layers
-        )
+        return sum(room.keys.nbytes + room.values.nbytes for room in self.held())
+
+    @property
+    def variant(self) -> int:
+        """What the keys depend on besides their text; see `match`."""
+        return self._variant
+
+    def held(self) -> tuple[Room, ...]:
+        """The keys and values of each layer, without room for more."""
+        return tuple(layer.held(self._length) for layer in self._layers)
+
+    def restore(self, tokens: Tensor, rooms: Sequence[Room], windows: Sequence[int | None], variant: int) -> None:
+        """Take over what `held` gave, and the ids behind it, (B, length); `windows` as in `reserve`.
+
+        Raises CacheError for layers whose positions are not those of the ids, or not those that their window needs.
+        """
+        length = tokens.shape[1]
+        layers = []
+        for room, window in zip(rooms, windows, strict=True):
+            first_needed = 0 if window is None else max(0, length - window + 1)
+            if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
+                raise CacheError(f"a layer has positions {room.first} to {room.end}, not those of {length} tokens")
+            layers.append(
+                _FullStore(room.keys, room.values)
+                if window is None
+                else _WindowStore(room.keys, room.values, window, room.first)
+            )
+        self._tokens, self._length, self._variant = tokens, length, variant
+        self._layers, self._rooms = layers, ()
 
     def match(self, ids: Tensor, variant: int = 0, least: int = 1) -> Tensor:
         """Trim the cache to the longest prefix that it shares with `ids` and return the ids after it.
@@ -192,9 +217,9 @@ class _FullStore:
             self.values = _grow(self.values, capacity, length, dim=2)
         return Room(self.keys, self.values, 0)
 
-    def entries(self, length: int) -> int:
-        """How many of the first `length` positions are here."""
-        return length
+    def held(self, length: int) -> Room:
+        """What is here of the first `length` positions."""
+        return Room(self.keys[:, :, :length], self.values[:, :, :length], 0)
 
     def commit(self) -> None:
         """Nothing waits: what is written beyond the length does not count yet."""
@@ -212,10 +237,10 @@ class _WindowStore:
     first: the absolute position of the buffer's first entry.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, window: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, window: int, first: int = 0) -> None:
         self.window = window
         self.slack = _slack(window)
-        self.first = 0
+        self.first = first
         self.keys, self.values = keys, values
         self._moving: tuple[Room, int] | None = None
 
@@ -241,9 +266,10 @@ class _WindowStore:
         self._moving = (room, kept)  # not before `commit`: an interrupted pass must not lose positions
         return room
 
-    def entries(self, length: int) -> int:
-        """How many of the first `length` positions are here."""
-        return length - self.first
+    def held(self, length: int) -> Room:
+        """What is here of the first `length` positions."""
+        count = length - self.first
+        return Room(self.keys[:, :, :count], self.values[:, :, :count], self.first)
 
     def commit(self) -> None:
         """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""
@@ -279,13 +305,17 @@ def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return (stored[..., :-_SCALE_BYTES] * scales).to(dtype)
 
 
+def row_length(head_dim: int, dtype: torch.dtype | None) -> int:
+    """How many numbers a cache of this dtype keeps for a head's `head_dim`."""
+    return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
 def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int | None]:
     """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
 
     dtype: that keys and values are stored in. The second is None if the context has no bound.
     """
-    scale = _SCALE_BYTES if dtype == torch.int8 else 0
-    row = 2 * config.kv_heads * (config.head_dim * dtype.itemsize + scale)
+    row = 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize
     context = config.context_length
     if context is None:
         return row * len(config.layers), None

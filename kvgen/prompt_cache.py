@@ -1,0 +1,173 @@
+"""A KV cache as a file, for a later process to go on from.
+
+A safetensors file: `tokens`, and for each layer `keys.N`, `values.N` and, in the metadata, the position that they begin
+at. It belongs to weights and arithmetic, not to a text: the cache finds what of a text it has seen, as in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvgen.backends.native import NativeBackend
+from kvgen.contract import Backend
+from kvgen.errors import CacheError, KvgenError, UsageError
+from kvgen.loading import Loaded
+from kvgen.model.cache import KVCache, Room
+
+_FORMAT = "1"
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class PromptCacheInfo:
+    """What is known of a file without the model. nbytes: of keys and values."""
+
+    model: str
+    numerics: str
+    tokens: tuple[int, ...]
+    layers: int
+    dtype: str
+    nbytes: int
+
+
+def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
+    """Write the file at once: it is whole or not there. Raises KvgenError if it cannot be written."""
+    native = _native(loaded.model)
+    rooms = cache.held()
+    tensors = {"tokens": cache.tokens}
+    for number, room in enumerate(rooms):
+        tensors |= {f"keys.{number}": room.keys, f"values.{number}": room.values}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "kvgen-prompt-cache": _FORMAT,
+        "identity": _identity(loaded),
+        "model": loaded.source,
+        "numerics": native.numerics,
+        "variant": str(cache.variant),
+        "first": json.dumps([room.first for room in rooms]),
+        "sha256": _digest(tensors),
+    }
+    try:
+        with tempfile.TemporaryDirectory(prefix=".kvgen-", dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            save_file(tensors, written, metadata)
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+            written.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise KvgenError(f"{path}: the prompt cache cannot be written ({error})") from error
+
+
+def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
+    """The cache of a file that these weights and this arithmetic wrote.
+
+    Raises CacheError for a file that is damaged or belongs to others, UsageError for a model whose cache is no KVCache.
+    """
+    native = _native(loaded.model)
+    metadata, tensors = _read(path)
+    if metadata["identity"] != _identity(loaded):
+        raise CacheError(
+            f"{path}: a prompt cache of {metadata['model']} ({metadata['numerics']}), not of {loaded.source} "
+            f"({native.numerics}); name another file"
+        )
+    tokens = tensors.pop("tokens")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < native.decoder.config.vocab_size:
+        raise _damaged(path, "token ids outside the vocabulary")
+    try:
+        firsts = json.loads(metadata["first"])
+        rooms = [
+            Room(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
+            for n, first in enumerate(firsts)
+        ]
+        return native.restored(tokens.to(native.device), rooms, int(metadata["variant"]))
+    except (CacheError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"it does not fit the model ({error})") from error
+
+
+def describe_prompt_cache(path: Path) -> PromptCacheInfo:
+    """What a file holds. Raises CacheError for one that is damaged or no prompt cache."""
+    metadata, tensors = _read(path)
+    tokens = tensors.pop("tokens")
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return PromptCacheInfo(
+        metadata["model"],
+        metadata["numerics"],
+        tuple(tokens.flatten().tolist()),
+        len(tensors) // 2,
+        ", ".join(kinds),
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def _native(model: Backend) -> NativeBackend:
+    if isinstance(model, NativeBackend):
+        return model
+    raise UsageError("a prompt cache needs kvgen's own decoder, and goes without --verify-cache")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file that says what it is, and whose content is what was written."""
+    try:
+        file: Any = safe_open(path, framework="pt")
+        metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("kvgen-prompt-cache") != _FORMAT:
+            raise CacheError(f"{path}: no prompt cache of this version of kvgen")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path}: no readable prompt cache ({error})") from error
+    wanted = {"identity", "model", "numerics", "variant", "first", "sha256"}
+    tokens = tensors.get("tokens")
+    if not wanted <= metadata.keys() or tokens is None or tokens.dtype != torch.int64 or tokens.ndim != 2:
+        raise _damaged(path, "something is missing")
+    if metadata["sha256"] != _digest(tensors):
+        raise _damaged(path, "its content is not what was written")
+    return metadata, tensors
+
+
+def _damaged(path: Path, why: str) -> CacheError:
+    return CacheError(f"{path}: the prompt cache is damaged: {why}; remove it")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _identity(loaded: Loaded) -> str:
+    """Weights and arithmetic. The tokenizer does not matter: token ids are compared, not text."""
+    digest = hashlib.sha256(_native(loaded.model).numerics.encode())
+    for file in _files(Path(loaded.source)):
+        digest.update(f"{file.name} {file.stat().st_size}\0".encode())
+        for sample in _samples(file):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    return [source / "config.json", *sorted(source.glob("*.safetensors"))]
+
+
+def _samples(file: Path) -> Iterable[bytes]:
+    """Blocks from all over a file: other weights differ nearly everywhere, and reading all takes too long."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        for number in range(_SAMPLES):
+            data.seek(max(0, size - _SAMPLE_BYTES) * number // max(1, _SAMPLES - 1))
+            yield data.read(_SAMPLE_BYTES)

@@ -1,0 +1,203 @@
+"""Prompt caches on disk: what is reused is right, and what is damaged or foreign is never used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import kvgen
+from kvgen import CacheError, KvgenError, UsageError
+from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, save_prompt_cache
+from tests.families import make_checkpoint
+
+
+@pytest.fixture(scope="module", params=[("llama", "on"), ("gemma3_text", "on"), ("gemma3_text", "off"), ("phi3", "on")])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> kvgen.Loaded:
+    """With and without windows, and with rotations that a long text takes other frequencies of."""
+    kind, compile = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
+    return kvgen.load(folder, tokenizer="ids", compile=compile)
+
+
+def saved(loaded: kvgen.Loaded, ids: torch.Tensor, path: Path) -> Path:
+    _, cache = loaded.model(ids, None)
+    save_prompt_cache(path, cache, loaded)
+    return path
+
+
+@given(length=st.integers(1, 150), shared=st.integers(0, 150), more=st.integers(0, 40))
+@settings(max_examples=25, deadline=None)
+def test_any_text_gives_the_logits_of_a_fresh_cache(
+    loaded: kvgen.Loaded, tmp_path_factory: pytest.TempPathFactory, length: int, shared: int, more: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.cache"
+    text = torch.randint(2, 96, (1, 200))
+    saved(loaded, text[:, :length], path)
+    other = torch.cat((text[:, :shared], torch.randint(2, 96, (1, more + 1))), dim=1)
+    cache = load_prompt_cache(path, loaded)
+    assert torch.equal(cache.tokens, text[:, :length])
+    fresh, _ = loaded.model(other, None)
+    for end in (other.shape[1] - 1, other.shape[1]):
+        if end:
+            logits, cache = loaded.model(other[:, :end], cache)
+    assert (logits - fresh).abs().max() <= (0 if loaded.model.engine == "C++ kernels" else 1e-4)
+
+
+def test_what_is_shared_is_reused(loaded: kvgen.Loaded, tmp_path: Path) -> None:
+    text = torch.randint(2, 96, (1, 40))
+    cache = load_prompt_cache(saved(loaded, text, tmp_path / "x.cache"), loaded)
+    _, cache = loaded.model(torch.cat((text, text[:, :2]), dim=1), cache)
+    assert (cache.reused, cache.computed) == (40, 2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_narrow_keys_are_kept_as_they_are(tiny_llama, tmp_path: Path, kv_dtype: str) -> None:
+    folder, _ = tiny_llama()
+    loaded = kvgen.load(folder, kv_dtype=kv_dtype)
+    ids = torch.randint(2, 300, (1, 70))
+    cache = load_prompt_cache(saved(loaded, ids[:, :60], tmp_path / "x.cache"), loaded)
+    assert torch.equal(loaded.model(ids, cache)[0], loaded.model(ids, None)[0])
+    assert describe_prompt_cache(tmp_path / "x.cache").dtype == kv_dtype
+
+
+def test_caches_of_other_weights_or_arithmetic_are_refused(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    loaded = kvgen.load(folder)
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    others = [
+        kvgen.load(tiny_llama(seed=1, name="other")[0]),
+        kvgen.load(folder, compile="off"),
+        kvgen.load(folder, quantize="int8"),
+        kvgen.load(folder, kv_dtype="bfloat16"),
+        kvgen.load(folder, dtype="bfloat16"),
+    ]
+    for other in others:
+        with pytest.raises(CacheError, match=r"x\.cache: a prompt cache of .*name another file"):
+            load_prompt_cache(path, other)
+    assert load_prompt_cache(path, kvgen.load(folder)).length == 20
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Change tensors or metadata; the digest stays what it was unless that is what is changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+DAMAGE = {
+    "a number changed": lambda tensors, metadata: tensors["keys.0"].view(-1)[3].add_(1),
+    "a token changed": lambda tensors, metadata: tensors["tokens"][0, 2].add_(1),
+    "a layer is missing": lambda tensors, metadata: tensors.pop("values.1"),
+    "no tokens": lambda tensors, metadata: tensors.pop("tokens"),
+    "no identity": lambda tensors, metadata: metadata.pop("identity"),
+    "of a later version": lambda tensors, metadata: metadata.update({"kvgen-prompt-cache": "2"}),
+    "no prompt cache": lambda tensors, metadata: metadata.clear(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_noticed(tiny_llama, tmp_path: Path, name: str) -> None:
+    loaded = kvgen.load(tiny_llama()[0])
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    rewritten(path, DAMAGE[name])
+    for read in (lambda: load_prompt_cache(path, loaded), lambda: describe_prompt_cache(path)):
+        with pytest.raises(CacheError, match=r"x\.cache: "):
+            read()
+
+
+FORGERIES = {
+    "shorter layer": lambda tensors, metadata: tensors.update({"keys.1": tensors["keys.1"][:, :, :5]}),
+    "all layers shorter": lambda tensors, metadata: tensors.update(
+        {name: tensor[:, :, :5] for name, tensor in tensors.items() if name != "tokens"}
+    ),
+    "another head size": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"][..., :4]}),
+    "another dtype": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"].half()}),
+    "fewer layers": lambda tensors, metadata: metadata.update({"first": "[0]"}),
+    "positions before the first": lambda tensors, metadata: metadata.update({"first": "[-1, 0, 0]"}),
+    "positions that are none": lambda tensors, metadata: metadata.update({"first": "{}"}),
+    "tokens of another vocabulary": lambda tensors, metadata: tensors["tokens"][0, 0].fill_(10**9),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_files_that_do_not_add_up_are_refused(
+    tiny_llama, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where someone made the digest fit."""
+    loaded = kvgen.load(tiny_llama()[0])
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    rewritten(path, FORGERIES[name])
+    with safe_open(path, framework="pt") as file:
+        monkeypatch.setattr("kvgen.prompt_cache._digest", lambda tensors, known=file.metadata()["sha256"]: known)
+    with pytest.raises(CacheError, match=r"x\.cache: .* damaged"):
+        load_prompt_cache(path, loaded)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=50, deadline=None)
+def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "bytes.cache"
+    path.write_bytes(content)
+    with pytest.raises(CacheError):
+        describe_prompt_cache(path)
+
+
+def test_a_model_of_another_backend_has_none(tiny_llama, tmp_path: Path) -> None:
+    from kvgen.generation.verify import VerifiedBackend
+
+    loaded = kvgen.load(tiny_llama()[0])
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    with pytest.raises(UsageError, match="kvgen's own decoder"):
+        load_prompt_cache(path, replace(loaded, model=VerifiedBackend(loaded.model, 1)))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tiny_llama, tmp_path: Path) -> None:
+    loaded = kvgen.load(tiny_llama()[0])
+    _, cache = loaded.model(torch.randint(2, 300, (1, 20)), None)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(KvgenError, match="cannot be written"):
+        save_prompt_cache(tmp_path / "taken", cache, loaded)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvgen", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_on_the_command_line(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    path = tmp_path / "x.cache"
+    arguments = ("generate", "-m", str(folder), "-p", "The quick brown fox", "-t", "0", "-n", "8")
+    plain = run(*arguments)
+    first, second = run(*arguments, "--prompt-cache", str(path)), run(*arguments, "--prompt-cache", str(path))
+    assert plain.stdout == first.stdout == second.stdout
+    count = describe_prompt_cache(path)
+    prompt = len(count.tokens) - 7
+    assert f"prompt cache: 0 of {prompt} positions reused" in first.stderr
+    assert f"prompt cache: {prompt - 1} of {prompt} positions reused" in second.stderr
+    assert run(*arguments, "--prompt-cache", str(path), "-q").stderr == ""
+    data = json.loads(run("cache", "inspect", str(path), "--json").stdout)
+    assert (data["layers"], data["dtype"], len(data["tokens"])) == (3, "float32", prompt + 7)
+    assert str(folder) in run("cache", "inspect", str(path)).stdout
+    path.write_bytes(path.read_bytes()[:-40])
+    for command in ((*arguments, "--prompt-cache", str(path)), ("cache", "inspect", str(path))):
+        refused = run(*command)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.count("\n") == 1
+    assert run(*arguments, "--prompt-cache", str(tmp_path / "no" / "x")).returncode == 2
+    assert run(*arguments, "--prompt-cache", str(path), "--no-cache").returncode == 2

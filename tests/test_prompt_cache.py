@@ -142,7 +142,8 @@ def test_files_that_do_not_add_up_are_refused(
     path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
     rewritten(path, FORGERIES[name])
     with safe_open(path, framework="pt") as file:
-        monkeypatch.setattr("kvgen.prompt_cache._digest", lambda tensors, known=file.metadata()["sha256"]: known)
+        known = file.metadata()["sha256"]
+    monkeypatch.setattr("kvgen.prompt_cache._digest", lambda tensors: known)
     with pytest.raises(CacheError, match=r"x\.cache: .* damaged"):
         load_prompt_cache(path, loaded)
 

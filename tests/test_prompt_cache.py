@@ -124,6 +124,10 @@ FORGERIES = {
     "all layers shorter": lambda tensors, metadata: tensors.update(
         {name: tensor[:, :, :5] for name, tensor in tensors.items() if name != "tokens"}
     ),
+    "the first positions are missing": lambda tensors, metadata: (
+        metadata.update({"first": "[0, 5, 0]"}),
+        tensors.update({name: tensors[name][:, :, 5:] for name in ("keys.1", "values.1")}),
+    ),
     "another head size": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"][..., :4]}),
     "another dtype": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"].half()}),
     "fewer layers": lambda tensors, metadata: metadata.update({"first": "[0]"}),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvgen.backends.native import draw_blueprint
+from kvgen.backends.reading import draw_blueprint
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from kvgen.backends.native import Arithmetic, load_native
+from kvgen.backends.native import load_native
 from kvgen.backends.python import load_python
+from kvgen.backends.reading import Arithmetic
 from kvgen.backends.xtransformers import load_xtransformers
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint

@@ -24,7 +24,8 @@ from kvgen.backends.native import NativeBackend
 from kvgen.contract import Backend
 from kvgen.errors import CacheError, KvgenError, UsageError
 from kvgen.loading import Loaded
-from kvgen.model.cache import KVCache, Room
+from kvgen.model.cache import KVCache
+from kvgen.model.stores import Room
 
 _FORMAT = "1"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

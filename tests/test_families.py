@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kvgen import CheckpointError, KvgenError
-from kvgen.backends.native import NativeBackend, draw_blueprint
+from kvgen.backends.native import NativeBackend
+from kvgen.backends.reading import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.compare.comparison import compare
 from kvgen.compare.verdict import Verdict

@@ -21,6 +21,7 @@ ROOMS = [
     "kvgen.folders",
     "kvgen.plots",
     "kvgen.model.config",
+    "kvgen.model.stores",
     "kvgen.model.cache",
     "kvgen.model.cached",
     "kvgen.model.layers",

@@ -18,6 +18,7 @@ from kvgen.errors import UnsupportedError
 from kvgen.folders import cache_dir
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Sums must not be reordered, so no -ffast-math.
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _TIMEOUT = 300  # seconds; it takes about four
@@ -46,7 +47,9 @@ def _compiler() -> str | None:
 
 def _key(compiler: str) -> str:
     """What the library depends on: its source, how it is compiled, and the processor that it is compiled for."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for file in (SOURCE, *HEADERS):
+        digest.update(file.read_bytes())
     stat = Path(compiler).stat()
     for part in (*_FLAGS, compiler, stat.st_size, stat.st_mtime_ns, torch.__version__, _processor()):
         digest.update(f"{part}\0".encode())

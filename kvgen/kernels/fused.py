@@ -12,11 +12,12 @@ from torch import Tensor
 from kvgen.kernels.build import library
 from kvgen.kernels.packed import Packed
 from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
-from kvgen.model.cache import KVCache, Room
+from kvgen.model.cache import KVCache
 from kvgen.model.cached import CachedModel
 from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import RotaryTables
+from kvgen.model.stores import Room
 
 _RUNNING = threading.Lock()  # the kernels keep their scratch memory from run to run
 

@@ -8,31 +8,23 @@ that it does not belong to, and reuse, editing, rewinding and rejected drafts ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
 from kvgen.model.config import DecoderConfig
-
-_MIN_CAPACITY = 64
-_MOST_SLACK = 64
-_SCALE_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Room:
-    """The buffers of one layer, (B, H_kv, capacity, D) each. Their entry 0 is the absolute position `first`."""
-
-    keys: Tensor
-    values: Tensor
-    first: int
-
-    @property
-    def end(self) -> int:
-        """The absolute position behind the last one that there is room for."""
-        return self.first + self.keys.shape[2]
+from kvgen.model.stores import (
+    MIN_CAPACITY,
+    FullStore,
+    Room,
+    WindowStore,
+    decoded,
+    encoded,
+    grow,
+    row_length,
+    window_capacity,
+)
 
 
 class KVCache:
@@ -51,7 +43,7 @@ class KVCache:
         self._length = 0
         self._variant = 0
         self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (B, capacity)
-        self._layers: list[_FullStore | _WindowStore] = []
+        self._layers: list[FullStore | WindowStore] = []
         self._rooms: tuple[Room, ...] = ()
 
     @property
@@ -95,9 +87,9 @@ class KVCache:
             if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
                 raise CacheError(f"a layer has positions {room.first} to {room.end}, not those of {length} tokens")
             layers.append(
-                _FullStore(room.keys, room.values)
+                FullStore(room.keys, room.values)
                 if window is None
-                else _WindowStore(room.keys, room.values, window, room.first)
+                else WindowStore(room.keys, room.values, window, room.first)
             )
         self._tokens, self._length, self._variant = tokens, length, variant
         self._layers, self._rooms = layers, ()
@@ -133,11 +125,11 @@ class KVCache:
         self._rooms = ()
         room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2])
         old, new = self._length - room.first, self._length - room.first + keys.shape[2]
-        room.keys[:, :, old:new] = _stored(keys, self.dtype)
-        room.values[:, :, old:new] = _stored(values, self.dtype)
+        room.keys[:, :, old:new] = encoded(keys, self.dtype)
+        room.values[:, :, old:new] = encoded(values, self.dtype)
         seen = 0 if window is None else max(0, self._length - window + 1)  # the oldest that the first new query sees
         seen -= room.first
-        return _read(room.keys[:, :, seen:new], keys.dtype), _read(room.values[:, :, seen:new], values.dtype)
+        return decoded(room.keys[:, :, seen:new], keys.dtype), decoded(room.values[:, :, seen:new], values.dtype)
 
     def reserve(self, new: Tensor, windows: Sequence[int | None]) -> tuple[Room, ...]:
         """Room for new positions in all layers at once, for a writer that fills it in itself.
@@ -154,10 +146,10 @@ class KVCache:
             return rooms
         return self._rooms
 
-    def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> _FullStore | _WindowStore:
+    def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> FullStore | WindowStore:
         if layer == len(self._layers):
-            keys, values = (_stored(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
-            self._layers.append(_FullStore(keys, values) if window is None else _WindowStore(keys, values, window))
+            keys, values = (encoded(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
+            self._layers.append(FullStore(keys, values) if window is None else WindowStore(keys, values, window))
         return self._layers[layer]
 
     def advance(self, ids: Tensor) -> None:
@@ -166,7 +158,7 @@ class KVCache:
         if self._length == 0:
             self._tokens = ids.new_empty(ids.shape[0], 0)
         if end > self._tokens.shape[1]:
-            self._tokens = _grow(self._tokens, max(end, 2 * self._tokens.shape[1], _MIN_CAPACITY), self._length, dim=1)
+            self._tokens = grow(self._tokens, max(end, 2 * self._tokens.shape[1], MIN_CAPACITY), self._length, dim=1)
         self._tokens[:, self._length : end] = ids
         self._length = end
         for layer in self._layers:
@@ -200,116 +192,6 @@ class KVCache:
         return length == 0 or all(layer.can_trim(length) for layer in self._layers)
 
 
-class _FullStore:
-    """Keys and values of all positions, (B, H_kv, capacity, D)."""
-
-    moving = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def reserve(self, length: int, count: int) -> Room:
-        """Room for `count` positions behind the first `length`."""
-        end = length + count
-        if end > self.keys.shape[2]:
-            capacity = max(end, 2 * self.keys.shape[2], _MIN_CAPACITY)
-            self.keys = _grow(self.keys, capacity, length, dim=2)
-            self.values = _grow(self.values, capacity, length, dim=2)
-        return Room(self.keys, self.values, 0)
-
-    def held(self, length: int) -> Room:
-        """What is here of the first `length` positions."""
-        return Room(self.keys[:, :, :length], self.values[:, :, :length], 0)
-
-    def commit(self) -> None:
-        """Nothing waits: what is written beyond the length does not count yet."""
-
-    def can_trim(self, length: int) -> bool:
-        return True
-
-
-class _WindowStore:
-    """Keys and values of the last positions alone, in order, so that what a query sees is one view.
-
-    A buffer holds the window and some slack. When it is full, its end moves to the front of a new one; the slack
-    makes that rare, and lets the cache be trimmed by as many positions at any time.
-
-    first: the absolute position of the buffer's first entry.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, window: int, first: int = 0) -> None:
-        self.window = window
-        self.slack = _slack(window)
-        self.first = first
-        self.keys, self.values = keys, values
-        self._moving: tuple[Room, int] | None = None
-
-    @property
-    def moving(self) -> bool:
-        """Whether what was reserved last is kept elsewhere once the pass is over."""
-        return self._moving is not None
-
-    def reserve(self, length: int, count: int) -> Room:
-        """Room for `count` positions behind the first `length`, after all that the first of them sees."""
-        end = length + count
-        self._moving = None
-        if end <= self.first + self.keys.shape[2]:
-            return Room(self.keys, self.values, self.first)
-        seen = max(0, length - self.window + 1)
-        kept = max(self.first, end - self.window + 1 - self.slack)
-        start = min(seen, kept)
-        old = slice(start - self.first, length - self.first)
-        keys, values = (
-            _grow(stored[:, :, old], end - start, length - start, dim=2) for stored in (self.keys, self.values)
-        )
-        room = Room(keys, values, start)
-        self._moving = (room, kept)  # not before `commit`: an interrupted pass must not lose positions
-        return room
-
-    def held(self, length: int) -> Room:
-        """What is here of the first `length` positions."""
-        count = length - self.first
-        return Room(self.keys[:, :, :count], self.values[:, :, :count], self.first)
-
-    def commit(self) -> None:
-        """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""
-        if self._moving is None:
-            return
-        room, kept = self._moving
-        used = room.end - kept
-        capacity = min(window_capacity(self.window), max(2 * used, _MIN_CAPACITY))
-        self.keys, self.values = (
-            _grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in (room.keys, room.values)
-        )
-        self.first, self._moving = kept, None
-
-    def can_trim(self, length: int) -> bool:
-        return self.first <= max(0, length - self.window + 1)
-
-
-def _stored(numbers: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """(..., D) as a cache of this dtype keeps them. For int8: (..., D + 4), the four bytes of the fp32 scale last."""
-    if dtype != torch.int8:
-        return numbers if dtype is None else numbers.to(dtype)
-    wide = numbers.float()
-    scales = wide.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(scales > 0, wide / scales, 0).round().to(torch.int8)
-    return torch.cat((codes, scales.contiguous().view(torch.int8)), dim=-1)
-
-
-def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `_stored` keeps, (..., D) of `dtype`."""
-    if stored.dtype != torch.int8:
-        return stored.to(dtype)
-    scales = stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
-    return (stored[..., :-_SCALE_BYTES] * scales).to(dtype)
-
-
-def row_length(head_dim: int, dtype: torch.dtype | None) -> int:
-    """How many numbers a cache of this dtype keeps for a head's `head_dim`."""
-    return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
-
-
 def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int | None]:
     """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
 
@@ -323,29 +205,8 @@ def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tu
     return row * len(config.layers), row * sum(kept)
 
 
-def window_capacity(window: int) -> int:
-    """The most positions that a layer with a window keeps: those that the next one sees, and twice the slack."""
-    return window - 1 + 2 * _slack(window)
-
-
-def _slack(window: int) -> int:
-    return min(window, _MOST_SLACK)
-
-
 def _common_prefix(a: Tensor, b: Tensor) -> int:
     """Length of the longest prefix that two (B, n) tensors share in every row."""
     if torch.equal(a, b):  # the case of every decoding step, and the cheap one
         return a.shape[1]
     return int((a != b).any(dim=0).nonzero()[0, 0])
-
-
-def _grow(buffer: Tensor, capacity: int, used: int, dim: int) -> Tensor:
-    """A buffer of `capacity` entries along `dim` with the first `used` ones of `buffer` in it.
-
-    Callers double the capacity, which makes the copies a constant cost per position.
-    """
-    shape = list(buffer.shape)
-    shape[dim] = capacity
-    grown = buffer.new_empty(shape)
-    grown.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
-    return grown

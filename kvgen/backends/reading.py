@@ -1,0 +1,161 @@
+"""From a checkpoint's tensors to the parameters of the native decoder, as they are to be computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.checkpoint.grouped import Grouped, quantized
+from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.families import Family, find_family
+from kvgen.families.family import block_part, parts_of, take_apart
+from kvgen.kernels.packed import Packed
+from kvgen.model.decoder import Decoder
+from kvgen.model.layers import Linear
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a checkpoint will be, before any of its tensors is read.
+
+    decoder: on the meta device. sources: for each parameter, or fused group of them, the tensors it comes from.
+    """
+
+    family: Family
+    decoder: Decoder
+    sources: Mapping[str, Sequence[str]]
+
+
+def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
+    """Raises CheckpointError for tensors that are missing or unknown, UnsupportedError for what kvgen does not run."""
+    family = find_family(raw)
+    config = family.config(raw)
+    sources, unknown = family.sources(raw)
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({error})") from error
+    wanted = {name for name, _ in decoder.named_parameters()}
+    homes = {parameter: source for source in sources for parameter in parts_of(source)}
+    _check_names(raw.path, missing=wanted - homes.keys(), unknown=unknown)
+    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - wanted])
+    return Blueprint(family, decoder, sources)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a decoder is to compute.
+
+    dtype: of the computation; on torch of the weights too. fused: on the kernels, where weights stay as they are.
+    quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
+    kv_dtype: of cached keys and values; None for `dtype`.
+    engine: what it is called.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    fused: bool = False
+    quantize: str = "auto"
+    kv_dtype: torch.dtype | None = None
+    engine: str = "torch"
+
+    @property
+    def numerics(self) -> str:
+        """What numbers depend on besides weights and text, for people and to compare."""
+        names = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype or self.dtype)]
+        return f"{'kernels' if self.fused else self.device.type} {names[0]}, cache {names[1]}, weights {self.quantize}"
+
+
+class Reader:
+    """Reads the tensors of a checkpoint as the decoder's parameters."""
+
+    def __init__(self, raw: RawCheckpoint, blueprint: Blueprint, arithmetic: Arithmetic) -> None:
+        self.raw, self.sources, self.arithmetic = raw, blueprint.sources, arithmetic
+        self.config = blueprint.decoder.config
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
+        self.transforms = blueprint.family.transforms(raw, self.config)
+        linear = (name for name, module in blueprint.decoder.named_modules() if isinstance(module, Linear))
+        self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
+
+    def read(self, source: str) -> list[tuple[str, Any]]:
+        """The parameters that a source holds, by name: ready for the decoder, on torch or on the kernels."""
+        names = self.sources[source]
+        where = f"{self.raw.path}: tensor {names[0]!r}"
+        try:
+            pieces: Sequence[Tensor | Grouped] = self._as_integers(source) or self._as_floats(source)
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(f"{where} does not fit the config ({error})") from error
+        placed = []
+        for name, piece in zip(parts_of(source), pieces, strict=True):
+            if tuple(piece.shape) != self.shapes[name]:
+                raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {self.shapes[name]}")
+            placed.append((name, self._placed(name, piece)))
+        kept = {piece.data_ptr() for _, piece in placed if isinstance(piece, Tensor)}
+        if kept.isdisjoint(piece.data_ptr() for piece in pieces if isinstance(piece, Tensor)):
+            for name in names:
+                self.raw.tensors[name].release()
+        return placed
+
+    def _as_integers(self, source: str) -> list[Grouped] | None:
+        """The pieces of a source as the integers that it is stored in; None if that cannot be or is not wanted."""
+        names = self.sources[source]
+        if self.arithmetic.quantize == "none" or not self.arithmetic.fused or len(names) > 1:
+            return None
+        if not self.matrices.issuperset(parts_of(source)):
+            return None
+        grouped = self.raw.tensors[names[0]].read_grouped()
+        if grouped is None:
+            return None
+        transform = self.transforms.get(block_part(source))
+        index = torch.arange(grouped.shape[0], dtype=torch.float64)[:, None]
+        moved = transform(index) if transform else index
+        if moved.shape != index.shape or not torch.equal(moved.sort(0).values, index):
+            return None  # it does more than to order rows
+        pieces = take_apart(moved, source, self.config)
+        return (
+            [grouped] if len(pieces) == 1 and not transform else [grouped.rows(piece[:, 0].long()) for piece in pieces]
+        )
+
+    def _as_floats(self, source: str) -> list[Tensor]:
+        tensors = [_read_floats(self.raw, name) for name in self.sources[source]]
+        tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        transform = self.transforms.get(block_part(source))
+        return take_apart(transform(tensor) if transform else tensor, source, self.config)
+
+    def _placed(self, name: str, piece: Tensor | Grouped) -> Tensor | Packed:
+        arithmetic = self.arithmetic
+        if name in self.matrices and isinstance(piece, Tensor) and arithmetic.quantize in ("int8", "int4"):
+            piece = _rounded(piece, 4 if arithmetic.quantize == "int4" and block_part(name) != name else 8)
+        if arithmetic.fused and name in self.matrices:
+            return Packed(piece)
+        floats = piece.dequantized() if isinstance(piece, Grouped) else piece
+        return floats.to(device=arithmetic.device, dtype=arithmetic.dtype)
+
+
+def _rounded(matrix: Tensor, bits: int) -> Tensor | Grouped:
+    """Of `bits` bits, if its rows divide into groups."""
+    return matrix if matrix.shape[1] % 32 else quantized(matrix, bits)
+
+
+def _read_floats(raw: RawCheckpoint, name: str) -> Tensor:
+    tensor = raw.tensors[name].read()
+    if not tensor.is_floating_point():
+        raise UnsupportedError(f"{raw.path}: tensor {name!r} has the type {raw.tensors[name].type}")
+    return tensor
+
+
+def _check_names(path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    for what, names in (
+        ("is missing", sorted(missing)),
+        ("is not part of this kind of model", sorted(unknown)),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {what}")

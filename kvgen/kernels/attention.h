@@ -1,0 +1,256 @@
+// Attention over the cached keys and values, in chunks of KEYS positions that are counted from position 0.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "linear.h"
+#include "structs.h"
+#include "vectors.h"
+
+namespace {
+
+// A position's numbers as the cache has them: fp32, bf16, or int8 with their fp32 scale behind them.
+int row_size(const float *, int dims) { return dims; }
+int row_size(const uint16_t *, int dims) { return dims; }
+int row_size(const int8_t *, int dims) { return dims + 4; }
+
+// 16 numbers of a row from d on
+f32x16 read_row(const float *row, int d, int) { return load<f32x16>(row + d); }
+f32x16 read_row(const uint16_t *row, int d, int) { return bfloat_to_float(load<u16x16>(row + d)); }
+f32x16 read_row(const int8_t *row, int d, int dims) {
+    return __builtin_convertvector(widen(load<i8x16>(row + d)), f32x16) * load<float>(row + dims);
+}
+
+void write_row(float *row, const float *from, int dims) { std::memcpy(row, from, dims * sizeof(float)); }
+void write_row(uint16_t *row, const float *from, int dims) { // to nearest, ties to even
+    for (int d = 0; d < dims; d++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + d, 4);
+        row[d] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+void write_row(int8_t *row, const float *from, int dims) { // the largest is 127 scales
+    float most = 0;
+    for (int d = 0; d < dims; d++) most = std::max(most, std::fabs(from[d]));
+    float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+    for (int d = 0; d < dims; d++) row[d] = int8_t(std::nearbyint(from[d] * inverse));
+    std::memcpy(row + dims, &scale, sizeof scale);
+}
+
+// KEYS positions of a head, `dims` numbers each, in rows from `keys` and `values`; of them only [low, end) are there,
+// and the others count as zeros.
+template <class T> struct Chunk {
+    const T *keys, *values;
+    int dims, row, low, end;
+
+    bool whole() const { return low <= 0 && end >= KEYS; }
+
+    // 16 numbers of a row from dimension d, zeros behind its end
+    f32x16 part(const T *at, int d) const {
+        if (d + 16 <= dims) return read_row(at, d, dims);
+        T room[32] = {}; // with what stands behind the numbers
+        std::memcpy(room, at + d, (row - d) * sizeof(T));
+        f32x16 v = read_row(room, 0, dims - d);
+        for (int i = dims - d; i < 16; i++) v[i] = 0;
+        return v;
+    }
+
+    // Turned into a panel for each 32 keys, [D][32]
+    void turn_keys(float *to) const {
+        const T *key = keys, *value = values;
+        for (int j = 0; j < KEYS; j += 16, key += 16 * row, value += 16 * row)
+            for (int d = 0; d < dims; d += 16) {
+                f32x16 m[16];
+                for (int i = 0; i < 16; i++) {
+                    if (d * sizeof(T) % 64 == 0) { // the next chunk is on its way while this one is used
+                        __builtin_prefetch(key + (KEYS + i) * row + d);
+                        __builtin_prefetch(value + (KEYS + i) * row + d);
+                    }
+                    m[i] = whole() || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
+                }
+                transpose(m);
+                float *panel = to + (j / PANEL * dims + d) * PANEL + j % PANEL;
+                for (int i = 0; i < 16 && d + i < dims; i++) store(panel + i * PANEL, m[i]);
+            }
+    }
+
+    // (KEYS, stride), whose rows are whole panels: the cache itself if it can be, else a copy in `room`
+    const float *rows_of_values(float *room, int *stride) const {
+        *stride = dims;
+        if (std::is_same<T, float>::value && dims % PANEL == 0 && whole()) return (const float *)values;
+        *stride = (dims + PANEL - 1) / PANEL * PANEL;
+        for (int j = 0; j < KEYS; j++)
+            for (int d = 0; d < *stride; d += 16) {
+                bool there = j >= low && j < end && d < dims;
+                store(room + j * *stride + d, there ? part(values + j * row, d) : f32x16{});
+            }
+        return room;
+    }
+};
+
+// What some queries see of some positions: weights are exp(score - most). (R, padded) outputs.
+struct Part {
+    float *most, *total, *out;
+};
+
+// Not inlined: copies could be compiled to round differently.
+__attribute__((noinline)) void merge(float *most, float *total, float *out, float other_most, float other_total,
+                                     const float *other, int dims) {
+    if (other_most == -INFINITY) return; // it sees nothing of these
+    if (*most == -INFINITY) {
+        *most = other_most, *total = other_total;
+        std::memcpy(out, other, dims * sizeof(float));
+        return;
+    }
+    float both = std::max(*most, other_most);
+    f32x16 scales{};
+    scales[0] = *most - both, scales[1] = other_most - both;
+    scales = exp_of(scales);
+    float a = scales[0], b = scales[1];
+    for (int d = 0; d < dims; d++) out[d] = out[d] * a + other[d] * b;
+    *total = *total * a + other_total * b, *most = both;
+}
+
+// Attention of the tokens [t0, t1) of one batch row to the KEYS positions from `start`, for the heads that share a key
+// head. Rows of `part` go by token, then head.
+template <class T>
+void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, int t1, int64_t start, Part part) {
+    const Layer &layer = run.layers[op.layer];
+    int dims = op.width, shared = op.heads / op.kv_heads, rows = (t1 - t0) * shared;
+    int padded = (dims + PANEL - 1) / PANEL * PANEL, width = run.widths[op.src];
+    resize(panel_room, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
+    float *keys = panel_room.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
+    int64_t low = std::max(layer.first, layer.window ? run.past + t0 - layer.window + 1 : 0);
+    int row = row_size((const T *)nullptr, dims);
+    int64_t entry = (start - layer.first) * row;
+    Chunk<T> chunk{(const T *)layer.keys + batch * layer.key_batch + kv_head * layer.key_head + entry,
+                   (const T *)layer.values + batch * layer.value_batch + kv_head * layer.value_head + entry, dims, row,
+                   int(std::max<int64_t>(low - start, 0)), int(std::min<int64_t>(run.past + run.tokens - start, KEYS))};
+    chunk.turn_keys(keys);
+    int stride;
+    const float *values = chunk.rows_of_values(copied, &stride);
+    const float *queries = run.slots[op.src] + (size_t(batch) * run.tokens + t0) * width + kv_head * shared * dims;
+    for (int r = 0; r < rows; r += TILE) {
+        int n = std::min(TILE, rows - r);
+        const float *x[TILE];
+        float *y[TILE];
+        for (int i = 0; i < n; i++) x[i] = queries + size_t((r + i) / shared) * width + (r + i) % shared * dims;
+        for (int half = 0; half < KEYS / PANEL; half++) {
+            for (int i = 0; i < n; i++) y[i] = scores + (r + i) * KEYS + half * PANEL;
+            multiply_rows(n, x, keys + half * dims * PANEL, PANEL, dims, y);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float *score = scores + r * KEYS;
+        int64_t here = run.past + t0 + r / shared;
+        int64_t first = layer.window ? std::max<int64_t>(0, here - layer.window + 1) : 0;
+        float slope = run.slopes ? run.slopes[kv_head * shared + r % shared] : 0;
+        f32x16 most = splat(-INFINITY), total{};
+        for (int j = 0; j < KEYS; j += 16) {
+            f32x16 s = load<f32x16>(score + j) * op.scale;
+            if (op.softcap > 0)
+                for (int i = 0; i < 16; i++) s[i] = op.softcap * std::tanh(s[i] / op.softcap);
+            if (run.slopes)
+                for (int i = 0; i < 16; i++) s[i] -= slope * float(here - (start + j + i));
+            if (start + j < first || start + j + 15 > here)
+                for (int i = 0; i < 16; i++)
+                    if (start + j + i < first || start + j + i > here) s[i] = -INFINITY;
+            store(score + j, s);
+            most = larger(most, s);
+        }
+        float peak = largest(most);
+        part.most[r] = peak;
+        for (int j = 0; j < KEYS; j += 16) {
+            f32x16 p = peak == -INFINITY ? f32x16{} : exp_of(load<f32x16>(score + j) - peak);
+            store(score + j, p);
+            total += p;
+        }
+        part.total[r] = sum(total);
+    }
+    for (int r = 0; r < rows; r += TILE) {
+        int n = std::min(TILE, rows - r);
+        const float *x[TILE];
+        float *y[TILE];
+        for (int i = 0; i < n; i++) x[i] = scores + (r + i) * KEYS;
+        for (int d = 0; d < padded; d += PANEL) {
+            for (int i = 0; i < n; i++) y[i] = part.out + size_t(r + i) * padded + d;
+            multiply_rows(n, x, values + d, stride, KEYS, y);
+        }
+    }
+}
+
+// src: queries, other: keys, third: values. Stores keys and values in the cache, then dst = what the queries see.
+template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
+    const Layer &layer = run.layers[op.layer];
+    int dims = op.width, group = op.heads / op.kv_heads, padded = (dims + PANEL - 1) / PANEL * PANEL;
+    int rows = run.batch * run.tokens, key_width = run.widths[op.other];
+#pragma omp for schedule(static) collapse(2)
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < op.kv_heads; h++) {
+            int64_t at = (run.past + r % run.tokens - layer.first) * row_size((T *)nullptr, dims), b = r / run.tokens;
+            const float *key = run.slots[op.other] + size_t(r) * key_width + h * dims;
+            const float *value = run.slots[op.third] + size_t(r) * key_width + h * dims;
+            T *to_key = (T *)layer.keys + b * layer.key_batch + h * layer.key_head + at;
+            T *to_value = (T *)layer.values + b * layer.value_batch + h * layer.value_head + at;
+            write_row(to_key, key, dims), write_row(to_value, value, dims);
+        }
+    int64_t end = run.past + run.tokens;
+    auto lowest = [&](int t) { return layer.window ? std::max<int64_t>(0, run.past + t - layer.window + 1) : 0; };
+    auto finish = [&](int b, int kv_head, int t, int g, const float *out, float total) {
+        size_t row = size_t(b) * run.tokens + t;
+        float *to = run.slots[op.dst] + row * run.widths[op.dst] + (kv_head * group + g) * dims;
+        for (int d = 0; d < dims; d++) to[d] = out[d] / total;
+    };
+    int heads = run.batch * op.kv_heads;
+    int64_t from = lowest(0) / KEYS, chunks = (end + KEYS - 1) / KEYS - from;
+    size_t few = size_t(run.tokens) * group, size = few * (padded + 2);
+    if (run.tokens <= 2 * TILE) { // too few queries for all threads: they divide the positions
+#pragma omp single
+        resize(shared.parts, size * heads * chunks);
+#pragma omp for schedule(static) collapse(2)
+        for (int h = 0; h < heads; h++)
+            for (int64_t c = 0; c < chunks; c++) {
+                float *room = &shared.parts[size * (h * chunks + c)];
+                Part part{room, room + few, room + 2 * few};
+                attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, 0, run.tokens, (from + c) * KEYS, part);
+            }
+#pragma omp for schedule(static) collapse(2)
+        for (int h = 0; h < heads; h++)
+            for (int r = 0; r < int(few); r++) {
+                float *room = &shared.parts[size * h * chunks], *out = room + 2 * few + size_t(r) * padded;
+                for (int64_t c = 1; c < chunks; c++) {
+                    const float *next = room + size * c;
+                    merge(room + r, room + few + r, out, next[r], next[few + r], next + 2 * few + size_t(r) * padded,
+                          padded);
+                }
+                finish(h / op.kv_heads, h % op.kv_heads, r / group, r % group, out, room[few + r]);
+            }
+        return;
+    }
+    int tiles = (run.tokens + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(dynamic)
+    for (int task = heads * tiles - 1; task >= 0; task--) { // later queries see more: the long tasks come first
+        int tile = task / heads, h = task % heads, t0 = tile * QUERIES, t1 = std::min(t0 + QUERIES, run.tokens);
+        size_t many = size_t(t1 - t0) * group, room = many * (padded + 2);
+        resize(tile_room, 2 * room);
+        float *sum = tile_room.data(), *next = sum + room;
+        Part part{next, next + many, next + 2 * many};
+        int64_t c = lowest(t0) / KEYS, last = (run.past + t1 - 1) / KEYS;
+        std::fill(sum, sum + many, -INFINITY);
+        for (; c <= last; c++) {
+            attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, t0, t1, c * KEYS, part);
+            for (size_t r = 0; r < many; r++)
+                merge(sum + r, sum + many + r, sum + 2 * many + r * padded, part.most[r], part.total[r],
+                      part.out + r * padded, padded);
+        }
+        for (size_t r = 0; r < many; r++)
+            finish(h / op.kv_heads, h % op.kv_heads, t0 + r / group, r % group, sum + 2 * many + r * padded,
+                   sum[many + r]);
+    }
+}
+
+} // namespace

@@ -1,0 +1,244 @@
+// Products with weights, which stay as small as the checkpoint has them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "structs.h"
+#include "vectors.h"
+
+namespace {
+
+// out[n][0..31] = sum over k of x[n][k] * panel[k * stride + 0..31]
+template <int N> void multiply(const float *const *x, const float *panel, int stride, int cols, float *const *out) {
+    f32x16 acc[N][2] = {};
+    for (int k = 0; k < cols; k++) {
+        f32x16 a = load<f32x16>(panel + k * stride), b = load<f32x16>(panel + k * stride + 16);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) acc[n][0] += a * x[n][k], acc[n][1] += b * x[n][k];
+    }
+    for (int n = 0; n < N; n++) store(out[n], acc[n][0]), store(out[n] + 16, acc[n][1]);
+}
+
+void multiply_rows(int n, const float *const *x, const float *panel, int stride, int cols, float *const *out) {
+    switch (n) {
+    case 1: return multiply<1>(x, panel, stride, cols, out);
+    case 2: return multiply<2>(x, panel, stride, cols, out);
+    case 3: return multiply<3>(x, panel, stride, cols, out);
+    case 4: return multiply<4>(x, panel, stride, cols, out);
+    case 5: return multiply<5>(x, panel, stride, cols, out);
+    default: return multiply<TILE>(x, panel, stride, cols, out);
+    }
+}
+
+// Activations as 16-bit integers: of each group its pairs, in the order in which the weight's codes come, its scale, and
+// the sum of its numbers.
+struct Rounded {
+    int32_t *pairs;
+    float *scales, *sums;
+};
+
+// How a panel's codes are laid out. `pair(g, p, half)`: columns 2p and 2p + 1, as ordered, of 16 rows in group g.
+template <int PAIRS> struct Codes4 { // [group][word][row], 8 columns in a word
+    const uint32_t *at;
+    i32x16 pair(int g, int p, int half) const {
+        i32x16 word = load<i32x16>(at + (size_t(g) * (PAIRS / 4) + p / 4) * PANEL + half * 16);
+        return (word >> (4 * (p % 4))) & 0x000f000f;
+    }
+};
+template <int PAIRS> struct Codes8 { // [group][pair][row][2]
+    const int8_t *at;
+    i32x16 pair(int g, int p, int half) const {
+        i8x32 bytes = load<i8x32>(at + ((size_t(g) * PAIRS + p) * PANEL + half * 16) * 2);
+        return (i32x16)widen(bytes);
+    }
+};
+template <int PAIRS> struct Codes16 { // [group][pair][row], unpacked
+    const int32_t *at;
+    i32x16 pair(int g, int p, int half) const {
+        return load<i32x16>(at + (size_t(g) * PAIRS + p) * PANEL + half * 16);
+    }
+};
+
+struct Scales { // [group][row]
+    const char *at;
+    bool wide;
+    Scales(const void *base, const Weight &w, int panel) : wide(w.wide) {
+        size_t number = size_t(panel) * (w.cols / w.group) * PANEL;
+        at = base ? (const char *)base + number * (wide ? 4 : 2) : nullptr;
+    }
+    f32x16 of(int g, int half) const {
+        size_t number = size_t(g) * PANEL + half * 16;
+        return wide ? load<f32x16>(at + number * 4) : half_to_float(load<u16x16>(at + number * 2));
+    }
+};
+
+template <int N, int PAIRS, class C>
+void multiply_codes(C codes, Scales scales, Scales mins, int groups, Rounded x, float *const *out) {
+    f32x16 acc[N][2] = {};
+    for (int g = 0; g < groups; g++) {
+        i32x16 whole[N][2] = {};
+#pragma GCC unroll 16
+        for (int p = 0; p < PAIRS; p++) {
+            i32x16 a = codes.pair(g, p, 0), b = codes.pair(g, p, 1);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
+                i32x16 pair = x.pairs[(size_t(n) * groups + g) * PAIRS + p] - i32x16{};
+                whole[n][0] = dot2(whole[n][0], a, pair), whole[n][1] = dot2(whole[n][1], b, pair);
+            }
+        }
+        for (int half = 0; half < 2; half++) {
+            f32x16 scale = scales.of(g, half), min = mins.at ? mins.of(g, half) : f32x16{};
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
+                size_t at = size_t(n) * groups + g;
+                acc[n][half] += __builtin_convertvector(whole[n][half], f32x16) * (scale * x.scales[at]);
+                if (mins.at) acc[n][half] += min * x.sums[at];
+            }
+        }
+    }
+    for (int n = 0; n < N; n++) store(out[n], acc[n][0]), store(out[n] + 16, acc[n][1]);
+}
+
+template <int PAIRS, class C>
+void multiply_codes_rows(int n, C codes, Scales scales, Scales mins, int groups, Rounded x, float *const *out) {
+    switch (n) {
+    case 1: return multiply_codes<1, PAIRS>(codes, scales, mins, groups, x, out);
+    case 2: return multiply_codes<2, PAIRS>(codes, scales, mins, groups, x, out);
+    case 3: return multiply_codes<3, PAIRS>(codes, scales, mins, groups, x, out);
+    case 4: return multiply_codes<4, PAIRS>(codes, scales, mins, groups, x, out);
+    case 5: return multiply_codes<5, PAIRS>(codes, scales, mins, groups, x, out);
+    default: return multiply_codes<TILE, PAIRS>(codes, scales, mins, groups, x, out);
+    }
+}
+
+// The column of a group that stands at `half` (0 or 1) of pair p. Nibbles lie as ggml has them: a byte holds columns
+// i and i + group / 2.
+int column_of(Kind kind, int group, int p, int half) {
+    if (kind == INT8) return 2 * p + half;
+    return p / 4 * 4 + p % 4 / 2 + 2 * half + (p % 2) * (group / 2);
+}
+
+void round_row(const float *x, Kind kind, int group, int groups, Rounded to) {
+    int pairs = group / 2;
+    i32x16 low{}, high{}; // where in the group the halves of each pair stand
+    for (int p = 0; p < pairs; p++) low[p] = column_of(kind, group, p, 0), high[p] = column_of(kind, group, p, 1);
+    for (int g = 0; g < groups; g++, x += group) {
+        f32x16 a = load<f32x16>(x), b = group == 32 ? load<f32x16>(x + 16) : f32x16{};
+        float most = largest(larger(larger(a, -a), larger(b, -b))), inverse = most > 0 ? 32767 / most : 0;
+        // Added to 1.5 * 2^23, a number is rounded to a whole one.
+        i32x16 c = __builtin_convertvector(a * inverse + 12582912.0f - 12582912.0f, i32x16);
+        i32x16 d = __builtin_convertvector(b * inverse + 12582912.0f - 12582912.0f, i32x16);
+        i32x16 packed = (__builtin_shuffle(c, d, low) & 0xffff) | __builtin_shuffle(c, d, high) << 16;
+        std::memcpy(to.pairs + g * pairs, &packed, pairs * sizeof(int32_t));
+        c += d;
+        int32_t total = 0;
+        for (int i = 0; i < 16; i++) total += c[i];
+        to.scales[g] = most / 32767, to.sums[g] = float(total) * to.scales[g];
+    }
+}
+
+template <int PAIRS, class C>
+void linear_codes(const Weight &w, C codes, int panel, const Shared &shared, int first, int count, float *out) {
+    int groups = w.cols / w.group;
+    Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
+    Codes16<PAIRS> unpacked{nullptr};
+    if (count > 2 * TILE) { // worth unpacking once
+        resize(codes_room, size_t(groups) * PAIRS * PANEL);
+        for (int g = 0; g < groups; g++)
+            for (int p = 0; p < PAIRS; p++)
+                for (int half = 0; half < 2; half++)
+                    store(&codes_room[(size_t(g) * PAIRS + p) * PANEL + half * 16], codes.pair(g, p, half));
+        unpacked.at = codes_room.data();
+    }
+    for (int t = 0; t < count; t += TILE) {
+        size_t group = size_t(first + t) * groups;
+        Rounded x{const_cast<int32_t *>(&shared.pairs[group * PAIRS]), const_cast<float *>(&shared.scales[group]),
+                  const_cast<float *>(&shared.sums[group])};
+        float *rows[TILE];
+        int n = std::min(TILE, count - t);
+        for (int i = 0; i < n; i++) rows[i] = out + (t + i) * PANEL;
+        if (unpacked.at) multiply_codes_rows<PAIRS>(n, unpacked, scales, mins, groups, x, rows);
+        else multiply_codes_rows<PAIRS>(n, codes, scales, mins, groups, x, rows);
+    }
+}
+
+const float *unpack_panel(const Weight &w, int panel) {
+    size_t start = size_t(panel) * w.cols * PANEL;
+    if (w.kind == F32) return (const float *)w.codes + start;
+    resize(panel_room, size_t(w.cols) * PANEL);
+    const uint16_t *from = (const uint16_t *)w.codes + start;
+    for (size_t i = 0; i < size_t(w.cols) * PANEL; i += 16) {
+        u16x16 v = load<u16x16>(from + i);
+        store(&panel_room[i], w.kind == BF16 ? bfloat_to_float(v) : half_to_float(v));
+    }
+    return panel_room.data();
+}
+
+// One panel of x W^T for `count` rows of x from `first`: out is (count, PANEL).
+void linear_panel(const Weight &w, int panel, const float *x, const Shared &shared, int first, int count, float *out) {
+    size_t numbers = size_t(panel) * w.cols * PANEL;
+    if (w.kind == INT4) {
+        const uint32_t *at = (const uint32_t *)w.codes + numbers / 8;
+        if (w.group == 32) linear_codes<16>(w, Codes4<16>{at}, panel, shared, first, count, out);
+        else linear_codes<8>(w, Codes4<8>{at}, panel, shared, first, count, out);
+    } else if (w.kind == INT8) {
+        const int8_t *at = (const int8_t *)w.codes + numbers;
+        if (w.group == 32) linear_codes<16>(w, Codes8<16>{at}, panel, shared, first, count, out);
+        else linear_codes<8>(w, Codes8<8>{at}, panel, shared, first, count, out);
+    } else {
+        const float *unpacked = unpack_panel(w, panel);
+        for (int t = 0; t < count; t += TILE) {
+            const float *rows[TILE];
+            float *outs[TILE];
+            int n = std::min(TILE, count - t);
+            for (int i = 0; i < n; i++) rows[i] = x + size_t(first + t + i) * w.cols, outs[i] = out + (t + i) * PANEL;
+            multiply_rows(n, rows, unpacked, PANEL, w.cols, outs);
+        }
+    }
+}
+
+// dst = scale * (src W^T + bias), or that added to dst
+void linear(const Op &op, const Run &run, Shared &shared) {
+    const Weight &w = *op.weight;
+    const float *x = run.slots[op.src];
+    float *y = run.slots[op.dst];
+    int rows = run.batch * run.tokens, panels = (w.rows + PANEL - 1) / PANEL, width = run.widths[op.dst];
+    if (w.kind >= INT4 && !(op.flags & SAME_INPUT)) {
+        int groups = w.cols / w.group;
+#pragma omp single
+        {
+            resize(shared.pairs, size_t(rows) * w.cols / 2);
+            resize(shared.scales, size_t(rows) * groups), resize(shared.sums, size_t(rows) * groups);
+        }
+#pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++) {
+            Rounded to{&shared.pairs[size_t(r) * w.cols / 2], &shared.scales[size_t(r) * groups],
+                       &shared.sums[size_t(r) * groups]};
+            round_row(x + size_t(r) * w.cols, Kind(w.kind), w.group, groups, to);
+        }
+    }
+    resize(tile_room, size_t(TOKENS) * PANEL);
+    float *tile = tile_room.data();
+    for (int first = 0; first < rows; first += TOKENS) {
+        int count = std::min(TOKENS, rows - first);
+#pragma omp for schedule(static) nowait
+        for (int panel = 0; panel < panels; panel++) {
+            linear_panel(w, panel, x, shared, first, count, tile);
+            int start = panel * PANEL, end = std::min(PANEL, w.rows - start);
+            for (int t = 0; t < count; t++) {
+                float *to = y + size_t(first + t) * width + start;
+                const float *from = tile + t * PANEL;
+                for (int i = 0; i < end; i++) {
+                    float value = (from[i] + (op.bias ? op.bias[start + i] : 0.0f)) * op.scale;
+                    to[i] = op.flags & ACCUMULATE ? to[i] + value : value;
+                }
+            }
+        }
+    }
+#pragma omp barrier
+}
+
+} // namespace

@@ -80,7 +80,7 @@ def load(
         one that needs more in the library; `own` runs it in the library that it was written for; or `native`,
         `x-transformers`.
     compile: `on` computes with kernels in C++, which are built once for this machine; `off` with torch's operations;
-        `auto` with the kernels where they can be: on a CPU, in float32, with a C++ compiler. `Backend.engine` says
+        `auto` with the kernels where they can be: on a CPU, in float32, with g++. `Backend.engine` says
         which. With the kernels weights stay in the types that they are stored in.
     quantize: `auto` leaves weights as they are stored. `int8` and `int4` round floating-point ones, which is LOSSY;
         `none` makes floats of integers.

@@ -71,6 +71,19 @@ def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
         raise KvgenError(f"{path}: the prompt cache cannot be written ({error})") from error
 
 
+def open_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
+    """What `load_prompt_cache` finds; None where there is no file yet, and one can be written.
+
+    Raises UsageError where it cannot.
+    """
+    _native(loaded.model)
+    if path.exists():
+        return load_prompt_cache(path, loaded)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent} for a prompt cache")
+    return None
+
+
 def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
     """The cache of a file that these weights and this arithmetic wrote.
 

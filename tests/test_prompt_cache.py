@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import kvgen
 from kvgen import CacheError, KvgenError, UsageError
-from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, save_prompt_cache
+from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
 
 
@@ -166,8 +166,10 @@ def test_a_model_of_another_backend_has_none(tiny_llama, tmp_path: Path) -> None
 
     loaded = kvgen.load(tiny_llama()[0])
     path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
-    with pytest.raises(UsageError, match="kvgen's own decoder"):
-        load_prompt_cache(path, replace(loaded, model=VerifiedBackend(loaded.model, 1)))
+    other = replace(loaded, model=VerifiedBackend(loaded.model, 1))
+    for file in (path, tmp_path / "new.cache"):  # at once, not when the text is there
+        with pytest.raises(UsageError, match="kvgen's own decoder"):
+            open_prompt_cache(file, other)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tiny_llama, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
@@ -20,7 +19,7 @@ from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Sampling
 
 if TYPE_CHECKING:
-    from kvgen import DraftModel, KVCache, Loaded, Message, Step, Tokenizer
+    from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
 
 
 def generate(
@@ -123,7 +122,11 @@ def generate(
     draft_model = (
         None if draft is None else _draft_model(loaded, draft, device, "ids" if ids else tokenizer, quiet=quiet)
     )
-    cache: Any = None if prompt_cache is None else _read_prompt_cache(prompt_cache, loaded)
+    cache: Any = None
+    if prompt_cache is not None:
+        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+
+        cache = open_prompt_cache(prompt_cache, loaded)
     for number, text in enumerate(chain(first, prompts), start=1):
         if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number}] {text}")
@@ -158,8 +161,6 @@ def generate(
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, sampling))
     if prompt_cache is not None:
-        from kvgen.prompt_cache import save_prompt_cache
-
         save_prompt_cache(prompt_cache, cache, loaded)
 
 
@@ -175,17 +176,6 @@ def _verified(loaded: Loaded, every: int | None) -> Loaded:
         loaded.model, None, lambda found: print_note(f"the cache is wrong, going on without it: {found}", "yellow")
     )
     return replace(loaded, model=model)
-
-
-def _read_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
-    """What the file holds; None if there is no file yet, and can be."""
-    from kvgen.prompt_cache import load_prompt_cache
-
-    if path.exists():
-        return load_prompt_cache(path, loaded)
-    if not path.parent.is_dir():
-        raise UsageError(f"--prompt-cache {path}: there is no folder {path.parent}")
-    return None
 
 
 def _draft_model(loaded: Loaded, draft: str, device: str, tokenizer: str | None, *, quiet: bool) -> DraftModel:

@@ -55,7 +55,7 @@ Compile = Annotated[
     Literal["auto", "on", "off"],
     Option(
         help="Kernels in C++ for a CPU and float32, built once for this machine; they round activations to 16 bits, "
-        "which is lossy (KL 5e-8). auto: where there is a compiler. off: torch alone.",
+        "which is lossy (KL 5e-8). auto: where there is g++. off: torch alone.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -1,4 +1,7 @@
-"""The C++ kernels as a library: compiled for this machine the first time, and kept in kvgen's cache folder."""
+"""The C++ kernels as a library: compiled for this machine the first time, and kept in kvgen's cache folder.
+
+They are written in GCC's dialect, for its vectors and OpenMP.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def library() -> ctypes.CDLL:
     """The kernels, ready to call. Raises UnsupportedError where they cannot be built or loaded."""
     compiler = _compiler()
     if compiler is None:
-        raise UnsupportedError("no C++ compiler found ($CXX, g++, clang++ or c++)")
+        raise UnsupportedError("no C++ compiler found ($CXX, g++ or c++)")
     path = cache_dir() / "kernels" / f"{_key(compiler)}.so"
     if not path.exists():
         _compile(compiler, path)
@@ -41,7 +44,7 @@ def library() -> ctypes.CDLL:
 
 def _compiler() -> str | None:
     chosen = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ([chosen] if chosen else ["g++", "clang++", "c++"]))
+    found = (shutil.which(name) for name in ([chosen] if chosen else ["g++", "c++"]))
     return next((path for path in found if path), None)
 
 

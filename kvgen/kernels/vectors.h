@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, in GCC's and Clang's own types: the compiler makes of them what the processor has.
+// Vectors of 16 numbers, in GCC's own types: the compiler makes of them what the processor has.
 #pragma once
 
 #include <algorithm>

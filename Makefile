@@ -7,7 +7,7 @@ PROMPT_FILE ?= prompts/story.txt
 .PHONY: run test test-all bench lint clean
 
 run: $(VENV)/.run
-	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 1 --max-tokens 120 --stats
+	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 3 --max-tokens 120 --stats
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -131,6 +131,14 @@ def test_the_context_is_not_overrun(models) -> None:
     assert steps[-1].finish_reason == "context"
 
 
+def test_a_prompt_longer_than_the_context_can_be_speculated_on_once_its_middle_is_forgotten(models) -> None:
+    model, greedy = models["llama"], kvgen.Sampling(temperature=0)
+    prompt = [5, 6, 7, 8] * (model.context_length // 4 + 10)
+    expected = complete(model, prompt, greedy, max_context=64, max_tokens=20)
+    steps = complete(model, prompt, greedy, max_context=64, max_tokens=20, drafter=PromptLookup())
+    assert [step.token for step in steps] == [step.token for step in expected]
+
+
 def test_lookup_finds_what_followed_last() -> None:
     lookup = PromptLookup()
     text = [1, 2, 3, 4, 5, 1, 2, 3, 9, 8, 1, 2, 3]

@@ -115,7 +115,7 @@ def decode(
     """
     text, prompt_length = _Sequence(ids, limits), ids.shape[1]
     _check_prompt(prompt_length, limits)
-    judge = None if drafter is None else _judge(model, prompt_length, use_cache)
+    judge = None if drafter is None else _judge(model, use_cache)
     end = prompt_length + limits.max_tokens
     while True:
         text.forget()
@@ -201,9 +201,9 @@ class _Sequence:
             self._buffer[0, self.length : end] = torch.tensor(tokens)
 
 
-def _judge(model: Model, length: int, use_cache: bool) -> Backend:
+def _judge(model: Model, use_cache: bool) -> Backend:
     """The model, as one that judges drafts."""
-    if use_cache and isinstance(model, Backend) and model.most_drafts(length):
+    if use_cache and isinstance(model, Backend) and model.most_drafts(1):
         return model
     raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
 

@@ -15,7 +15,7 @@ from typer import Option
 from kvgen.cli import options
 from kvgen.cli.chart import log_chart
 from kvgen.cli.escape import escape_controls
-from kvgen.cli.model import load_model
+from kvgen.cli.model import ModelOptions, takes_model_options
 from kvgen.cli.render import count_progress, terminal, write_json, write_page
 from kvgen.errors import UsageError
 
@@ -27,7 +27,9 @@ _WHAT = "What to measure"
 _PIPE_WIDTH = 100
 
 
+@takes_model_options()
 def bench(
+    *,
     prompts: Annotated[
         str | None,
         Option(
@@ -48,16 +50,7 @@ def bench(
         ),
     ] = None,
     repeat: Annotated[int, Option(min=1, help="Runs of which to take the median.", rich_help_panel=_WHAT)] = 5,
-    model: options.Model = None,
-    tokenizer: options.TokenizerFile = None,
-    ids: options.Ids = False,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    compile: options.Compile = "auto",
-    quantize: options.Quantize = "auto",
-    kv_dtype: options.KVDtype = "auto",
-    threads: options.Threads = None,
+    source: ModelOptions,
     json: options.Json = False,
     html: options.Html = None,
     quiet: options.Quiet = False,
@@ -71,18 +64,7 @@ def bench(
         "contexts": _numbers("--contexts", contexts),
         "lengths": _numbers("--lengths", lengths),
     }
-    loaded = load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        "ids" if ids else tokenizer,
-        backend=backend,
-        compile=compile,
-        quantize=quantize,
-        kv_dtype=kv_dtype,
-        quiet=quiet,
-    )
+    loaded = source.load(quiet=quiet)
     from kvgen.bench.measure import measure
 
     with count_progress("measuring", quiet=quiet) as progress:

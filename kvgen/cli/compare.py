@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from kvgen.cli import options
-from kvgen.cli.model import load_model
+from kvgen.cli.model import ModelOptions, takes_model_options
 from kvgen.cli.prompts import read_file
 from kvgen.cli.render import terminal, write_json, write_page
 from kvgen.cli.report import print_comparison
@@ -26,7 +26,9 @@ _DEFAULT_PROMPT = "Once upon a time,"
 _TEXT_PROMPT_TOKENS = 8  # of --text that are handed over at once, if it is long enough
 
 
+@takes_model_options(backend="own")
 def compare(
+    *,
     wrong_pattern: Annotated[
         bool,
         Option(
@@ -54,16 +56,7 @@ def compare(
     max_tokens: Annotated[
         int, Option("--max-tokens", "-n", min=1, help="Steps to compare.", rich_help_panel=_WHAT)
     ] = 32,
-    model: options.Model = None,
-    tokenizer: options.TokenizerFile = None,
-    ids: options.Ids = False,
-    backend: options.Backend = "own",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    compile: options.Compile = "auto",
-    quantize: options.Quantize = "auto",
-    kv_dtype: options.KVDtype = "auto",
-    threads: options.Threads = None,
+    source: ModelOptions,
     json: options.Json = False,
     html: options.Html = None,
     quiet: options.Quiet = False,
@@ -74,19 +67,8 @@ def compare(
     do; 1 when it is not.
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
-    texts = _texts(prompt, prompt_file, text, ids=ids)
-    loaded = load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        "ids" if ids else tokenizer,
-        backend=backend,
-        compile=compile,
-        quantize=quantize,
-        kv_dtype=kv_dtype,
-        quiet=quiet,
-    )
+    texts = _texts(prompt, prompt_file, text, ids=source.ids)
+    loaded = source.load(quiet=quiet)
     comparisons = [
         _compare(loaded, prompt_text, names, max_tokens, forced=text is not None, quiet=quiet) for prompt_text in texts
     ]

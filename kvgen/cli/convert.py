@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from kvgen.cli import options
-from kvgen.cli.model import load_model
+from kvgen.cli.model import ModelOptions
 from kvgen.cli.render import print_note
 from kvgen.errors import UnsupportedError
 
@@ -23,7 +23,7 @@ def convert(
 
     Then `kvgen compare --model DIR` checks the cache of that library, not kvgen's.
     """
-    loaded = load_model(model, "float32", "cpu", None, None, compile="off", quiet=quiet)
+    loaded = ModelOptions(model, dtype="float32", device="cpu", compile="off").load(quiet=quiet)
 
     from kvgen.convert import convert_to_xtransformers
     from kvgen.model.decoder import Decoder

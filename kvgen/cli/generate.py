@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
-from kvgen.cli.model import load_model
+from kvgen.cli.model import ModelOptions, takes_model_options
 from kvgen.cli.prompts import read_prompts, read_template
 from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
 
 
+@takes_model_options()
 def generate(
+    *,
     prompt: options.Prompt = None,
     prompt_file: options.PromptFile = None,
     lines: options.Lines = False,
@@ -30,16 +32,7 @@ def generate(
     system: options.System = None,
     chat_template: options.ChatTemplateFile = None,
     parse_special: options.ParseSpecial = False,
-    model: options.Model = None,
-    tokenizer: options.TokenizerFile = None,
-    ids: options.Ids = False,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    compile: options.Compile = "auto",
-    quantize: options.Quantize = "auto",
-    kv_dtype: options.KVDtype = "auto",
-    threads: options.Threads = None,
+    source: ModelOptions,
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
     stop: options.Stop = None,
     max_context: options.MaxContext = None,
@@ -99,18 +92,7 @@ def generate(
     if not first:
         return  # --lines of an empty file: nothing to do
     started = time.perf_counter()
-    loaded = load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        "ids" if ids else tokenizer,
-        backend=backend,
-        compile=compile,
-        quantize=quantize,
-        kv_dtype=kv_dtype,
-        quiet=quiet,
-    )
+    loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
     if template is not None:
         loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
@@ -119,9 +101,7 @@ def generate(
 
     from kvgen import PromptLookup, stream
 
-    draft_model = (
-        None if draft is None else _draft_model(loaded, draft, device, "ids" if ids else tokenizer, quiet=quiet)
-    )
+    draft_model = None if draft is None else _draft_model(loaded, draft, source, quiet=quiet)
     cache: Any = None
     if prompt_cache is not None:
         from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
@@ -178,10 +158,10 @@ def _verified(loaded: Loaded, every: int | None) -> Loaded:
     return replace(loaded, model=model)
 
 
-def _draft_model(loaded: Loaded, draft: str, device: str, tokenizer: str | None, *, quiet: bool) -> DraftModel:
+def _draft_model(loaded: Loaded, draft: str, source: ModelOptions, *, quiet: bool) -> DraftModel:
     from kvgen import DraftModel
 
-    smaller = load_model(draft, "auto", device, None, tokenizer, quiet=quiet)
+    smaller = ModelOptions(draft, source.tokenizer, source.ids, device=source.device).load(quiet=quiet)
     if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
         raise UsageError(f"--draft {draft}: its vocabulary is not that of {loaded.source}")
     return DraftModel(smaller.model)

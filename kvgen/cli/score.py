@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from kvgen.cli import options
-from kvgen.cli.model import load_model
+from kvgen.cli.model import ModelOptions, takes_model_options
 from kvgen.cli.prompts import read_file, read_prompts
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.surprise import heat_map, legend, table
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _WHAT = "What to score"
 
 
+@takes_model_options()
 def score(
+    *,
     text: Annotated[Path | None, Argument(metavar="[FILE]", help="The text; - is stdin.", show_default="stdin")] = None,
     prompt: Annotated[str | None, Option("--prompt", "-p", help="The text itself.", rich_help_panel=_WHAT)] = None,
     jsonl: Annotated[
@@ -46,16 +48,7 @@ def score(
         int | None,
         Option(min=1, help="Tokens from window to window.", show_default="half a window", rich_help_panel=_WHAT),
     ] = None,
-    model: options.Model = None,
-    tokenizer: options.TokenizerFile = None,
-    ids: options.Ids = False,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    compile: options.Compile = "auto",
-    quantize: options.Quantize = "auto",
-    kv_dtype: options.KVDtype = "auto",
-    threads: options.Threads = None,
+    source: ModelOptions,
     tokens: Annotated[bool, Option("--tokens", help="A line, or in JSON an entry, for each token.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -72,22 +65,11 @@ def score(
     first = next(texts, None)  # what is wrong with it shows before a model is loaded
     if first is None:
         return
-    loaded = load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        "ids" if ids else tokenizer,
-        backend=backend,
-        compile=compile,
-        quantize=quantize,
-        kv_dtype=kv_dtype,
-        quiet=quiet,
-    )
+    loaded = source.load(quiet=quiet)
     for where, fields in itertools.chain([first], texts):
         with _naming(where):
             result = _score(loaded, fields["text"], window, stride, quiet=quiet)
-        size = None if ids else len(fields["text"].encode())
+        size = None if source.ids else len(fields["text"].encode())
         if json or jsonl:
             write_json(fields | _as_data(result, loaded.tokenizer, size, tokens=tokens))
         else:

@@ -109,9 +109,7 @@ def _as_data(loaded: Loaded, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = terminal(sys.stdout)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     names = ("weight_bytes", "cache_bytes", "peak_bytes")
     weights, cache, peak = ("?" if report[name] is None else f"{report[name] / 1e6:.0f} MB" for name in names)
     bandwidth = report["memory_bandwidth"]

@@ -19,9 +19,13 @@ from kvgen.cli.escape import escape_controls
 from kvgen.errors import KvgenError
 
 
-def terminal(stream: TextIO) -> Console:
-    """A Rich console on a stream. Whether that is a terminal the stream says, not an environment variable."""
-    return Console(file=stream, force_terminal=stream.isatty(), highlight=False, markup=False, emoji=False)
+def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
+    """A Rich console on a stream. Whether that is a terminal the stream says, not an environment variable.
+
+    pipe_width: columns where it is none; None for Rich's own choice.
+    """
+    width = None if stream.isatty() else pipe_width
+    return Console(file=stream, force_terminal=stream.isatty(), width=width, highlight=False, markup=False, emoji=False)
 
 
 class TextWriter:
@@ -91,30 +95,21 @@ def print_note(text: str, style: str = "dim") -> None:
 @contextmanager
 def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """A callback for `kvgen.load` that shows a bar on a terminal, a line elsewhere, nothing if `quiet`."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=terminal(sys.stderr),
-    )
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
+    with _stopped_at_the_end(Progress(*columns, TimeRemainingColumn(), console=terminal(sys.stderr))) as bar:
 
-    def show(what: str, done: int, total: int) -> None:
-        if quiet:
-            return
-        if not bar.tasks:
-            bar.add_task(what, total=total)
-            if bar.console.is_terminal:
-                bar.start()
-            else:
-                print_note(f"fetching {what}")
-        bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
+        def show(what: str, done: int, total: int) -> None:
+            if quiet:
+                return
+            if not bar.tasks:
+                bar.add_task(what, total=total)
+                if bar.console.is_terminal:
+                    bar.start()
+                else:
+                    print_note(f"fetching {what}")
+            bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
 
-    try:
         yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def write_page(path: Path, page: str) -> None:
@@ -131,17 +126,23 @@ def count_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], 
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=terminal(sys.stderr), transient=True)
-    task = bar.add_task(label, total=None)
+    columns = TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+    with _stopped_at_the_end(Progress(*columns, console=terminal(sys.stderr), transient=True)) as bar:
+        task = bar.add_task(label, total=None)
 
-    def show(done: int, total: int) -> None:
-        if done < total:
-            bar.start()
-        bar.update(task, completed=done, total=total)
+        def show(done: int, total: int) -> None:
+            if done < total:
+                bar.start()
+            bar.update(task, completed=done, total=total)
 
-    try:
         yield show
+
+
+@contextmanager
+def _stopped_at_the_end(bar: Progress) -> Iterator[Progress]:
+    """A bar that starts when there is something to show, if ever."""
+    try:
+        yield bar
     finally:
         if bar.live.is_started:
             bar.stop()

@@ -23,9 +23,7 @@ _LABEL_WIDTH = 18
 
 def print_comparison(data: dict[str, Any], report: dict[str, Any]) -> None:
     """Print one comparison of a report, as `kvgen.compare.report` makes them, on stdout."""
-    console = terminal(sys.stdout)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     console.print(_verdict(data))
     console.print(
         Text(

@@ -32,15 +32,8 @@ class NativeBackend(Backend):
     name = "native"
     rewinds = True
 
-    def __init__(
-        self,
-        decoder: Decoder | FusedDecoder,
-        engine: str = "torch",
-        kv_dtype: torch.dtype | None = None,
-        numerics: str = "",
-    ) -> None:
-        decoder.kv_dtype, self.numerics = kv_dtype, numerics
-        self.decoder, self.engine = decoder, engine
+    def __init__(self, decoder: Decoder | FusedDecoder, engine: str = "torch", numerics: str = "") -> None:
+        self.decoder, self.engine, self.numerics = decoder, engine, numerics
         self.module = decoder if isinstance(decoder, Decoder) else None
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -95,8 +88,11 @@ class NativeBackend(Backend):
 
     def in_float64(self) -> NativeBackend:
         if isinstance(self.decoder, FusedDecoder):
-            return NativeBackend(self.decoder.unfused(torch.float64))
-        return NativeBackend(copy.deepcopy(self.decoder).to(torch.float64))
+            twin = self.decoder.unfused(torch.float64)
+        else:
+            twin = copy.deepcopy(self.decoder).to(torch.float64)
+        twin.kv_dtype = None
+        return NativeBackend(twin)
 
 
 def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:
@@ -107,10 +103,11 @@ def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> N
     blueprint = draw_blueprint(raw)
     reader = Reader(raw, blueprint, arithmetic)
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
+    decoder: Decoder | FusedDecoder
     if arithmetic.fused:
-        fused = FusedDecoder(blueprint.decoder.config, state)
-        return NativeBackend(fused, arithmetic.engine, arithmetic.kv_dtype, arithmetic.numerics)
-    model = blueprint.decoder
-    model.load_state_dict(state, strict=True, assign=True)
-    model = model.requires_grad_(False).to(arithmetic.device)
-    return NativeBackend(model, arithmetic.engine, arithmetic.kv_dtype, arithmetic.numerics)
+        decoder = FusedDecoder(blueprint.decoder.config, state)
+    else:
+        blueprint.decoder.load_state_dict(state, strict=True, assign=True)
+        decoder = blueprint.decoder.requires_grad_(False).to(arithmetic.device)
+    decoder.kv_dtype = arithmetic.kv_dtype
+    return NativeBackend(decoder, arithmetic.engine, arithmetic.numerics)

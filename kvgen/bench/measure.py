@@ -39,11 +39,13 @@ class Decode:
     """A step behind a context. context: its length. seconds: median.
 
     bandwidth: bytes of weights and of cached keys and values that a step reads, a second; None where they are unknown.
+    cache_bytes: of the keys and values alone, at its end; None if unknown.
     """
 
     context: int
     seconds: float
     bandwidth: float | None
+    cache_bytes: int | None
 
     @property
     def rate(self) -> float:
@@ -123,13 +125,12 @@ def measure(
     prefill = [counted(_prefill(model, ids[:, :length], repeat)) for length in prompts]
     decode = [counted(_decode(model, ids, context, repeat)) for context in contexts]
     growth = [counted(_growth(model, ids, length, repeat)) for length in lengths]
-    cache = model(ids[:, : max(contexts, default=1)], None)[1]
     return Benchmark(
         tuple(prefill),
         tuple(decode),
         tuple(growth),
         model.weight_bytes,
-        getattr(cache, "nbytes", None),
+        max((row.cache_bytes for row in decode if row.cache_bytes is not None), default=None),
         peak_memory(),
         counted(memory_bandwidth(model.device)),
         torch.get_num_threads(),
@@ -166,10 +167,9 @@ def _decode(model: Backend, ids: Tensor, context: int, repeat: int) -> Decode:
             float(logits[0, -1, 0])  # waits for a GPU
             times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
-    read = None
-    if model.step_bytes is not None and hasattr(cache, "nbytes_held"):
-        read = model.step_bytes + cache.nbytes_held
-    return Decode(context, seconds, None if read is None else read / seconds)
+    held: int | None = getattr(cache, "nbytes_held", None)
+    read = None if model.step_bytes is None or held is None else model.step_bytes + held
+    return Decode(context, seconds, None if read is None else read / seconds, held)
 
 
 def _growth(model: Backend, ids: Tensor, length: int, repeat: int) -> Growth:

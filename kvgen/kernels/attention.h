@@ -115,25 +115,26 @@ __attribute__((noinline)) void merge(float *most, float *total, float *out, floa
     *total = *total * a + other_total * b, *most = both;
 }
 
-// Attention of the tokens [t0, t1) of one batch row to the KEYS positions from `start`, for the heads that share a key
-// head. Rows of `part` go by token, then head.
-template <class T>
-void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, int t1, int64_t start, Part part) {
-    const Layer &layer = run.layers[op.layer];
-    int dims = op.width, shared = op.heads / op.kv_heads, rows = (t1 - t0) * shared;
+// Attention of a task's queries to the KEYS positions from `start`. Rows of `part` go by token, then head.
+template <class T> void attend_part(const Op &op, const Run &run, const Task &task, int64_t start, Part part) {
+    const Sequence &sequence = run.sequences[task.sequence];
+    const Layer &layer = sequence.layers[op.layer];
+    int kv_head = task.kv_head, dims = op.width, shared = op.heads / op.kv_heads, rows = (task.t1 - task.t0) * shared;
+    int64_t oldest = sequence.past + task.t0; // the position of the first query
     int padded = (dims + PANEL - 1) / PANEL * PANEL, width = run.widths[op.src];
     resize(panel_room, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
     float *keys = panel_room.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
-    int64_t low = std::max(layer.first, layer.window ? run.past + t0 - layer.window + 1 : 0);
+    int64_t low = std::max(layer.first, layer.window ? oldest - layer.window + 1 : 0);
     int row = row_size((const T *)nullptr, dims);
     int64_t entry = (start - layer.first) * row;
-    Chunk<T> chunk{(const T *)layer.keys + batch * layer.key_batch + kv_head * layer.key_head + entry,
-                   (const T *)layer.values + batch * layer.value_batch + kv_head * layer.value_head + entry, dims, row,
-                   int(std::max<int64_t>(low - start, 0)), int(std::min<int64_t>(run.past + run.tokens - start, KEYS))};
+    Chunk<T> chunk{(const T *)layer.keys + kv_head * layer.key_head + entry,
+                   (const T *)layer.values + kv_head * layer.value_head + entry, dims, row,
+                   int(std::max<int64_t>(low - start, 0)),
+                   int(std::min<int64_t>(sequence.past + sequence.tokens - start, KEYS))};
     chunk.turn_keys(keys);
     int stride;
     const float *values = chunk.rows_of_values(copied, &stride);
-    const float *queries = run.slots[op.src] + (size_t(batch) * run.tokens + t0) * width + kv_head * shared * dims;
+    const float *queries = run.slots[op.src] + size_t(sequence.row + task.t0) * width + kv_head * shared * dims;
     for (int r = 0; r < rows; r += TILE) {
         int n = std::min(TILE, rows - r);
         const float *x[TILE];
@@ -146,7 +147,7 @@ void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, i
     }
     for (int r = 0; r < rows; r++) {
         float *score = scores + r * KEYS;
-        int64_t here = run.past + t0 + r / shared;
+        int64_t here = oldest + r / shared;
         int64_t first = layer.window ? std::max<int64_t>(0, here - layer.window + 1) : 0;
         float slope = run.slopes ? run.slopes[kv_head * shared + r % shared] : 0;
         f32x16 most = splat(-INFINITY), total{};
@@ -183,73 +184,99 @@ void attend_part(const Op &op, const Run &run, int batch, int kv_head, int t0, i
     }
 }
 
+// Divides attention into tasks. A sequence with few queries is one task for each key head, whose chunks of positions
+// threads divide; one with many is a task for each tile of queries. The order of sums is the same.
+void plan(const Op &op, const Run &run, Shared &shared) {
+    int group = op.heads / op.kv_heads, padded = (op.width + PANEL - 1) / PANEL * PANEL;
+    size_t room = 0;
+    shared.split.clear(), shared.whole.clear(), shared.chunks.clear(), shared.most_rows = 0;
+    for (int s = 0; s < run.sequence_count; s++) {
+        const Sequence &sequence = run.sequences[s];
+        int64_t window = sequence.layers[op.layer].window;
+        bool few = sequence.tokens <= 2 * TILE;
+        int tile = few ? sequence.tokens : QUERIES;
+        for (int t0 = 0; t0 < sequence.tokens; t0 += tile) {
+            int t1 = std::min(t0 + tile, sequence.tokens);
+            int64_t from = window ? std::max<int64_t>(0, sequence.past + t0 - window + 1) / KEYS : 0;
+            int64_t chunks = (sequence.past + t1 + KEYS - 1) / KEYS - from;
+            int rows = (t1 - t0) * group;
+            for (int h = 0; h < op.kv_heads; h++) {
+                (few ? shared.split : shared.whole).push_back({s, h, t0, t1, from, chunks, room});
+                if (!few) continue;
+                for (int64_t c = 0; c < chunks; c++)
+                    shared.chunks.emplace_back(int32_t(shared.split.size() - 1), int32_t(c));
+                room += size_t(rows) * (padded + 2) * chunks, shared.most_rows = std::max(shared.most_rows, rows);
+            }
+        }
+    }
+    resize(shared.parts, room);
+    // Later queries see more: the long tasks come first.
+    std::stable_sort(shared.whole.begin(), shared.whole.end(),
+                     [](const Task &a, const Task &b) { return a.chunks > b.chunks; });
+}
+
 // src: queries, other: keys, third: values. Stores keys and values in the cache, then dst = what the queries see.
 template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
-    const Layer &layer = run.layers[op.layer];
     int dims = op.width, group = op.heads / op.kv_heads, padded = (dims + PANEL - 1) / PANEL * PANEL;
-    int rows = run.batch * run.tokens, key_width = run.widths[op.other];
+    int key_width = run.widths[op.other];
+#pragma omp single nowait
+    plan(op, run, shared);
 #pragma omp for schedule(static) collapse(2)
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < run.rows; r++)
         for (int h = 0; h < op.kv_heads; h++) {
-            int64_t at = (run.past + r % run.tokens - layer.first) * row_size((T *)nullptr, dims), b = r / run.tokens;
+            const Sequence &sequence = run.sequences[shared.owners[r]];
+            const Layer &layer = sequence.layers[op.layer];
+            int64_t at = (sequence.past + r - sequence.row - layer.first) * row_size((T *)nullptr, dims);
             const float *key = run.slots[op.other] + size_t(r) * key_width + h * dims;
             const float *value = run.slots[op.third] + size_t(r) * key_width + h * dims;
-            T *to_key = (T *)layer.keys + b * layer.key_batch + h * layer.key_head + at;
-            T *to_value = (T *)layer.values + b * layer.value_batch + h * layer.value_head + at;
-            write_row(to_key, key, dims), write_row(to_value, value, dims);
+            write_row((T *)layer.keys + h * layer.key_head + at, key, dims);
+            write_row((T *)layer.values + h * layer.value_head + at, value, dims);
         }
-    int64_t end = run.past + run.tokens;
-    auto lowest = [&](int t) { return layer.window ? std::max<int64_t>(0, run.past + t - layer.window + 1) : 0; };
-    auto finish = [&](int b, int kv_head, int t, int g, const float *out, float total) {
-        size_t row = size_t(b) * run.tokens + t;
-        float *to = run.slots[op.dst] + row * run.widths[op.dst] + (kv_head * group + g) * dims;
-        for (int d = 0; d < dims; d++) to[d] = out[d] / total;
+    auto part_at = [&](float *room, size_t rows) { return Part{room, room + rows, room + 2 * rows}; };
+    auto finish = [&](const Task &task, const Part &part, int r) {
+        size_t row = run.sequences[task.sequence].row + task.t0 + r / group;
+        float *to = run.slots[op.dst] + row * run.widths[op.dst] + (task.kv_head * group + r % group) * dims;
+        const float *out = part.out + size_t(r) * padded;
+        for (int d = 0; d < dims; d++) to[d] = out[d] / part.total[r];
     };
-    int heads = run.batch * op.kv_heads;
-    int64_t from = lowest(0) / KEYS, chunks = (end + KEYS - 1) / KEYS - from;
-    size_t few = size_t(run.tokens) * group, size = few * (padded + 2);
-    if (run.tokens <= 2 * TILE) { // too few queries for all threads: they divide the positions
-#pragma omp single
-        resize(shared.parts, size * heads * chunks);
-#pragma omp for schedule(static) collapse(2)
-        for (int h = 0; h < heads; h++)
-            for (int64_t c = 0; c < chunks; c++) {
-                float *room = &shared.parts[size * (h * chunks + c)];
-                Part part{room, room + few, room + 2 * few};
-                attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, 0, run.tokens, (from + c) * KEYS, part);
-            }
-#pragma omp for schedule(static) collapse(2)
-        for (int h = 0; h < heads; h++)
-            for (int r = 0; r < int(few); r++) {
-                float *room = &shared.parts[size * h * chunks], *out = room + 2 * few + size_t(r) * padded;
-                for (int64_t c = 1; c < chunks; c++) {
-                    const float *next = room + size * c;
-                    merge(room + r, room + few + r, out, next[r], next[few + r], next + 2 * few + size_t(r) * padded,
-                          padded);
-                }
-                finish(h / op.kv_heads, h % op.kv_heads, r / group, r % group, out, room[few + r]);
-            }
-        return;
+    auto merge_row = [&](const Part &sum, const Part &next, int r) {
+        merge(sum.most + r, sum.total + r, sum.out + size_t(r) * padded, next.most[r], next.total[r],
+              next.out + size_t(r) * padded, padded);
+    };
+    auto rows_of = [&](const Task &task) { return size_t(task.t1 - task.t0) * group; };
+    auto chunk_at = [&](const Task &task, int64_t c) {
+        size_t rows = rows_of(task);
+        return part_at(&shared.parts[task.room + rows * (padded + 2) * c], rows);
+    };
+    int chunks = int(shared.chunks.size()), whole = int(shared.whole.size()), most = shared.most_rows;
+#pragma omp for schedule(static) nowait
+    for (int i = 0; i < chunks; i++) {
+        auto [t, c] = shared.chunks[i];
+        const Task &task = shared.split[t];
+        attend_part<T>(op, run, task, (task.from + c) * KEYS, chunk_at(task, c));
     }
-    int tiles = (run.tokens + QUERIES - 1) / QUERIES;
 #pragma omp for schedule(dynamic)
-    for (int task = heads * tiles - 1; task >= 0; task--) { // later queries see more: the long tasks come first
-        int tile = task / heads, h = task % heads, t0 = tile * QUERIES, t1 = std::min(t0 + QUERIES, run.tokens);
-        size_t many = size_t(t1 - t0) * group, room = many * (padded + 2);
+    for (int i = 0; i < whole; i++) {
+        const Task &task = shared.whole[i];
+        size_t rows = rows_of(task), room = rows * (padded + 2);
         resize(tile_room, 2 * room);
-        float *sum = tile_room.data(), *next = sum + room;
-        Part part{next, next + many, next + 2 * many};
-        int64_t c = lowest(t0) / KEYS, last = (run.past + t1 - 1) / KEYS;
-        std::fill(sum, sum + many, -INFINITY);
-        for (; c <= last; c++) {
-            attend_part<T>(op, run, h / op.kv_heads, h % op.kv_heads, t0, t1, c * KEYS, part);
-            for (size_t r = 0; r < many; r++)
-                merge(sum + r, sum + many + r, sum + 2 * many + r * padded, part.most[r], part.total[r],
-                      part.out + r * padded, padded);
+        Part sum = part_at(tile_room.data(), rows), next = part_at(tile_room.data() + room, rows);
+        std::fill(sum.most, sum.most + rows, -INFINITY);
+        for (int64_t c = 0; c < task.chunks; c++) {
+            attend_part<T>(op, run, task, (task.from + c) * KEYS, next);
+            for (size_t r = 0; r < rows; r++) merge_row(sum, next, r);
         }
-        for (size_t r = 0; r < many; r++)
-            finish(h / op.kv_heads, h % op.kv_heads, t0 + r / group, r % group, sum + 2 * many + r * padded,
-                   sum[many + r]);
+        for (size_t r = 0; r < rows; r++) finish(task, sum, r);
+    }
+    int rows = int(shared.split.size()) * most;
+#pragma omp for schedule(static)
+    for (int i = 0; i < rows; i++) {
+        const Task &task = shared.split[i / most];
+        int r = i % most;
+        if (r >= int(rows_of(task))) continue;
+        Part sum = chunk_at(task, 0);
+        for (int64_t c = 1; c < task.chunks; c++) merge_row(sum, chunk_at(task, c), r);
+        finish(task, sum, r);
     }
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from kvgen.kernels.build import library
 from kvgen.kernels.packed import Packed
 from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
 from kvgen.model.cache import KVCache
-from kvgen.model.cached import CachedModel
+from kvgen.model.cached import CachedModel, Span, positions_of
 from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import RotaryTables
@@ -29,8 +31,17 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("key_batch", "key_head", "value_batch", "value_head", "first", "window")),
+        *((name, ctypes.c_int64) for name in ("key_head", "value_head", "first", "window")),
         ("stored", ctypes.c_int32),
+    )
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("past", ctypes.c_int64),
+        ("row", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
     )
 
 
@@ -43,14 +54,21 @@ class _Run(ctypes.Structure):
         ("ops", ctypes.POINTER(Op)),
         ("slots", ctypes.POINTER(ctypes.c_void_p)),
         ("widths", ctypes.POINTER(ctypes.c_int32)),
-        ("layers", ctypes.POINTER(_Layer)),
+        ("sequences", ctypes.POINTER(_Sequence)),
         ("tables", ctypes.POINTER(_Table)),
         ("slopes", ctypes.c_void_p),
-        ("past", ctypes.c_int64),
         ("count", ctypes.c_int32),
-        ("batch", ctypes.c_int32),
-        ("tokens", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("sequence_count", ctypes.c_int32),
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Buffers of a cache, and for each of its batch rows where they are."""
+
+    rooms: Sequence[Room]
+    rows: Sequence[ctypes.Array[_Layer]]
 
 
 class FusedDecoder(CachedModel):
@@ -66,8 +84,7 @@ class FusedDecoder(CachedModel):
         self._library = library()
         self._slopes = torch.tensor(config.alibi) if config.alibi else None
         self._windows = [layer.window for layer in config.layers]
-        self._rooms: Sequence[Room] = ()
-        self._layers = (_Layer * len(config.layers))()
+        self._places: WeakKeyDictionary[KVCache, _Place] = WeakKeyDictionary()
         body, head = Programmer(config, weights), Programmer(config, weights)
         for i in range(len(config.layers)):
             body.block(i)
@@ -78,27 +95,26 @@ class FusedDecoder(CachedModel):
         self._slots = (ctypes.c_void_p * len(Slot))()
         self._scratch = torch.empty(0)
 
-    def extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
-        batch, count = new.shape
-        x = self.embed(new, start)  # (B, T, dim), which the run overwrites
-        tables = [  # they must outlive the run
-            table.contiguous()
-            for rotary, make_tables in zip(self.config.rotaries, self.rotaries, strict=True)
-            for table in make_tables(start, count, rotary.is_long(cache.length + count))
-        ]
-        with _RUNNING:
-            self._place(cache.reserve(self._shape_of_new(batch, count), self._windows))
-            pairs = zip(tables[::2], tables[1::2], strict=True)
-            rotations = [_Table(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in pairs]
-            self._run(self._body, x, None, past=cache.length, tables=rotations)
-        cache.advance(new)
+    def extend(self, spans: Sequence[Span]) -> Tensor:
+        positions = positions_of(spans)
+        x = self.embed(spans, positions)  # (rows, dim), which the run overwrites
+        tables = self.rotations(spans, positions)  # they must outlive the run
+        rotations = [_Table(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in tables]
+        sequences: list[_Sequence] = []
+        row = 0
+        for span in spans:
+            for layers in self._place(span):
+                sequences.append(_Sequence(layers, span.cache.length, row, span.new.shape[1]))
+                row += span.new.shape[1]
+        self._run(self._body, x, None, sequences, rotations)
+        for span in spans:
+            span.cache.advance(span.new)
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
-        logits = torch.empty(*hidden.shape[:2], self.config.vocab_size)
-        with _RUNNING:
-            self._run(self._head, hidden, logits)
+        logits = torch.empty(len(hidden), self.config.vocab_size)
+        self._run(self._head, hidden, logits)
         return logits
 
     def token_rows(self, ids: Tensor) -> Tensor:
@@ -106,10 +122,10 @@ class FusedDecoder(CachedModel):
         assert isinstance(table, Packed)
         return table.rows(ids)
 
-    def position_rows(self, start: int, end: int) -> Tensor:
+    def position_rows(self, positions: Tensor) -> Tensor:
         table = self.weights["position_embd.weight"]
         assert isinstance(table, Tensor)
-        return table[start:end]
+        return table[positions]
 
     def unfused(self, dtype: torch.dtype) -> Decoder:
         """The same decoder in torch's own operations, its weights unpacked to `dtype`: a copy."""
@@ -122,48 +138,52 @@ class FusedDecoder(CachedModel):
         decoder.load_state_dict(state, strict=True, assign=True)
         return decoder.requires_grad_(False).to(dtype)
 
-    def _shape_of_new(self, batch: int, count: int) -> Tensor:
-        """A tensor as one layer adds it to the cache, (B, H_kv, T, D); it takes no memory."""
-        return torch.empty(1).expand(batch, self.config.kv_heads, count, self.config.head_dim)
+    def _place(self, span: Span) -> Sequence[ctypes.Array[_Layer]]:
+        """Where keys and values of each layer go, for each batch row of a span."""
+        batch, count = span.new.shape
+        # A tensor as one layer adds it to the cache, (B, H_kv, T, D); it takes no memory.
+        new = torch.empty(1).expand(batch, self.config.kv_heads, count, self.config.head_dim)
+        rooms = span.cache.reserve(new, self._windows)
+        place = self._places.get(span.cache)
+        if place is None or place.rooms is not rooms:
+            place = self._places[span.cache] = _Place(rooms, [self._layers(rooms, row) for row in range(batch)])
+        return place.rows
 
-    def _place(self, rooms: Sequence[Room]) -> None:
-        """Tell the kernels where keys and values of each layer go."""
-        if rooms is self._rooms:
-            return
-        for layer, room, window in zip(self._layers, rooms, self._windows, strict=True):
-            layer.keys, layer.values = room.keys.data_ptr(), room.values.data_ptr()
-            layer.key_batch, layer.key_head = room.keys.stride()[:2]
-            layer.value_batch, layer.value_head = room.values.stride()[:2]
+    def _layers(self, rooms: Sequence[Room], row: int) -> ctypes.Array[_Layer]:
+        layers = (_Layer * len(rooms))()
+        for layer, room, window in zip(layers, rooms, self._windows, strict=True):
+            layer.keys, layer.values = room.keys[row].data_ptr(), room.values[row].data_ptr()
+            layer.key_head, layer.value_head = room.keys.stride(1), room.values.stride(1)
             layer.first, layer.window, layer.stored = room.first, window or 0, _STORED[room.keys.dtype]
-        self._rooms = rooms
+        return layers
 
     def _run(
         self,
         ops: ctypes.Array[Op],
         x: Tensor,
         logits: Tensor | None,
-        past: int = 0,
+        sequences: Sequence[_Sequence] = (),
         tables: Sequence[_Table] = (),
     ) -> None:
-        rows = x.shape[0] * x.shape[1]
+        rows = len(x)
         needed = rows * sum(self._widths[Slot.NORMED : Slot.LOGITS])
-        if not needed <= self._scratch.numel() <= 4 * needed:  # what a long prompt took is not kept for short steps
-            self._scratch = torch.empty(needed)
-        self._slots[Slot.X], at = x.data_ptr(), self._scratch.data_ptr()
-        for slot in range(Slot.NORMED, Slot.LOGITS):
-            self._slots[slot] = at
-            at += rows * self._widths[slot] * 4
-        self._slots[Slot.LOGITS] = None if logits is None else logits.data_ptr()
-        run = _Run(
-            ops=ops,
-            slots=self._slots,
-            widths=self._widths,
-            layers=self._layers,
-            tables=(_Table * len(tables))(*tables),
-            slopes=None if self._slopes is None else self._slopes.data_ptr(),
-            past=past,
-            count=len(ops),
-            batch=x.shape[0],
-            tokens=x.shape[1],
-        )
-        self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())
+        with _RUNNING:
+            if not needed <= self._scratch.numel() <= 4 * needed:  # what a long prompt took is not kept for short steps
+                self._scratch = torch.empty(needed)
+            self._slots[Slot.X], at = x.data_ptr(), self._scratch.data_ptr()
+            for slot in range(Slot.NORMED, Slot.LOGITS):
+                self._slots[slot] = at
+                at += rows * self._widths[slot] * 4
+            self._slots[Slot.LOGITS] = None if logits is None else logits.data_ptr()
+            run = _Run(
+                ops=ops,
+                slots=self._slots,
+                widths=self._widths,
+                sequences=(_Sequence * len(sequences))(*sequences),
+                tables=(_Table * len(tables))(*tables),
+                slopes=None if self._slopes is None else self._slopes.data_ptr(),
+                count=len(ops),
+                rows=rows,
+                sequence_count=len(sequences),
+            )
+            self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())

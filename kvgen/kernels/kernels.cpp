@@ -21,7 +21,7 @@ namespace {
 
 // Norms over runs of `width` numbers; mode 0 is RMS, 1 layer, 2 the unit vector
 void norm(const Op &op, const Run &run) {
-    int width = op.width, runs = run.batch * run.tokens * (run.widths[op.src] / width);
+    int width = op.width, runs = run.rows * (run.widths[op.src] / width);
 #pragma omp for schedule(static)
     for (int r = 0; r < runs; r++) {
         const float *x = run.slots[op.src] + size_t(r) * width;
@@ -53,11 +53,10 @@ void norm(const Op &op, const Run &run) {
 // Rotates pairs (i, i + R / 2) of each head, in place
 void rotate(const Op &op, const Run &run) {
     const Table &table = run.tables[op.mode];
-    int rows = run.batch * run.tokens, half = table.rotated / 2;
+    int half = table.rotated / 2;
 #pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++) {
-        const float *cos = table.cos + size_t(r % run.tokens) * table.rotated;
-        const float *sin = table.sin + size_t(r % run.tokens) * table.rotated;
+    for (int r = 0; r < run.rows; r++) {
+        const float *cos = table.cos + size_t(r) * table.rotated, *sin = table.sin + size_t(r) * table.rotated;
         for (int h = 0; h < op.heads; h++) {
             float *x = run.slots[op.src] + size_t(r) * run.widths[op.src] + h * op.width;
             for (int i = 0; i < half; i++) {
@@ -73,7 +72,7 @@ float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0
 
 // dst = act(src) * other, or act(src); mode 0 is SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU
 void activate(const Op &op, const Run &run) {
-    size_t size = size_t(run.batch) * run.tokens * run.widths[op.src];
+    size_t size = size_t(run.rows) * run.widths[op.src];
     const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
     float *y = run.slots[op.dst];
     int blocks = int((size + 255) / 256);
@@ -98,7 +97,7 @@ void activate(const Op &op, const Run &run) {
 
 // dst += scale * src
 void add(const Op &op, const Run &run) {
-    size_t size = size_t(run.batch) * run.tokens * run.widths[op.src];
+    size_t size = size_t(run.rows) * run.widths[op.src];
     const float *x = run.slots[op.src];
     float *y = run.slots[op.dst];
 #pragma omp for schedule(static)
@@ -111,6 +110,9 @@ extern "C" {
 
 void kvgen_run(const Run *run, int threads) {
     static Shared shared; // one run at a time: the caller holds a lock
+    shared.owners.resize(run->rows);
+    for (int s = 0; s < run->sequence_count; s++)
+        std::fill_n(shared.owners.begin() + run->sequences[s].row, run->sequences[s].tokens, s);
 #pragma omp parallel num_threads(threads)
     for (int i = 0; i < run->count; i++) {
         const Op &op = run->ops[i];
@@ -119,7 +121,7 @@ void kvgen_run(const Run *run, int threads) {
         case LINEAR: linear(op, *run, shared); break;
         case ROTATE: rotate(op, *run); break;
         case ATTEND:
-            switch (run->layers[op.layer].stored) {
+            switch (run->sequences[0].layers[op.layer].stored) {
             case STORED_F32: attend<float>(op, *run, shared); break;
             case STORED_BF16: attend<uint16_t>(op, *run, shared); break;
             default: attend<int8_t>(op, *run, shared);

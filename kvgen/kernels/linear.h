@@ -205,7 +205,7 @@ void linear(const Op &op, const Run &run, Shared &shared) {
     const Weight &w = *op.weight;
     const float *x = run.slots[op.src];
     float *y = run.slots[op.dst];
-    int rows = run.batch * run.tokens, panels = (w.rows + PANEL - 1) / PANEL, width = run.widths[op.dst];
+    int rows = run.rows, panels = (w.rows + PANEL - 1) / PANEL, width = run.widths[op.dst];
     if (w.kind >= INT4 && !(op.flags & SAME_INPUT)) {
         int groups = w.cols / w.group;
 #pragma omp single

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -35,27 +36,32 @@ struct Op {
 
 enum Stored { STORED_F32, STORED_BF16, STORED_INT8 };
 
-struct Layer { // of a cache: (B, H_kv, capacity, row), whose entry 0 is the position `first`
+struct Layer { // of one sequence's cache: (H_kv, capacity, row), whose entry 0 is the position `first`
     char *keys, *values;
-    int64_t key_batch, key_head, value_batch, value_head; // strides, in numbers
-    int64_t first, window;                                // window: positions that a query sees; 0 for all
-    int32_t stored;                                       // what a row is made of
+    int64_t key_head, value_head; // strides, in numbers
+    int64_t first, window;        // window: positions that a query sees; 0 for all
+    int32_t stored;               // what a row is made of
 };
 
-struct Table { // rotary cosines and sines, (T, rotated)
+struct Sequence { // its new positions are the rows [row, row + tokens) of every buffer
+    const Layer *layers;
+    int64_t past; // positions in its cache, before these
+    int32_t row, tokens;
+};
+
+struct Table { // rotary cosines and sines of every row, (rows, rotated)
     const float *cos, *sin;
     int32_t rotated;
 };
 
 struct Run {
     const Op *ops;
-    float *const *slots; // (B * T, width) each
+    float *const *slots; // (rows, width) each
     const int32_t *widths;
-    const Layer *layers;
+    const Sequence *sequences;
     const Table *tables;
     const float *slopes; // of ALiBi, one a head; null for none
-    int64_t past;        // positions in the cache, before these
-    int32_t count, batch, tokens;
+    int32_t count, rows, sequence_count;
 };
 
 template <class T> void resize(std::vector<T> &v, size_t size) {
@@ -65,10 +71,21 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
 thread_local std::vector<float> panel_room, tile_room;
 thread_local std::vector<int32_t> codes_room;
 
+// Attention of the queries [t0, t1) of a sequence, of those that share a key head. Its parts, for each chunk of
+// positions, are at `room` of what threads share.
+struct Task {
+    int32_t sequence, kv_head, t0, t1;
+    int64_t from, chunks;
+    size_t room;
+};
+
 // What threads share during a run.
 struct Shared {
-    std::vector<int32_t> pairs;
+    std::vector<int32_t> pairs, owners; // owners: the sequence of each row
     std::vector<float> scales, sums, parts;
+    std::vector<Task> split, whole; // tasks whose chunks threads divide, and those that one thread does
+    std::vector<std::pair<int32_t, int32_t>> chunks; // of the former: task and chunk
+    int32_t most_rows;                               // of one of the former
 };
 
 } // namespace

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.cache import KVCache
+from kvgen.model.cached import Span
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import L2Norm, Linear, make_norm, rotate
 
 Tables = tuple[Tensor, Tensor]
-"""Rotary cosines and sines of the new positions."""
+"""Rotary cosines and sines of the new positions, (rows, 1, R) each."""
 
 
 class Attention(nn.Module):
@@ -31,24 +33,29 @@ class Attention(nn.Module):
         self.k_norm = _qk_norm(config, "attn.k_norm", config.kv_heads)
         self.norms_all = config.qk_norm is not None and config.qk_norm.over == "all"
 
-    def forward(self, x: Tensor, tables: Tables | None, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """x: the new positions, (B, T, dim). mask: as `attention_mask` makes it. Returns (B, T, dim)."""
-        batch, new, _ = x.shape
+    def forward(
+        self, x: Tensor, tables: Tables | None, spans: Sequence[Span], masks: Sequence[Tensor | None]
+    ) -> Tensor:
+        """x: the new positions of all spans, (rows, dim). masks: one for each span. Returns (rows, dim)."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.norms_all and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.view(batch, new, self.heads, self.head_dim)
-        k = k.view(batch, new, self.kv_heads, self.head_dim)
+        q, k, v = (rows.view(len(x), -1, self.head_dim) for rows in (q, k, v))  # (rows, H, D), (rows, H_kv, D)
         if not self.norms_all and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, H_kv, T, D)
-        v = v.view(batch, new, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        k, v = cache.append(self.layer, k, v, self.window)  # (B, H_kv, S, D)
-        mixed = self._attend(q, k, v, mask)
-        out: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, new, -1))
+        sizes = [span.rows for span in spans]
+        parts = zip(spans, masks, *(rows.split(sizes) for rows in (q, k, v)), strict=True)
+        mixed = [self._attend_span(span, mask, *rows) for span, mask, *rows in parts]
+        out: Tensor = self.output(torch.cat(mixed))
         return out
+
+    def _attend_span(self, span: Span, mask: Tensor | None, *rows: Tensor) -> Tensor:
+        """rows: queries, keys and values of a span, (B * T, H, D) each. Returns (B * T, H * D)."""
+        q, k, v = (part.view(*span.new.shape, *part.shape[1:]).transpose(1, 2) for part in rows)  # (B, H, T, D)
+        k, v = span.cache.append(self.layer, k, v, self.window)  # (B, H_kv, S, D)
+        return self._attend(q, k, v, mask).transpose(1, 2).reshape(span.rows, -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         batch, _, new, _ = q.shape

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,31 +16,53 @@ from kvgen.model.cache import KVCache
 from kvgen.model.config import DecoderConfig
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a pass computes behind one cache: `new`, (B, T) ids, at positions from `start`."""
+
+    new: Tensor
+    cache: KVCache
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows it takes in a pass."""
+        return self.new.numel()
+
+
+def positions_of(spans: Sequence[Span]) -> Tensor:
+    """The position of each row, (rows,) int64."""
+    runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
+    return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
+
+
 class CachedModel(ABC):
     """What makes a forward pass the contract: the cache, and what of a sequence is new. How to compute is left open."""
 
     config: DecoderConfig
+    rotaries: Iterable[Any]
+    """`RotaryTables` of each of the config's rotaries."""
     kv_dtype: torch.dtype | None = None
     """Of cached keys and values; None for that of the computation."""
 
     @abstractmethod
-    def extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
-        """Compute `new`, (B, T), at positions from `start`, behind what is cached, and count them in the cache.
+    def extend(self, spans: Sequence[Span]) -> Tensor:
+        """Compute spans side by side, each behind what its cache holds, and count them there.
 
-        Returns hidden states, (B, T, dim).
+        Returns hidden states, (rows, dim): those of the spans one after the other, of each by batch row and position.
         """
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, (B, T, dim), before scale and cap: (B, T, vocab)."""
+        """Logits of hidden states, (rows, dim), before scale and cap: (rows, vocab)."""
 
     @abstractmethod
     def token_rows(self, ids: Tensor) -> Tensor:
-        """The embeddings of `ids`, (B, T): (B, T, dim), a tensor of its own."""
+        """The embeddings of `ids`, (rows,): (rows, dim), a tensor of its own."""
 
     @abstractmethod
-    def position_rows(self, start: int, end: int) -> Tensor:
-        """The learned embeddings of positions start to end - 1, (T, dim). Asked for only if the config has them."""
+    def position_rows(self, positions: Tensor) -> Tensor:
+        """The learned embeddings of positions, (rows,): (rows, dim). Asked for only if the config has them."""
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
@@ -48,9 +74,21 @@ class CachedModel(ABC):
 
         Raises CacheError for a cache that another model wrote, UsageError for an empty sequence.
         """
-        cache = self._checked(ids, cache)
-        new = cache.match(ids, self._variant(ids.shape[1]), last)
-        return self._logits(self.extend(new, cache, cache.length)[:, -last:]), cache
+        span = self._span(ids, cache, last)
+        return self._logits(self._extend_one(span)[:, -last:]), span.cache
+
+    @torch.inference_mode()
+    def forward_together(
+        self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None]
+    ) -> tuple[Tensor, list[KVCache]]:
+        """`forward` for sequences of any lengths, (1, n) each, in one pass: logits (len(sequences), vocab), caches.
+
+        Each sequence has a cache of its own. Raises as `forward` does, before anything is computed.
+        """
+        spans = [self._span(ids, cache) for ids, cache in zip(sequences, caches, strict=True)]
+        ends = torch.tensor([span.rows for span in spans]).cumsum(0) - 1
+        hidden = self.extend(spans)
+        return self._logits(hidden[ends.to(hidden.device)]), [span.cache for span in spans]
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:
@@ -60,7 +98,7 @@ class CachedModel(ABC):
         """
         cache = self._checked(new, cache)
         cache.reused, cache.computed = cache.length, new.shape[1]
-        return self._logits(self.extend(new, cache, start)[:, -1:]), cache
+        return self._logits(self._extend_one(Span(new, cache, start))[:, -1:]), cache
 
     @torch.inference_mode()
     def all_logits(self, ids: Tensor) -> Tensor:
@@ -71,23 +109,41 @@ class CachedModel(ABC):
         """
         n = ids.shape[1]
         cuts = sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n})
-        passes = [self.extend(ids[:, :cut], self._checked(ids, None), start=0) for cut in cuts]
+        passes = [self._extend_one(Span(ids[:, :cut], self._checked(ids, None), start=0)) for cut in cuts]
         parts = [hidden[:, start:] for start, hidden in zip([0, *cuts], passes, strict=False)]
         return self._logits(torch.cat(parts, dim=1))
 
-    def embed(self, new: Tensor, start: int) -> Tensor:
-        """What the first block reads: (B, T) ids at positions from `start` to (B, T, dim)."""
-        x = self.token_rows(new)
+    def embed(self, spans: Sequence[Span], positions: Tensor) -> Tensor:
+        """What the first block reads, (rows, dim). positions: as `positions_of` gives them."""
+        x = self.token_rows(torch.cat([span.new.flatten() for span in spans]))
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.config.learned_positions:
-            end = start + new.shape[1]
+            end = int(positions.max()) + 1
             if end > self.config.learned_positions:
                 raise UsageError(
                     f"the sequence has {end} positions, but the model has learned {self.config.learned_positions}"
                 )
-            x = x + self.position_rows(start, end)
+            x = x + self.position_rows(positions)
         return x
+
+    def rotations(self, spans: Sequence[Span], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of each row for each of the config's rotaries, (rows, R) each."""
+        tables = []
+        for rotary, make in zip(self.config.rotaries, self.rotaries, strict=True):
+            long = [rotary.is_long(span.cache.length + span.new.shape[1]) for span in spans]
+            rows = [is_long for is_long, span in zip(long, spans, strict=True) for _ in range(span.rows)]
+            tables.append(make(positions, torch.tensor(rows, device=positions.device) if any(long) else None))
+        return tables
+
+    def _span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:
+        """What is new of a whole sequence."""
+        cache = self._checked(ids, cache)
+        return Span(cache.match(ids, self._variant(ids.shape[1]), last), cache, cache.length)
+
+    def _extend_one(self, span: Span) -> Tensor:
+        """Hidden states of one span, (B, T, dim)."""
+        return self.extend([span]).view(*span.new.shape, -1)
 
     def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
         if ids.shape[1] == 0:
@@ -103,7 +159,8 @@ class CachedModel(ABC):
         return sum(rotary.is_long(length) for rotary in self.config.rotaries)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
+        """Of hidden states, (..., dim): (..., vocab)."""
+        logits = self.head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale

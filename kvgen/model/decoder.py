@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.attention import Attention, Tables, attention_mask
-from kvgen.model.cache import KVCache
-from kvgen.model.cached import CachedModel
+from kvgen.model.cached import CachedModel, Span, positions_of
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import MLP, Embedding, Linear, RotaryTables, make_norm
 
@@ -25,9 +26,11 @@ class Block(nn.Module):
         self.ffn = MLP(config)
         self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
 
-    def forward(self, x: Tensor, tables: Tables | None, mask: Tensor | None, cache: KVCache) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: Tables | None, spans: Sequence[Span], masks: Sequence[Tensor | None]
+    ) -> Tensor:
         normed = _apply(self.attn_norm, x)
-        mixed = _apply(self.post_attention_norm, self.attn(normed, tables, mask, cache))
+        mixed = _apply(self.post_attention_norm, self.attn(normed, tables, spans, masks))
         if self.parallel:
             read = normed if self.ffn_norm is None else self.ffn_norm(x)
             return x + self._scaled(mixed + _apply(self.post_ffw_norm, self.ffn(read)))
@@ -55,25 +58,32 @@ class Decoder(CachedModel, nn.Module):
         )
         self.eval()
 
-    def extend(self, new: Tensor, cache: KVCache, start: int) -> Tensor:
-        config, past, count = self.config, cache.length, new.shape[1]
-        x = self.embed(new, start)  # (B, T, dim)
+    def extend(self, spans: Sequence[Span]) -> Tensor:
+        config, positions = self.config, positions_of(spans)
+        x = self.embed(spans, positions)  # (rows, dim)
         tables: dict[object, Tables | None] = {None: None}
-        for rotary, make_tables in zip(config.rotaries, self.rotaries, strict=True):
-            cos, sin = make_tables(start, count, rotary.is_long(past + count))
-            tables[rotary] = (cos.to(x.dtype), sin.to(x.dtype))
-        masks = {w: attention_mask(config, w, count, past, x.device, x.dtype) for w in config.windows}
+        for rotary, (cos, sin) in zip(config.rotaries, self.rotations(spans, positions), strict=True):
+            tables[rotary] = (cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
+        masks = {
+            window: [
+                attention_mask(config, window, span.new.shape[1], span.cache.length, x.device, x.dtype)
+                for span in spans
+            ]
+            for window in config.windows
+        }
         for layer, block in zip(config.layers, self.blk, strict=True):
-            x = block(x, tables[layer.rotary], masks[layer.window], cache)
-        cache.advance(new)
+            x = block(x, tables[layer.rotary], spans, masks[layer.window])
+        for span in spans:
+            span.cache.advance(span.new)
         return x
 
     def token_rows(self, ids: Tensor) -> Tensor:
         rows: Tensor = self.token_embd(ids)
         return rows
 
-    def position_rows(self, start: int, end: int) -> Tensor:
-        return self.position_embd.weight[start:end]
+    def position_rows(self, positions: Tensor) -> Tensor:
+        rows: Tensor = self.position_embd(positions)
+        return rows
 
     def head(self, hidden: Tensor) -> Tensor:
         normed = self.output_norm(hidden)

@@ -114,7 +114,7 @@ class MLP(nn.Module):
 
 
 class RotaryTables(nn.Module):
-    """Cosines and sines of a run of positions, for `rotate`."""
+    """Cosines and sines of positions, for `rotate`."""
 
     frequencies: Tensor
     long_frequencies: Tensor
@@ -138,21 +138,23 @@ class RotaryTables(nn.Module):
             self.frequencies, self.long_frequencies = (tensor.to(device) for tensor in before)
         return self
 
-    def forward(self, start: int, count: int, long: bool = False) -> tuple[Tensor, Tensor]:
-        """Tables for positions start to start + count - 1: two (count, 2 * pairs) tensors of the frequencies' dtype.
+    def forward(self, positions: Tensor, long: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tables for positions, (rows,) int64: two (rows, 2 * pairs) tensors of the frequencies' dtype.
 
-        long: whether they belong to a sequence that is longer than the rotation's short length.
+        long: (rows,) bool, whether a row belongs to a sequence that is longer than the rotation's short length; None
+        if none does.
         """
-        frequencies = self.long_frequencies if long else self.frequencies
-        positions = torch.arange(start, start + count, device=frequencies.device, dtype=frequencies.dtype)
-        angles = torch.outer(positions, frequencies)  # (T, pairs)
-        angles = torch.cat((angles, angles), dim=-1)  # (T, 2 * pairs)
+        frequencies = self.frequencies
+        if long is not None:
+            frequencies = torch.where(long[:, None], self.long_frequencies, frequencies)
+        angles = positions[:, None].to(frequencies.dtype) * frequencies  # (rows, pairs)
+        angles = torch.cat((angles, angles), dim=-1)  # (rows, 2 * pairs)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + R / 2) of the first R dimensions of the heads in x, (B, H, T, D), by the angles of
-    their positions. cos, sin: (T, R)."""
+    """Rotate each pair (i, i + R / 2) of the first R dimensions of the heads in x, (rows, H, D), by the angles of
+    their positions. cos, sin: (rows, 1, R)."""
     rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
         return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)

@@ -41,13 +41,10 @@ void write_row(int8_t *row, const float *from, int dims) { // the largest is 127
     std::memcpy(row + dims, &scale, sizeof scale);
 }
 
-// KEYS positions of a head, `dims` numbers each, in rows from `keys` and `values`; of them only [low, end) are there,
-// and the others count as zeros.
+// KEYS positions of a head, `dims` numbers each, in rows from `keys` and `values`, of which [low, end) are there.
 template <class T> struct Chunk {
     const T *keys, *values;
     int dims, row, low, end;
-
-    bool whole() const { return low <= 0 && end >= KEYS; }
 
     // 16 numbers of a row from dimension d, zeros behind its end
     f32x16 part(const T *at, int d) const {
@@ -59,10 +56,11 @@ template <class T> struct Chunk {
         return v;
     }
 
-    // Turned into a panel for each 32 keys, [D][32]
+    // Turned into a panel for each 32 keys, [D][32]; sixteen of which none is there are left out
     void turn_keys(float *to) const {
-        const T *key = keys, *value = values;
-        for (int j = 0; j < KEYS; j += 16, key += 16 * row, value += 16 * row)
+        for (int j = low / 16 * 16; j < end; j += 16) {
+            const T *key = keys + j * row, *value = values + j * row;
+            bool whole = j >= low && j + 16 <= end;
             for (int d = 0; d < dims; d += 16) {
                 f32x16 m[16];
                 for (int i = 0; i < 16; i++) {
@@ -70,24 +68,23 @@ template <class T> struct Chunk {
                         __builtin_prefetch(key + (KEYS + i) * row + d);
                         __builtin_prefetch(value + (KEYS + i) * row + d);
                     }
-                    m[i] = whole() || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
+                    m[i] = whole || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
                 }
                 transpose(m);
                 float *panel = to + (j / PANEL * dims + d) * PANEL + j % PANEL;
                 for (int i = 0; i < 16 && d + i < dims; i++) store(panel + i * PANEL, m[i]);
             }
+        }
     }
 
     // (KEYS, stride), whose rows are whole panels: the cache itself if it can be, else a copy in `room`
     const float *rows_of_values(float *room, int *stride) const {
         *stride = dims;
-        if (std::is_same<T, float>::value && dims % PANEL == 0 && whole()) return (const float *)values;
+        if (std::is_same<T, float>::value && dims % PANEL == 0) return (const float *)values;
         *stride = (dims + PANEL - 1) / PANEL * PANEL;
-        for (int j = 0; j < KEYS; j++)
-            for (int d = 0; d < *stride; d += 16) {
-                bool there = j >= low && j < end && d < dims;
-                store(room + j * *stride + d, there ? part(values + j * row, d) : f32x16{});
-            }
+        for (int j = low; j < end; j++)
+            for (int d = 0; d < *stride; d += 16)
+                store(room + j * *stride + d, d < dims ? part(values + j * row, d) : f32x16{});
         return room;
     }
 };
@@ -129,7 +126,7 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
     int64_t entry = (start - layer.first) * row;
     Chunk<T> chunk{(const T *)layer.keys + kv_head * layer.key_head + entry,
                    (const T *)layer.values + kv_head * layer.value_head + entry, dims, row,
-                   int(std::max<int64_t>(low - start, 0)),
+                   int(std::clamp<int64_t>(low - start, 0, KEYS)),
                    int(std::min<int64_t>(sequence.past + sequence.tokens - start, KEYS))};
     chunk.turn_keys(keys);
     int stride;
@@ -140,7 +137,7 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
         const float *x[TILE];
         float *y[TILE];
         for (int i = 0; i < n; i++) x[i] = queries + size_t((r + i) / shared) * width + (r + i) % shared * dims;
-        for (int half = 0; half < KEYS / PANEL; half++) {
+        for (int half = chunk.low / PANEL; half * PANEL < chunk.end; half++) {
             for (int i = 0; i < n; i++) y[i] = scores + (r + i) * KEYS + half * PANEL;
             multiply_rows(n, x, keys + half * dims * PANEL, PANEL, dims, y);
         }
@@ -151,7 +148,7 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
         int64_t first = layer.window ? std::max<int64_t>(0, here - layer.window + 1) : 0;
         float slope = run.slopes ? run.slopes[kv_head * shared + r % shared] : 0;
         f32x16 most = splat(-INFINITY), total{};
-        for (int j = 0; j < KEYS; j += 16) {
+        for (int j = chunk.low / 16 * 16; j < chunk.end; j += 16) {
             f32x16 s = load<f32x16>(score + j) * op.scale;
             if (op.softcap > 0)
                 for (int i = 0; i < 16; i++) s[i] = op.softcap * std::tanh(s[i] / op.softcap);
@@ -165,7 +162,7 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
         }
         float peak = largest(most);
         part.most[r] = peak;
-        for (int j = 0; j < KEYS; j += 16) {
+        for (int j = chunk.low / 16 * 16; j < chunk.end; j += 16) {
             f32x16 p = peak == -INFINITY ? f32x16{} : exp_of(load<f32x16>(score + j) - peak);
             store(score + j, p);
             total += p;
@@ -176,10 +173,10 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
         int n = std::min(TILE, rows - r);
         const float *x[TILE];
         float *y[TILE];
-        for (int i = 0; i < n; i++) x[i] = scores + (r + i) * KEYS;
+        for (int i = 0; i < n; i++) x[i] = scores + (r + i) * KEYS + chunk.low;
         for (int d = 0; d < padded; d += PANEL) {
             for (int i = 0; i < n; i++) y[i] = part.out + size_t(r + i) * padded + d;
-            multiply_rows(n, x, values + d, stride, KEYS, y);
+            multiply_rows(n, x, values + chunk.low * stride + d, stride, chunk.end - chunk.low, y);
         }
     }
 }

@@ -59,6 +59,7 @@ void rotate(const Op &op, const Run &run) {
         const float *cos = table.cos + size_t(r) * table.rotated, *sin = table.sin + size_t(r) * table.rotated;
         for (int h = 0; h < op.heads; h++) {
             float *x = run.slots[op.src] + size_t(r) * run.widths[op.src] + h * op.width;
+#pragma omp simd
             for (int i = 0; i < half; i++) {
                 float a = x[i], b = x[i + half];
                 x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i + half] + a * sin[i + half];

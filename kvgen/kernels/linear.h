@@ -55,12 +55,6 @@ template <int PAIRS> struct Codes8 { // [group][pair][row][2]
         return (i32x16)widen(bytes);
     }
 };
-template <int PAIRS> struct Codes16 { // [group][pair][row], unpacked
-    const int32_t *at;
-    i32x16 pair(int g, int p, int half) const {
-        return load<i32x16>(at + (size_t(g) * PAIRS + p) * PANEL + half * 16);
-    }
-};
 
 struct Scales { // [group][row]
     const char *at;
@@ -144,15 +138,6 @@ template <int PAIRS, class C>
 void linear_codes(const Weight &w, C codes, int panel, const Shared &shared, int first, int count, float *out) {
     int groups = w.cols / w.group;
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
-    Codes16<PAIRS> unpacked{nullptr};
-    if (count > 2 * TILE) { // worth unpacking once
-        resize(codes_room, size_t(groups) * PAIRS * PANEL);
-        for (int g = 0; g < groups; g++)
-            for (int p = 0; p < PAIRS; p++)
-                for (int half = 0; half < 2; half++)
-                    store(&codes_room[(size_t(g) * PAIRS + p) * PANEL + half * 16], codes.pair(g, p, half));
-        unpacked.at = codes_room.data();
-    }
     for (int t = 0; t < count; t += TILE) {
         size_t group = size_t(first + t) * groups;
         Rounded x{const_cast<int32_t *>(&shared.pairs[group * PAIRS]), const_cast<float *>(&shared.scales[group]),
@@ -160,8 +145,7 @@ void linear_codes(const Weight &w, C codes, int panel, const Shared &shared, int
         float *rows[TILE];
         int n = std::min(TILE, count - t);
         for (int i = 0; i < n; i++) rows[i] = out + (t + i) * PANEL;
-        if (unpacked.at) multiply_codes_rows<PAIRS>(n, unpacked, scales, mins, groups, x, rows);
-        else multiply_codes_rows<PAIRS>(n, codes, scales, mins, groups, x, rows);
+        multiply_codes_rows<PAIRS>(n, codes, scales, mins, groups, x, rows);
     }
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int PANEL = 32;   // rows of a weight that lie interleaved, two vectors of them
 constexpr int TILE = 6;     // activations that are multiplied at once: what fits into 32 registers
-constexpr int TOKENS = 120; // activations that share an unpacked panel: few enough for a core's cache
+constexpr int TOKENS = 120; // activations that meet a panel in turn: few enough for a core's cache
 constexpr int KEYS = 64;    // cached positions that are looked at together, from a multiple of 64
 constexpr int QUERIES = 32; // tokens whose queries share packed keys
 
@@ -69,7 +69,6 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
 }
 
 thread_local std::vector<float> panel_room, tile_room;
-thread_local std::vector<int32_t> codes_room;
 
 // Attention of the queries [t0, t1) of a sequence, of those that share a key head. Its parts, for each chunk of
 // positions, are at `room` of what threads share.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ class Backend(ABC):
     cannot_cache: why the model cannot use a cache at all; None if it can.
     lossy: why cached logits are expected to differ from uncached ones; None if they are not.
     rewinds: whether a cache may be handed any sequence, not only one that goes on from what it has seen.
+    batches: whether `together` is one pass.
     module: the torch module inside, if there is one.
     engine: what does the arithmetic, for people.
     weight_bytes: what the weights take in memory. step_bytes: how much of them one step reads. None if unknown.
@@ -48,6 +50,7 @@ class Backend(ABC):
     cannot_cache: str | None = None
     lossy: str | None = None
     rewinds: bool = False
+    batches: bool = False
     module: nn.Module | None = None
     engine: str = "torch"
     weight_bytes: int | None = None
@@ -74,6 +77,28 @@ class Backend(ABC):
         call drops those that were wrong.
         """
         raise UnsupportedError(f"the {self.name} backend cannot judge drafts")
+
+    def together(
+        self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
+    ) -> tuple[list[Tensor], list[Any]]:
+        """The contract for sequences of any lengths, (1, n) each and with a cache of its own or None.
+
+        Returns logits after the last positions of each, as many as `counts` says, (count, vocab) each, and the caches.
+        They are those that each sequence gives alone.
+        """
+        logits, written = [], []
+        for ids, cache, count in zip(sequences, caches, counts, strict=True):
+            given, cache = self(ids, cache) if count == 1 else self.speculate(ids, cache, count)
+            logits.append(given[0, -count:])
+            written.append(cache)
+        return logits, written
+
+    def cache_for(self, ids: Tensor, capacity: int, donors: Sequence[Any]) -> Any:
+        """A cache to decode `ids` with, (1, n), which takes over what it can of one of the donors; None for a new one.
+
+        capacity: positions to have room for. Where `batches` is true, donors are in use and stay as they are.
+        """
+        return donors[-1] if self.rewinds and donors else None
 
     def by_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The whole sequence, handed in the way that someone does who has not read the manual."""

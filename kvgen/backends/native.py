@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class NativeBackend(Backend):
 
     name = "native"
     rewinds = True
+    batches = True
 
     def __init__(self, decoder: Decoder | FusedDecoder, engine: str = "torch", numerics: str = "") -> None:
         self.decoder, self.engine, self.numerics = decoder, engine, numerics
@@ -76,6 +78,15 @@ class NativeBackend(Backend):
 
     def speculate(self, ids: Tensor, cache: KVCache | None, count: int) -> tuple[Tensor, KVCache]:
         return self.decoder.forward(ids, cache, last=count)
+
+    def together(
+        self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
+    ) -> tuple[list[Tensor], list[Any]]:
+        logits, written = self.decoder.forward_together(sequences, caches, counts)
+        return logits, list(written)
+
+    def cache_for(self, ids: Tensor, capacity: int, donors: Sequence[Any]) -> KVCache:
+        return self.decoder.cache_for(ids, capacity, donors)
 
     def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
         """With the guard switched off, what a cache does that does not know its text: positions restart at 0."""

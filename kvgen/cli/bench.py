@@ -15,7 +15,8 @@ from typer import Option
 from kvgen.cli import options
 from kvgen.cli.chart import log_chart
 from kvgen.cli.escape import escape_controls
-from kvgen.cli.model import ModelOptions, takes_model_options
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
 from kvgen.cli.render import count_progress, terminal, write_json, write_page
 from kvgen.errors import UsageError
 
@@ -27,7 +28,7 @@ _WHAT = "What to measure"
 _PIPE_WIDTH = 100
 
 
-@takes_model_options()
+@takes_groups()
 def bench(
     *,
     prompts: Annotated[

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from kvgen.cli import options
-from kvgen.cli.model import ModelOptions, takes_model_options
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import read_file
 from kvgen.cli.render import terminal, write_json, write_page
 from kvgen.cli.report import print_comparison
@@ -26,7 +27,7 @@ _DEFAULT_PROMPT = "Once upon a time,"
 _TEXT_PROMPT_TOKENS = 8  # of --text that are handed over at once, if it is long enough
 
 
-@takes_model_options(backend="own")
+@takes_groups(backend="own")
 def compare(
     *,
     wrong_pattern: Annotated[

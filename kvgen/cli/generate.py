@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import math
-import random
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
-from kvgen.cli.model import ModelOptions, takes_model_options
-from kvgen.cli.prompts import read_prompts, read_template
+from kvgen.cli.completion import CompletionOptions, PromptOptions
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
+from kvgen.cli.prompts import read_prompts
 from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
-from kvgen.errors import UsageError
-from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Sampling
+from kvgen.errors import KvgenError, UsageError
+from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
-    from kvgen import DraftModel, Loaded, Message, Step, Tokenizer
+    from kvgen import Chunk, Loaded, Step, Tokenizer
+    from kvgen.generation.batch import Batch
+    from kvgen.generation.drafts import Drafter
 
 
-@takes_model_options()
+@takes_groups()
 def generate(
     *,
     prompt: options.Prompt = None,
     prompt_file: options.PromptFile = None,
     lines: options.Lines = False,
-    chat: options.Chat = False,
-    system: options.System = None,
-    chat_template: options.ChatTemplateFile = None,
-    parse_special: options.ParseSpecial = False,
+    reading: PromptOptions,
     source: ModelOptions,
-    max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
-    stop: options.Stop = None,
-    max_context: options.MaxContext = None,
-    keep_first: options.KeepFirst = DEFAULT_KEEP_FIRST,
-    temperature: options.Temperature = Sampling.temperature,
-    top_k: options.TopK = Sampling.top_k,
-    top_p: options.TopP = Sampling.top_p,
-    min_p: options.MinP = Sampling.min_p,
-    typical_p: options.TypicalP = Sampling.typical_p,
-    repetition_penalty: options.RepetitionPenalty = Sampling.repetition_penalty,
-    presence_penalty: options.PresencePenalty = Sampling.presence_penalty,
-    frequency_penalty: options.FrequencyPenalty = Sampling.frequency_penalty,
-    logit_bias: options.LogitBias = None,
-    seed: options.Seed = None,
+    completion: CompletionOptions,
     speculate: options.Speculate = "off",
     draft: options.DraftModel = None,
     prompt_cache: options.PromptCache = None,
@@ -62,10 +50,7 @@ def generate(
 
     With neither --prompt nor --prompt-file, the prompt is read from stdin, unless that is a terminal.
     """
-    if system is not None and not chat:
-        raise UsageError("--system goes with --chat")
-    if chat_template is not None and not chat:
-        raise UsageError("--chat-template goes with --chat")
+    reading.check()
     if draft is not None and speculate != "off":
         raise UsageError("--draft and --speculate do not go together")
     if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
@@ -74,19 +59,7 @@ def generate(
         raise UsageError("--prompt-cache needs the cache, and goes without --verify-cache")
     if logprobs is not None and not json:
         raise UsageError("--logprobs goes with --json")
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=options.parse_logit_bias(logit_bias),
-        seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
-    )
-    template = None if chat_template is None else read_template(chat_template)
+    wanted = completion.request(logprobs)
     prompts = read_prompts(prompt, prompt_file, lines=lines)
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:
@@ -94,54 +67,63 @@ def generate(
     started = time.perf_counter()
     loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
-    if template is not None:
-        loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
+    loaded = reading.prepared(loaded)
     if not no_cache:
         loaded = _verified(loaded, verify_cache)
 
-    from kvgen import PromptLookup, stream
+    from kvgen.generation.batch import Batch, in_order
 
-    draft_model = None if draft is None else _draft_model(loaded, draft, source, quiet=quiet)
     cache: Any = None
     if prompt_cache is not None:
         from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 
         cache = open_prompt_cache(prompt_cache, loaded)
-    for number, text in enumerate(chain(first, prompts), start=1):
+    drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
+    batch = Batch(loaded, use_cache=not no_cache, cache=cache, make_drafter=drafter)
+    asked: list[tuple[str, Request]] = []
+
+    def requests() -> Iterator[Request]:
+        for text in chain(first, prompts):
+            request = replace(wanted, prompt=reading.encode(loaded.tokenizer, text))
+            asked.append((text, request))
+            yield request
+
+    events = in_order(batch.run(requests()))
+    for number, event in events:
+        text, request = asked[number]
         if lines and not quiet and sys.stderr.isatty():
-            print_note(f"[{number}] {text}")
-        prompt_ids = _encode(loaded.tokenizer, text, chat=chat, system=system, parse_special=parse_special)
-        chunks = stream(
-            loaded,
-            prompt_ids,
-            sampling,
-            max_tokens=max_tokens,
-            stop=stop or (),
-            use_cache=not no_cache,
-            cache=cache,
-            top_logprobs=logprobs,
-            max_context=max_context,
-            keep_first=keep_first,
-            drafter=PromptLookup() if speculate == "lookup" else draft_model,
-        )
+            print_note(f"[{number + 1}] {text}")
         if stats and not quiet:
-            most = len(prompt_ids) + max_tokens
-            print_note(format_cache(loaded.model, min(most, max_context or loaded.model.context_length or most)))
+            print_note(format_cache(loaded.model, request))
         meter = Meter()
+        chunks = _metered(event, events, meter, batch)
         if json:
-            completion = "".join(chunk.text for chunk in meter.watch(chunks))
-            write_json(_as_json(loaded, text, prompt_ids, completion, meter, sampling, logprobs is not None))
+            whole = "".join(chunk.text for chunk in chunks)
+            write_json(_as_json(loaded, text, request, whole, meter))
         else:
             with TextWriter(raw=raw) as writer:
-                for chunk in meter.watch(chunks):
+                for chunk in chunks:
                     writer.write(chunk.text)
-        if prompt_cache is not None and number == 1 and not quiet:
+        if prompt_cache is not None and number == 0 and not quiet:
             print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
-        cache = meter.last.step.cache  # what the next prompt shares with this one is not computed again
         if stats and not quiet:
-            print_note(format_stats(meter, loaded, load_seconds, sampling))
+            print_note(format_stats(meter, loaded, load_seconds, request.sampling))
     if prompt_cache is not None:
-        save_prompt_cache(prompt_cache, cache, loaded)
+        save_prompt_cache(prompt_cache, batch.cache, loaded)
+
+
+def _metered(
+    event: Chunk | KvgenError, more: Iterator[tuple[int, Chunk | KvgenError]], meter: Meter, batch: Batch
+) -> Iterator[Chunk]:
+    """The chunks of one completion, from its first event on."""
+    while True:
+        if isinstance(event, KvgenError):
+            raise event
+        meter.add(event, batch.pass_began)
+        yield event
+        if event.finish_reason:
+            return
+        _, event = next(more)
 
 
 def _verified(loaded: Loaded, every: int | None) -> Loaded:
@@ -158,43 +140,33 @@ def _verified(loaded: Loaded, every: int | None) -> Loaded:
     return replace(loaded, model=model)
 
 
-def _draft_model(loaded: Loaded, draft: str, source: ModelOptions, *, quiet: bool) -> DraftModel:
-    from kvgen import DraftModel
+def _drafter(
+    loaded: Loaded, speculate: str, draft: str | None, source: ModelOptions, *, quiet: bool
+) -> Callable[[], Drafter] | None:
+    """What makes a drafter for each completion, if one is wanted."""
+    from kvgen import DraftModel, PromptLookup
 
+    if draft is None:
+        return PromptLookup if speculate == "lookup" else None
     smaller = ModelOptions(draft, source.tokenizer, source.ids, device=source.device).load(quiet=quiet)
     if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
         raise UsageError(f"--draft {draft}: its vocabulary is not that of {loaded.source}")
-    return DraftModel(smaller.model)
+    return lambda: DraftModel(smaller.model)
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None, parse_special: bool) -> list[int]:
-    if not chat:
-        return tokenizer.encode(prompt, parse_special=parse_special)
-    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}], parse_special=parse_special)
-
-
-def _as_json(
-    loaded: Loaded,
-    prompt: str,
-    ids: list[int],
-    completion: str,
-    meter: Meter,
-    sampling: Sampling,
-    logprobs: bool,
-) -> dict[str, Any]:
+def _as_json(loaded: Loaded, prompt: str, request: Request, completion: str, meter: Meter) -> dict[str, Any]:
     steps = [chunk.step for chunk in meter.chunks]
     value: dict[str, Any] = {
         "prompt": prompt,
         "completion": completion,
         "finish_reason": meter.last.finish_reason,
-        "prompt_ids": ids,
+        "prompt_ids": list(request.prompt),
         "completion_ids": [step.token for step in steps],
-        "seed": sampling.seed,
+        "seed": request.sampling.seed,
         "model": loaded.source,
         **meter.as_json(),
     }
-    if logprobs:
+    if request.top_logprobs is not None:
         value["logprobs"] = [_logprobs_as_json(loaded.tokenizer, step) for step in steps]
     return value
 

@@ -75,7 +75,8 @@ def _open(file: Path) -> BinaryIO:
     if file == _STDIN:
         if sys.stdin is None:
             raise UsageError("stdin is closed: there is no prompt to read")
-        return sys.stdin.buffer
+        # Not sys.stdin's own buffer, whose lock a thread that waits for input would hold when Python ends.
+        return open(sys.stdin.fileno(), "rb", closefd=False)
     try:
         return file.open("rb")
     except OSError as error:

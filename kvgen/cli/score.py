@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from kvgen.cli import options
-from kvgen.cli.model import ModelOptions, takes_model_options
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import read_file, read_prompts
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.surprise import heat_map, legend, table
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _WHAT = "What to score"
 
 
-@takes_model_options()
+@takes_groups()
 def score(
     *,
     text: Annotated[Path | None, Argument(metavar="[FILE]", help="The text; - is stdin.", show_default="stdin")] = None,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling
     from kvgen.contract import Backend
+    from kvgen.generation.settings import Request
 
 
 @dataclass
 class Meter:
-    """Watches a stream of chunks go by.
+    """Watches the chunks of a completion go by.
 
     prefill is the first step, over the prompt; decode the steps after it. Times are in seconds.
     """
@@ -24,14 +25,12 @@ class Meter:
     first: float = 0.0
     ended: float = 0.0
 
-    def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        self.started = time.perf_counter()
-        for chunk in chunks:
-            self.ended = time.perf_counter()
-            if not self.chunks:
-                self.first = self.ended
-            self.chunks.append(chunk)
-            yield chunk
+    def add(self, chunk: Chunk, pass_began: float) -> None:
+        """The next chunk; pass_began: when the pass began that gave it, by `time.perf_counter`."""
+        self.ended = time.perf_counter()
+        if not self.chunks:
+            self.started, self.first = pass_began, self.ended
+        self.chunks.append(chunk)
 
     @property
     def last(self) -> Chunk:
@@ -113,10 +112,12 @@ def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sa
     )
 
 
-def format_cache(model: Backend, positions: int) -> str:
-    """The line of --stats before anything is computed: the memory that the cache may take."""
+def format_cache(model: Backend, request: Request) -> str:
+    """The line of --stats before a completion: the memory that its cache may take."""
     if model.position_bytes is None:
         return "cache: of unknown size"
+    positions = len(request.prompt) + request.max_tokens
+    positions = min(positions, request.max_context or model.context_length or positions)
     most = positions * model.position_bytes / 1e6
     return f"cache: {model.position_bytes / 1e3:.0f} kB a position, at most {most:.0f} MB for {positions} positions"
 

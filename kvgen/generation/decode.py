@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +90,84 @@ def ids_tensor(backend: Backend, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], dtype=torch.int64, device=backend.device)
 
 
+class Decoding:
+    """One sequence on its way: what to hand to the model next, and what becomes of the logits.
+
+    It knows no cache and no other sequence, so that one alone and many side by side are decoded by the same code.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        sampler: Sampler,
+        limits: Limits,
+        *,
+        top_logprobs: int | None = None,
+        drafter: Drafter | None = None,
+        most_drafts: Callable[[int], int] = lambda length: 0,
+    ) -> None:
+        """most_drafts: how many drafts the model can judge behind a sequence of a length. The rest as for `decode`.
+
+        Raises UsageError for a prompt that is empty or fills the context.
+        """
+        _check_prompt(ids.shape[1], limits)
+        self.finished = False
+        self._text, self._prompt_length = _Sequence(ids, limits), ids.shape[1]
+        self._end = ids.shape[1] + limits.max_tokens
+        self._sampler, self._limits, self._top_logprobs = sampler, limits, top_logprobs
+        self._drafter, self._most_drafts = drafter, most_drafts
+        self._drafts: list[int] = []
+
+    def ahead(self) -> Tensor:
+        """The whole sequence for the next pass, drafts at its end: (1, n)."""
+        text = self._text
+        text.forget()
+        if self._drafter is not None:
+            fitting = min(self._end - text.length - 1, text.room, self._most_drafts(text.length - text.forgotten))
+            self._drafts = self._drafter.draft(text.tokens, fitting)
+        return text.ahead(self._drafts)
+
+    @property
+    def count(self) -> int:
+        """Of how many positions at the end of `ahead` the logits are wanted."""
+        return len(self._drafts) + 1
+
+    def take(self, logits: Tensor, cache: Any, reused: int | None) -> Iterator[Step]:
+        """Choose tokens from the pass over what `ahead` gave. logits: (count, vocab). The rest as in `Step`.
+
+        Raises ModelError for logits that are not numbers.
+        """
+        text, drafts = self._text, self._drafts
+        start = text.length
+        for guess, at in zip([*drafts, None], logits, strict=True):
+            length, last = text.length, at.to("cpu", torch.float32)
+            if not last.max().isfinite():
+                raise ModelError(f"the model's logits after {length} positions are not finite numbers")
+            token = self._sampler(last, text.ids[0].cpu(), self._prompt_length)
+            text.append(token)
+            finish = self._finish_reason(token)
+            self.finished = finish is not None
+            logprob, top = (None, ()) if self._top_logprobs is None else _logprobs(last, token, self._top_logprobs)
+            read = length - text.forgotten
+            if length == start:
+                yield Step(token, cache, read, reused, finish, logprob, top, drafted=len(drafts))
+            else:
+                yield Step(token, cache, read, read, finish, logprob, top, guessed=True)
+            if finish:
+                return
+            if token != guess:
+                break
+        if drafts and self._drafter:
+            self._drafter.learn(len(drafts), text.length - start - 1)
+
+    def _finish_reason(self, token: int) -> FinishReason | None:
+        if token in self._limits.eos_ids:
+            return "eos"
+        if self._text.length == self._end:
+            return "length"
+        return "context" if self._text.length == self._limits.end_of_context else None
+
+
 def decode(
     model: Model,
     ids: Tensor,
@@ -113,39 +191,16 @@ def decode(
     Raises UsageError for a prompt that is empty or fills the context, or for drafts and a model that cannot judge
     them, ModelError for logits that are not numbers.
     """
-    text, prompt_length = _Sequence(ids, limits), ids.shape[1]
-    _check_prompt(prompt_length, limits)
-    judge = None if drafter is None else _judge(model, use_cache)
-    end = prompt_length + limits.max_tokens
-    while True:
-        text.forget()
-        start, drafts, forgotten = text.length, [], text.forgotten
-        if judge and drafter:
-            drafts = drafter.draft(text.tokens, min(end - start - 1, text.room, judge.most_drafts(start - forgotten)))
-        if judge and drafts:
-            logits, cache = judge.speculate(text.ahead(drafts), cache, len(drafts) + 1)
+    judge = None if drafter is None else check_judge(model, use_cache)
+    most_drafts = judge.most_drafts if judge else lambda length: 0
+    decoding = Decoding(ids, sampler, limits, top_logprobs=top_logprobs, drafter=drafter, most_drafts=most_drafts)
+    while not decoding.finished:
+        sequence, count = decoding.ahead(), decoding.count
+        if judge and count > 1:
+            logits, cache = judge.speculate(sequence, cache, count)
         else:
-            logits, cache = model(text.ahead(()), cache if use_cache else None)
-        reused = getattr(cache, "reused", None) if use_cache else 0
-        for guess, at in zip([*drafts, None], logits[0, -len(drafts) - 1 :], strict=True):
-            length, last = text.length, at.to("cpu", torch.float32)
-            if not last.max().isfinite():
-                raise ModelError(f"the model's logits after {length} positions are not finite numbers")
-            token = sampler(last, text.ids[0].cpu(), prompt_length)
-            text.append(token)
-            finish = _finish_reason(token, text.length, end, limits)
-            logprob, top = (None, ()) if top_logprobs is None else _logprobs(last, token, top_logprobs)
-            read = length - forgotten
-            if length == start:
-                yield Step(token, cache, read, reused, finish, logprob, top, drafted=len(drafts))
-            else:
-                yield Step(token, cache, read, read, finish, logprob, top, guessed=True)
-            if finish:
-                return
-            if token != guess:
-                break
-        if drafts and drafter:
-            drafter.learn(len(drafts), text.length - start - 1)
+            logits, cache = model(sequence, cache if use_cache else None)
+        yield from decoding.take(logits[0, -count:], cache, getattr(cache, "reused", None) if use_cache else 0)
 
 
 class _Sequence:
@@ -201,8 +256,8 @@ class _Sequence:
             self._buffer[0, self.length : end] = torch.tensor(tokens)
 
 
-def _judge(model: Model, use_cache: bool) -> Backend:
-    """The model, as one that judges drafts."""
+def check_judge(model: Model, use_cache: bool) -> Backend:
+    """The model, as one that judges drafts. Raises UsageError if it is none."""
     if use_cache and isinstance(model, Backend) and model.most_drafts(1):
         return model
     raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
@@ -216,14 +271,6 @@ def _check_prompt(length: int, limits: Limits) -> None:
             f"the prompt has {length} tokens, but the model's context has room for {limits.end_of_context}, "
             "completion included"
         )
-
-
-def _finish_reason(token: int, length: int, end: int, limits: Limits) -> FinishReason | None:
-    if token in limits.eos_ids:
-        return "eos"
-    if length == end:
-        return "length"
-    return "context" if length == limits.end_of_context else None
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvgen.errors import UsageError
@@ -65,3 +65,31 @@ class Sampling:
 
 
 DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one completion.
+
+    prompt: token ids, from `Tokenizer.encode` or `encode_chat`.
+    max_tokens: the most tokens to generate.
+    stop: texts that end the completion; they are not part of it.
+    top_logprobs: how many of the most likely tokens to report with each step, besides the chosen one; None for no
+        log-probabilities.
+    max_context: the most positions to hand to the model, which bounds cache and time: a longer sequence loses its
+        middle, see `Limits`. LOSSY. keep_first: how many tokens at the start stay.
+
+    Raises UsageError for max_tokens below 1.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling = DEFAULT_SAMPLING
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    stop: Sequence[str] = ()
+    top_logprobs: int | None = None
+    max_context: int | None = None
+    keep_first: int = DEFAULT_KEEP_FIRST
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvgen.errors import UsageError
 from kvgen.generation.decode import Limits, decode, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import make_sampler
-from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Sampling
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Request, Sampling
 from kvgen.generation.text import Chunk, to_chunks
 from kvgen.loading import Loaded
 
@@ -48,19 +47,31 @@ def stream(
     is asked for.
     """
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
+    request = Request(ids, sampling, max_tokens, stop, top_logprobs, max_context, keep_first)
+    return complete(loaded, request, use_cache=use_cache, cache=cache, drafter=drafter)
+
+
+def complete(
+    loaded: Loaded, request: Request, *, use_cache: bool = True, cache: Any = None, drafter: Drafter | None = None
+) -> Iterator[Chunk]:
+    """`stream`, of what is asked in a request."""
     steps = decode(
         loaded.model,
-        ids_tensor(loaded.model, ids),
-        make_sampler(sampling),
-        Limits(max_tokens, loaded.tokenizer.eos_ids, loaded.model.context_length, max_context, keep_first),
+        ids_tensor(loaded.model, request.prompt),
+        make_sampler(request.sampling),
+        limits(loaded, request),
         use_cache=use_cache,
         cache=cache,
-        top_logprobs=top_logprobs,
+        top_logprobs=request.top_logprobs,
         drafter=drafter,
     )
-    return to_chunks(steps, loaded.tokenizer, stop)
+    return to_chunks(steps, loaded.tokenizer, request.stop)
+
+
+def limits(loaded: Loaded, request: Request) -> Limits:
+    """When the loop is to end."""
+    eos_ids, context_length = loaded.tokenizer.eos_ids, loaded.model.context_length
+    return Limits(request.max_tokens, eos_ids, context_length, request.max_context, request.keep_first)
 
 
 def generate(loaded: Loaded, prompt: str | Sequence[int], sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> str:

@@ -21,21 +21,34 @@ class Chunk:
     finish_reason: FinishReason | None
 
 
+class Texts:
+    """Turns the steps of one completion into chunks, one for each, until one of the texts in `stop` occurs."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._matcher = StopMatcher(stop)
+
+    def add(self, step: Step) -> Chunk:
+        """The chunk of a step. After one with a finish_reason there are no more."""
+        text = self._detokenizer.add(step.token)
+        if step.finish_reason:
+            text += self._detokenizer.flush()
+        certain = self._matcher.add(text)
+        if self._matcher.stopped:
+            return Chunk(certain, step, "stop")
+        if step.finish_reason:
+            certain += self._matcher.flush()
+        return Chunk(certain, step, step.finish_reason)
+
+
 def to_chunks(steps: Iterable[Step], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[Chunk]:
-    """Turn steps into chunks, one for each, and end at the first of the texts in `stop`."""
-    detokenizer = tokenizer.detokenizer()
-    matcher = StopMatcher(stop)
+    """The chunks of steps, up to the one that ends the completion."""
+    texts = Texts(tokenizer, stop)
     for step in steps:
-        text = detokenizer.add(step.token)
-        if step.finish_reason:
-            text += detokenizer.flush()
-        certain = matcher.add(text)
-        if matcher.stopped:
-            yield Chunk(certain, step, "stop")
+        chunk = texts.add(step)
+        yield chunk
+        if chunk.finish_reason:
             return
-        if step.finish_reason:
-            certain += matcher.flush()
-        yield Chunk(certain, step, step.finish_reason)
 
 
 class StopMatcher:

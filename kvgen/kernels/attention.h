@@ -56,17 +56,18 @@ template <class T> struct Chunk {
         return v;
     }
 
-    // Turned into a panel for each 32 keys, [D][32]; sixteen of which none is there are left out
-    void turn_keys(float *to) const {
+    // Turned into a panel for each 32 keys, [D][32]; sixteen of which none is there are left out. Meanwhile the `next`
+    // chunk is on its way.
+    void turn_keys(float *to, const Chunk &next) const {
         for (int j = low / 16 * 16; j < end; j += 16) {
-            const T *key = keys + j * row, *value = values + j * row;
+            const T *key = keys + j * row;
             bool whole = j >= low && j + 16 <= end;
             for (int d = 0; d < dims; d += 16) {
                 f32x16 m[16];
                 for (int i = 0; i < 16; i++) {
-                    if (d * sizeof(T) % 64 == 0) { // the next chunk is on its way while this one is used
-                        __builtin_prefetch(key + (KEYS + i) * row + d);
-                        __builtin_prefetch(value + (KEYS + i) * row + d);
+                    if (d * sizeof(T) % 64 == 0 && j + i < next.end) {
+                        __builtin_prefetch(next.keys + (j + i) * row + d);
+                        __builtin_prefetch(next.values + (j + i) * row + d);
                     }
                     m[i] = whole || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
                 }
@@ -112,8 +113,24 @@ __attribute__((noinline)) void merge(float *most, float *total, float *out, floa
     *total = *total * a + other_total * b, *most = both;
 }
 
-// Attention of a task's queries to the KEYS positions from `start`. Rows of `part` go by token, then head.
-template <class T> void attend_part(const Op &op, const Run &run, const Task &task, int64_t start, Part part) {
+// The KEYS positions from `start` that a task's queries see.
+template <class T> Chunk<T> chunk_of(const Op &op, const Run &run, const Task &task, int64_t start) {
+    const Sequence &sequence = run.sequences[task.sequence];
+    const Layer &layer = sequence.layers[op.layer];
+    int64_t first = layer.window ? std::max(layer.first, sequence.past + task.t0 - layer.window + 1) : layer.first;
+    int row = row_size((const T *)nullptr, op.width);
+    int64_t at = (start - layer.first) * row;
+    return {(const T *)layer.keys + task.kv_head * layer.key_head + at,
+            (const T *)layer.values + task.kv_head * layer.value_head + at,
+            op.width,
+            row,
+            int(std::clamp<int64_t>(first - start, 0, KEYS)),
+            int(std::min<int64_t>(sequence.past + sequence.tokens - start, KEYS))};
+}
+
+// Attention of a task's queries to a chunk from position `start`. Rows of `part` go by token, then head.
+template <class T>
+void attend_part(const Op &op, const Run &run, const Task &task, int64_t start, const Chunk<T> &next, Part part) {
     const Sequence &sequence = run.sequences[task.sequence];
     const Layer &layer = sequence.layers[op.layer];
     int kv_head = task.kv_head, dims = op.width, shared = op.heads / op.kv_heads, rows = (task.t1 - task.t0) * shared;
@@ -121,14 +138,8 @@ template <class T> void attend_part(const Op &op, const Run &run, const Task &ta
     int padded = (dims + PANEL - 1) / PANEL * PANEL, width = run.widths[op.src];
     resize(panel_room, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
     float *keys = panel_room.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
-    int64_t low = std::max(layer.first, layer.window ? oldest - layer.window + 1 : 0);
-    int row = row_size((const T *)nullptr, dims);
-    int64_t entry = (start - layer.first) * row;
-    Chunk<T> chunk{(const T *)layer.keys + kv_head * layer.key_head + entry,
-                   (const T *)layer.values + kv_head * layer.value_head + entry, dims, row,
-                   int(std::clamp<int64_t>(low - start, 0, KEYS)),
-                   int(std::min<int64_t>(sequence.past + sequence.tokens - start, KEYS))};
-    chunk.turn_keys(keys);
+    Chunk<T> chunk = chunk_of<T>(op, run, task, start);
+    chunk.turn_keys(keys, next);
     int stride;
     const float *values = chunk.rows_of_values(copied, &stride);
     const float *queries = run.slots[op.src] + size_t(sequence.row + task.t0) * width + kv_head * shared * dims;
@@ -249,8 +260,10 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
 #pragma omp for schedule(static) nowait
     for (int i = 0; i < chunks; i++) {
         auto [t, c] = shared.chunks[i];
-        const Task &task = shared.split[t];
-        attend_part<T>(op, run, task, (task.from + c) * KEYS, chunk_at(task, c));
+        auto [next_t, next_c] = shared.chunks[std::min(i + 1, chunks - 1)];
+        const Task &task = shared.split[t], &next = shared.split[next_t];
+        Chunk<T> coming = chunk_of<T>(op, run, next, (next.from + next_c) * KEYS);
+        attend_part(op, run, task, (task.from + c) * KEYS, coming, chunk_at(task, c));
     }
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < whole; i++) {
@@ -260,7 +273,8 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
         Part sum = part_at(tile_room.data(), rows), next = part_at(tile_room.data() + room, rows);
         std::fill(sum.most, sum.most + rows, -INFINITY);
         for (int64_t c = 0; c < task.chunks; c++) {
-            attend_part<T>(op, run, task, (task.from + c) * KEYS, next);
+            Chunk<T> coming = chunk_of<T>(op, run, task, (task.from + std::min(c + 1, task.chunks - 1)) * KEYS);
+            attend_part(op, run, task, (task.from + c) * KEYS, coming, next);
             for (size_t r = 0; r < rows; r++) merge_row(sum, next, r);
         }
         for (size_t r = 0; r < rows; r++) finish(task, sum, r);

@@ -127,10 +127,7 @@ void round_row(const float *x, Kind kind, int group, int groups, Rounded to) {
         i32x16 d = __builtin_convertvector(b * inverse + 12582912.0f - 12582912.0f, i32x16);
         i32x16 packed = (__builtin_shuffle(c, d, low) & 0xffff) | __builtin_shuffle(c, d, high) << 16;
         std::memcpy(to.pairs + g * pairs, &packed, pairs * sizeof(int32_t));
-        c += d;
-        int32_t total = 0;
-        for (int i = 0; i < 16; i++) total += c[i];
-        to.scales[g] = most / 32767, to.sums[g] = float(total) * to.scales[g];
+        to.scales[g] = most / 32767, to.sums[g] = sum(__builtin_convertvector(c + d, f32x16)) * to.scales[g];
     }
 }
 
@@ -184,6 +181,23 @@ void linear_panel(const Weight &w, int panel, const float *x, const Shared &shar
     }
 }
 
+// to = scale * (from + bias), or that added to it, for the `count` outputs from `start`
+void write_panel(const Op &op, const float *from, int start, int count, float *to) {
+    if (count == PANEL) {
+        for (int i = 0; i < PANEL; i += 16) {
+            f32x16 v = load<f32x16>(from + i);
+            if (op.bias) v += load<f32x16>(op.bias + start + i);
+            v *= op.scale;
+            store(to + i, op.flags & ACCUMULATE ? load<f32x16>(to + i) + v : v);
+        }
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        float value = (from[i] + (op.bias ? op.bias[start + i] : 0.0f)) * op.scale;
+        to[i] = op.flags & ACCUMULATE ? to[i] + value : value;
+    }
+}
+
 // dst = scale * (src W^T + bias), or that added to dst
 void linear(const Op &op, const Run &run, Shared &shared) {
     const Weight &w = *op.weight;
@@ -212,14 +226,8 @@ void linear(const Op &op, const Run &run, Shared &shared) {
         for (int panel = 0; panel < panels; panel++) {
             linear_panel(w, panel, x, shared, first, count, tile);
             int start = panel * PANEL, end = std::min(PANEL, w.rows - start);
-            for (int t = 0; t < count; t++) {
-                float *to = y + size_t(first + t) * width + start;
-                const float *from = tile + t * PANEL;
-                for (int i = 0; i < end; i++) {
-                    float value = (from[i] + (op.bias ? op.bias[start + i] : 0.0f)) * op.scale;
-                    to[i] = op.flags & ACCUMULATE ? to[i] + value : value;
-                }
-            }
+            for (int t = 0; t < count; t++)
+                write_panel(op, tile + t * PANEL, start, end, y + size_t(first + t) * width + start);
         }
     }
 #pragma omp barrier

@@ -32,12 +32,13 @@ class KVCache:
 
     owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
     dtype: to store keys and values in, bf16 or int8 with a scale for each position and head; None for their own.
+    capacity: positions to have room for from the start. More can come; then buffers move.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """
 
-    def __init__(self, owner: object | None = None, dtype: torch.dtype | None = None) -> None:
-        self.owner, self.dtype = owner, dtype
+    def __init__(self, owner: object | None = None, dtype: torch.dtype | None = None, capacity: int = 0) -> None:
+        self.owner, self.dtype, self.capacity = owner, dtype, max(capacity, MIN_CAPACITY)
         self.reused = 0
         self.computed = 0
         self._length = 0
@@ -45,6 +46,7 @@ class KVCache:
         self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (B, capacity)
         self._layers: list[FullStore | WindowStore] = []
         self._rooms: tuple[Room, ...] = ()
+        self._end = 0  # how many positions there is room for in _rooms
 
     @property
     def length(self) -> int:
@@ -87,7 +89,7 @@ class KVCache:
             if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
                 raise CacheError(f"a layer has positions {room.first} to {room.end}, not those of {length} tokens")
             layers.append(
-                FullStore(room.keys, room.values)
+                FullStore(room.keys, room.values, self.capacity)
                 if window is None
                 else WindowStore(room.keys, room.values, window, room.first)
             )
@@ -109,7 +111,8 @@ class KVCache:
             self._tokens, self._variant = ids.new_empty(batch, 0), variant
         limit = min(self._length, n - least)
         shared = _common_prefix(self._tokens[:, :limit], ids[:, :limit])
-        self.trim(shared if self._can_trim(shared) else 0)
+        if shared < self._length:
+            self.trim(shared if self._can_trim(shared) else 0)
         self.reused = self._length
         self.computed = n - self._length
         return ids[:, self._length :]
@@ -138,18 +141,21 @@ class KVCache:
         `append`. Returns the same object again as long as no buffer moved.
         """
         count = new.shape[2]
-        if not self._rooms or self._length + count > min(room.end for room in self._rooms):
+        if not self._rooms or self._length + count > self._end:
             stores = [self._store(layer, new, new, window) for layer, window in enumerate(windows)]
             rooms = tuple(store.reserve(self._length, count) for store in stores)
             # A window's buffer that moves does so when the pass is over: its room is for this pass alone.
             self._rooms = () if any(store.moving for store in stores) else rooms
+            self._end = min(room.end for room in rooms)
             return rooms
         return self._rooms
 
     def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> FullStore | WindowStore:
         if layer == len(self._layers):
             keys, values = (encoded(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
-            self._layers.append(FullStore(keys, values) if window is None else WindowStore(keys, values, window))
+            self._layers.append(
+                FullStore(keys, values, self.capacity) if window is None else WindowStore(keys, values, window)
+            )
         return self._layers[layer]
 
     def advance(self, ids: Tensor) -> None:
@@ -158,11 +164,31 @@ class KVCache:
         if self._length == 0:
             self._tokens = ids.new_empty(ids.shape[0], 0)
         if end > self._tokens.shape[1]:
-            self._tokens = grow(self._tokens, max(end, 2 * self._tokens.shape[1], MIN_CAPACITY), self._length, dim=1)
+            self._tokens = grow(self._tokens, max(end, 2 * self._tokens.shape[1], self.capacity), self._length, dim=1)
         self._tokens[:, self._length : end] = ids
         self._length = end
         for layer in self._layers:
             layer.commit()
+
+    def shared(self, ids: Tensor, variant: int = 0) -> int:
+        """How many positions of a sequence, (B, n), `match` would find here."""
+        if variant != self._variant or ids.shape[0] != self._tokens.shape[0]:
+            return 0
+        limit = min(self._length, ids.shape[1] - 1)
+        shared = _common_prefix(self._tokens[:, :limit], ids[:, :limit])
+        return shared if self._can_trim(shared) else 0
+
+    def branch(self, length: int, capacity: int) -> KVCache:
+        """A cache of its own that begins with the first `length` positions of this one, for another text to go on from.
+
+        It has room for `capacity` positions. Raises CacheError where `trim` would.
+        """
+        self._check_trim(length)
+        other = KVCache(self.owner, self.dtype, capacity)
+        if length:
+            other._tokens, other._length, other._variant = self._tokens[:, :length].clone(), length, self._variant
+            other._layers = [layer.branch(length, other.capacity) for layer in self._layers]
+        return other
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions and forget the rest.
@@ -170,10 +196,7 @@ class KVCache:
         Raises CacheError if fewer are cached, or if a layer's window has dropped positions that the next one
         would have to see.
         """
-        if not 0 <= length <= self._length:
-            raise CacheError(f"cannot trim a cache of {self._length} positions to {length}")
-        if not self._can_trim(length):
-            raise CacheError(f"cannot trim to {length} positions: a sliding window has dropped what they need")
+        self._check_trim(length)
         if length == 0:
             self._forget()
         self._length = length
@@ -187,6 +210,12 @@ class KVCache:
     def _forget(self) -> None:
         self._layers.clear()
         self._rooms = ()
+
+    def _check_trim(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise CacheError(f"cannot trim a cache of {self._length} positions to {length}")
+        if not self._can_trim(length):
+            raise CacheError(f"cannot trim to {length} positions: a sliding window has dropped what they need")
 
     def _can_trim(self, length: int) -> bool:
         return length == 0 or all(layer.can_trim(length) for layer in self._layers)

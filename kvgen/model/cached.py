@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -79,16 +79,30 @@ class CachedModel(ABC):
 
     @torch.inference_mode()
     def forward_together(
-        self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None]
-    ) -> tuple[Tensor, list[KVCache]]:
-        """`forward` for sequences of any lengths, (1, n) each, in one pass: logits (len(sequences), vocab), caches.
+        self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None], counts: Sequence[int]
+    ) -> tuple[list[Tensor], list[KVCache]]:
+        """`forward` for sequences of any lengths, (1, n) each and with a cache of its own, in one pass.
 
-        Each sequence has a cache of its own. Raises as `forward` does, before anything is computed.
+        counts: of how many positions at the end of each the logits are wanted. Returns them, (count, vocab) each, and
+        the caches. Raises as `forward` does, before anything is computed.
         """
-        spans = [self._span(ids, cache) for ids, cache in zip(sequences, caches, strict=True)]
-        ends = torch.tensor([span.rows for span in spans]).cumsum(0) - 1
-        hidden = self.extend(spans)
-        return self._logits(hidden[ends.to(hidden.device)]), [span.cache for span in spans]
+        wanted = zip(sequences, caches, counts, strict=True)
+        spans = [self._span(ids, cache, count) for ids, cache, count in wanted]
+        ends = accumulate(span.rows for span in spans)
+        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        logits = self._logits(self.extend(spans)[rows])
+        return list(torch.split(logits, list(counts))), [span.cache for span in spans]
+
+    @torch.inference_mode()
+    def cache_for(self, ids: Tensor, capacity: int, donors: Iterable[KVCache]) -> KVCache:
+        """A new cache for a sequence, (1, n), that takes over as much of it as one of the donors has.
+
+        It has room for `capacity` positions.
+        """
+        variant = self._variant(ids.shape[1])
+        counts = [(donor.shared(ids, variant), donor) for donor in donors]
+        shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
+        return donor.branch(shared, capacity) if donor and shared else KVCache(self, self.kv_dtype, capacity)
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:

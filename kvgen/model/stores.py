@@ -31,14 +31,14 @@ class FullStore:
 
     moving = False
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, least: int = MIN_CAPACITY) -> None:
+        self.keys, self.values, self._least = keys, values, least
 
     def reserve(self, length: int, count: int) -> Room:
         """Room for `count` positions behind the first `length`."""
         end = length + count
         if end > self.keys.shape[2]:
-            capacity = max(end, 2 * self.keys.shape[2], MIN_CAPACITY)
+            capacity = max(end, 2 * self.keys.shape[2], self._least)
             self.keys = grow(self.keys, capacity, length, dim=2)
             self.values = grow(self.values, capacity, length, dim=2)
         return Room(self.keys, self.values, 0)
@@ -46,6 +46,11 @@ class FullStore:
     def held(self, length: int) -> Room:
         """What is here of the first `length` positions."""
         return Room(self.keys[:, :, :length], self.values[:, :, :length], 0)
+
+    def branch(self, length: int, capacity: int) -> FullStore:
+        """A store of its own with the first `length` positions, and room for `capacity`."""
+        keys, values = (grow(stored, max(length, capacity), length, dim=2) for stored in (self.keys, self.values))
+        return FullStore(keys, values, capacity)
 
     def commit(self) -> None:
         """Nothing waits: what is written beyond the length does not count yet."""
@@ -96,6 +101,11 @@ class WindowStore:
         """What is here of the first `length` positions."""
         count = length - self.first
         return Room(self.keys[:, :, :count], self.values[:, :, :count], self.first)
+
+    def branch(self, length: int, capacity: int) -> WindowStore:
+        """A store of its own with what is here of the first `length` positions."""
+        room = self.held(length)
+        return WindowStore(room.keys.clone(), room.values.clone(), self.window, self.first)
 
     def commit(self) -> None:
         """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""

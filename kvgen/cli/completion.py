@@ -1,0 +1,91 @@
+"""The options that say what a completion is to be, and how a prompt becomes token ids."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kvgen.cli import options
+from kvgen.cli.prompts import read_template
+from kvgen.errors import UsageError
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Request, Sampling
+
+if TYPE_CHECKING:
+    from kvgen import Loaded, Message, Tokenizer
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """What every command that completes lets be chosen. Each field is an option; see `kvgen.cli.groups`."""
+
+    max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS
+    stop: options.Stop = None
+    max_context: options.MaxContext = None
+    keep_first: options.KeepFirst = DEFAULT_KEEP_FIRST
+    temperature: options.Temperature = Sampling.temperature
+    top_k: options.TopK = Sampling.top_k
+    top_p: options.TopP = Sampling.top_p
+    min_p: options.MinP = Sampling.min_p
+    typical_p: options.TypicalP = Sampling.typical_p
+    repetition_penalty: options.RepetitionPenalty = Sampling.repetition_penalty
+    presence_penalty: options.PresencePenalty = Sampling.presence_penalty
+    frequency_penalty: options.FrequencyPenalty = Sampling.frequency_penalty
+    logit_bias: options.LogitBias = None
+    seed: options.Seed = None
+
+    def request(self, top_logprobs: int | None = None) -> Request:
+        """A request without a prompt yet. Raises UsageError for a value out of its range."""
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=options.parse_logit_bias(self.logit_bias),
+            seed=random.SystemRandom().randrange(2**31) if self.seed is None else self.seed,
+        )
+        return Request(
+            (), sampling, self.max_tokens, tuple(self.stop or ()), top_logprobs, self.max_context, self.keep_first
+        )
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a prompt is to be read. Each field is an option."""
+
+    chat: options.Chat = False
+    system: options.System = None
+    chat_template: options.ChatTemplateFile = None
+    parse_special: options.ParseSpecial = False
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together or a template that cannot be read."""
+        for name, value in (("--system", self.system), ("--chat-template", self.chat_template)):
+            if value is not None and not self.chat:
+                raise UsageError(f"{name} goes with --chat")
+        _ = self._template
+
+    @cached_property
+    def _template(self) -> str | None:
+        return None if self.chat_template is None else read_template(self.chat_template)
+
+    def prepared(self, loaded: Loaded) -> Loaded:
+        """With the template that was chosen."""
+        from dataclasses import replace
+
+        if self._template is None:
+            return loaded
+        return replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(self._template))
+
+    def encode(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """The ids of a prompt."""
+        if not self.chat:
+            return tokenizer.encode(prompt, parse_special=self.parse_special)
+        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": prompt})
+        return tokenizer.encode_chat(messages, parse_special=self.parse_special)

@@ -47,6 +47,8 @@ ROOMS = [
     "kvgen.generation.verify",
     "kvgen.generation.text",
     "kvgen.generation.stream",
+    "kvgen.generation.batch",
+    "kvgen.pipeline",
     "kvgen.scoring",
     "kvgen.bench",
     "kvgen.compare",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import kvgen
+from kvgen.cli.batch import batch
 from kvgen.cli.bench import bench
 from kvgen.cli.cache import cache
 from kvgen.cli.compare import compare
@@ -57,6 +58,17 @@ app.command(
         'kvgen generate -m ./my-model -p "def fib(n):" --no-cache --stats'
     )
 )(generate)
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        "kvgen batch prompts.jsonl -o completions.jsonl\n\n"
+        "kvgen batch prompts.jsonl -o completions.jsonl --resume\n\n"
+        "cat prompts.jsonl | kvgen batch --temperature 0 --max-tokens 40 | jq -r .completion\n\n"
+        'kvgen batch questions.jsonl --chat --system "Answer in one word." --unordered > answers.jsonl\n\n'
+        "Exit codes: 0 done, 1 a row failed or an error, 2 wrong usage, 130 interrupted."
+    )
+)(batch)
 
 app.command(
     epilog=(

@@ -42,7 +42,8 @@ def compare(
         list[str] | None,
         Option(
             metavar="NAME",
-            help="Add a pattern: last-token, stale-chunk, wrong-offset, left-pad-ignored. Repeatable.",
+            help="Add a pattern: batched, which must be right too; or last-token, stale-chunk, wrong-offset, "
+            "left-pad-ignored. Repeatable.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Request, Sampling
 
 if TYPE_CHECKING:
-    from kvgen import Loaded, Message, Tokenizer
+    from kvgen import Loaded
+    from kvgen.tokenizer.prompt import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ class PromptOptions:
     chat_template: options.ChatTemplateFile = None
     parse_special: options.ParseSpecial = False
 
-    def check(self) -> None:
-        """Raises UsageError for options that do not go together or a template that cannot be read."""
+    def check(self, *, conversations: bool = False) -> None:
+        """Raises UsageError for options that do not go together or a template that cannot be read.
+
+        conversations: whether prompts may be that without --chat.
+        """
         for name, value in (("--system", self.system), ("--chat-template", self.chat_template)):
-            if value is not None and not self.chat:
+            if value is not None and not self.chat and not conversations:
                 raise UsageError(f"{name} goes with --chat")
         _ = self._template
 
@@ -76,16 +80,13 @@ class PromptOptions:
 
     def prepared(self, loaded: Loaded) -> Loaded:
         """With the template that was chosen."""
-        from dataclasses import replace
-
         if self._template is None:
             return loaded
         return replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(self._template))
 
-    def encode(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """The ids of a prompt."""
-        if not self.chat:
-            return tokenizer.encode(prompt, parse_special=self.parse_special)
-        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages.append({"role": "user", "content": prompt})
-        return tokenizer.encode_chat(messages, parse_special=self.parse_special)
+    @property
+    def format(self) -> PromptFormat:
+        """How a prompt becomes token ids."""
+        from kvgen.tokenizer.prompt import PromptFormat
+
+        return PromptFormat(self.chat, self.system, self.parse_special)

@@ -84,7 +84,7 @@ def generate(
 
     def requests() -> Iterator[Request]:
         for text in chain(first, prompts):
-            request = replace(wanted, prompt=reading.encode(loaded.tokenizer, text))
+            request = replace(wanted, prompt=reading.format.encode(loaded.tokenizer, text))
             asked.append((text, request))
             yield request
 

@@ -50,6 +50,18 @@ def read_template(file: Path) -> str:
     return text
 
 
+def open_lines(file: Path | None) -> Iterator[bytes]:
+    """The lines of a file, or of stdin for `-` or None, as they are asked for.
+
+    Raises UsageError if that is a terminal, NotFoundError for a file that cannot be read.
+    """
+    if file in (None, _STDIN):
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no rows: give a FILE, or pipe them in")
+        file = _STDIN
+    return iter(_open(file))
+
+
 def _whole(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:

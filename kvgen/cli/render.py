@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.text import Text
 
 from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
-from kvgen.errors import KvgenError
+from kvgen.errors import KvgenError, UsageError
 
 
 def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
@@ -61,7 +63,8 @@ def write_json(value: Any) -> None:
     """One line of JSON on stdout. On a terminal it is plain ASCII, so nothing in it can steer the terminal."""
     on_terminal = sys.stdout.isatty()
     line = json.dumps(value, ensure_ascii=on_terminal, allow_nan=False)
-    sys.stdout.write((escape_json_delete(line) if on_terminal else line) + "\n")
+    line = escape_json_delete(line) if on_terminal else line.encode(errors="backslashreplace").decode()
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
@@ -78,6 +81,14 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def parse_bytes(text: str) -> int:
+    """`512MB` as a number, in the units of `format_bytes`. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is no size: give a number and a unit, as in 512MB or 2GB")
+    return int(float(match[1]) * 1000 ** ("", "k", "m", "g", "t").index(match[2].lower()))
 
 
 def print_note(text: str, style: str = "dim") -> None:
@@ -134,6 +145,30 @@ def count_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], 
             if done < total:
                 bar.start()
             bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for rows that are done, with their rate. Called with the tokens of each row.
+
+    total: how many rows there are; None if that is not known.
+    """
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    columns = TextColumn("rows"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    started, done, generated = time.perf_counter(), 0, 0
+    with _stopped_at_the_end(Progress(*columns, TimeRemainingColumn(), console=terminal(sys.stderr))) as bar:
+        task = bar.add_task("rows", total=total, rate="")
+        bar.start()
+
+        def show(tokens: int) -> None:
+            nonlocal done, generated
+            done, generated = done + 1, generated + tokens
+            seconds = time.perf_counter() - started
+            bar.update(task, completed=done, rate=f"{done / seconds:.1f} rows/s, {generated / seconds:.0f} tok/s")
 
         yield show
 

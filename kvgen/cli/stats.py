@@ -104,7 +104,7 @@ def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sa
             f"{meter.prompt_tokens} prompt tokens, {len(meter.chunks)} generated ({meter.last.finish_reason})",
             f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
             f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
-            f"positions: {_count(meter.reused)} reused, {_count(meter.computed)} computed",
+            f"positions: {format_count(meter.reused)} reused, {format_count(meter.computed)} computed",
             drafts,
             f"seed {sampling.seed} | {dtype} on {loaded.model.device}, {loaded.model.engine}",
         )
@@ -135,5 +135,5 @@ def _rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f} tok/s"
 
 
-def _count(count: int | None) -> str:
+def format_count(count: int | None) -> str:
     return "unknown" if count is None else str(count)

@@ -153,7 +153,7 @@ def _compare_pattern(case: Case, pattern: Pattern, reference: Free, eos_ids: fro
     # In bf16 noise can hide a fault that is there; in float64 what is not rounding stays.
     sharp = forced.logits if case.twin is None else run_forced(pattern.call(case.twin), case.ids, case.start).logits
     wrong = ratio > LIMIT or case.sharp.noise.ratio(sharp) > LIMIT
-    probes = run_probes(case) if pattern.right else ()
+    probes = run_probes(case) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if backend.lossy else Verdict.DIFFERENT
     first_difference, tokens_verdict = _compare_tokens(reference, free, case.noise, may_tie=right)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvgen.contract import Backend, Model
 
 _PADS = 4
+_RENEWED = 4  # steps after which a sequence beside is begun anew
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,32 @@ def _left_pad_ignored(backend: Backend) -> Model:
     return lambda ids, cache=None: backend(torch.cat((ids.new_zeros(ids.shape[0], _PADS), ids), dim=1), cache)
 
 
+@dataclass
+class _Side:
+    """The caches of a sequence and of those beside it."""
+
+    own: Any
+    others: list[Any]
+    reused: int | None
+    computed: int | None
+
+
+def _batched(backend: Backend) -> Model:
+    """Three sequences stand beside: one shorter, one that goes elsewhere, and one that ends and is begun anew."""
+
+    def call(ids: Tensor, cache: _Side | None = None, /) -> tuple[Tensor, _Side]:
+        length = ids.shape[1]
+        beside = [ids[:, : length // 2 + 1], ids.flip(1), ids[:, length // 3 :]]
+        known = [None] * 3 if cache is None else cache.others
+        if length % _RENEWED == 0:
+            known = [*known[:2], None]
+        given = [None if cache is None else cache.own, *known]
+        logits, (own, *others) = backend.together([ids, *beside], given, [1] * 4)
+        return logits[0][None], _Side(own, others, getattr(own, "reused", None), getattr(own, "computed", None))
+
+    return call
+
+
 UNCACHED = Pattern("uncached", "the whole sequence, no cache", _uncached)
 FULL_SEQUENCE = Pattern("full-sequence", "the whole sequence, and the cache", _full_sequence)
 LAST_TOKEN = Pattern(
@@ -87,6 +114,7 @@ PATTERNS: dict[str, Pattern] = {
         UNCACHED,
         FULL_SEQUENCE,
         LAST_TOKEN,
+        Pattern("batched", "the same, beside three other sequences", _batched),
         Pattern(
             "stale-chunk",
             "the prompt in two parts, by the library's defaults",

@@ -20,12 +20,11 @@ from kvgen.errors import KvgenError, ModelError, UsageError
 from kvgen.generation.decode import Decoding, check_judge, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import make_sampler
-from kvgen.generation.settings import Request
+from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
 from kvgen.generation.stream import limits
 from kvgen.generation.text import Chunk, Texts
 from kvgen.loading import Loaded
 
-DEFAULT_MAX_ROWS = 64
 _MOST_NEW = 512  # positions of prompts in one pass, which bounds its memory and how long other rows wait
 _WORTH_WAITING = 8  # positions that a row waits one pass for, so that another one computes them for it
 _MOST_RESERVED = 4096  # positions that a cache has room for from the start

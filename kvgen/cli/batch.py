@@ -1,0 +1,202 @@
+"""`kvgen batch`: complete many rows of JSONL side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Exit, Option
+
+from kvgen.cli import options
+from kvgen.cli.completion import CompletionOptions, PromptOptions
+from kvgen.cli.errors import EXIT_INTERRUPTED
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
+from kvgen.cli.prompts import open_lines
+from kvgen.cli.render import parse_bytes, print_note, row_progress, write_json
+from kvgen.cli.stats import format_count
+from kvgen.errors import KvgenError, UsageError
+from kvgen.generation.settings import DEFAULT_MAX_ROWS
+
+if TYPE_CHECKING:
+    from kvgen.pipeline.complete import Result
+
+_ROWS = "Rows"
+
+
+@takes_groups()
+def batch(
+    *,
+    rows: Annotated[
+        Path | None, Argument(metavar="FILE", help="The rows, in JSONL; - is stdin.", show_default="stdin")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Option(
+            "--output", "-o", metavar="FILE", help="Where results go.", show_default="stdout", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        Option("--resume", help="Go on with --output: complete the rows that are not in it.", rich_help_panel=_ROWS),
+    ] = False,
+    unordered: Annotated[
+        bool, Option("--unordered", help="Results as they come, not in the order of rows.", rich_help_panel=_ROWS)
+    ] = False,
+    strict: Annotated[
+        bool, Option("--strict", help="Stop at a row that cannot be completed.", rich_help_panel=_ROWS)
+    ] = False,
+    max_batch: Annotated[int, Option(min=1, help="The most rows at a time.", rich_help_panel=_ROWS)] = DEFAULT_MAX_ROWS,
+    max_cache_memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="The most that the caches of all rows may take, as in 2GB.",
+            show_default="half of the machine's",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    reading: PromptOptions,
+    source: ModelOptions,
+    completion: CompletionOptions,
+    prompt_cache: options.PromptCache = None,
+    stats: options.Stats = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Complete many rows side by side: JSONL in, JSONL out, in the order of the rows.
+
+    A row is a string, or an object with "prompt" or "messages", and if it likes with "id", with "metadata" that is
+    passed through, and with settings of its own, such as "max_tokens" or "temperature". It gets the tokens that it
+    gets alone. Without a seed of its own it has --seed plus its index.
+
+    A row that cannot be completed gives a line with an error, and the others go on; the exit code is then 1. Ctrl-C
+    lets the rows that are under way end, a second one stops at once; --resume goes on after either.
+    """
+    reading.check(conversations=True)
+    if resume and output is None:
+        raise UsageError("--resume goes with --output FILE")
+    defaults = completion.request()
+    most_bytes = _half_of_memory() if max_cache_memory is None else parse_bytes(max_cache_memory)
+
+    from kvgen.pipeline.results import InOrder, Lines, ResultsFile, not_done
+    from kvgen.pipeline.rows import read_rows
+
+    lines = open_lines(rows)
+    file = None if output is None else ResultsFile(output, resume=resume)
+    write = file.write if file else write_json if sys.stdout.isatty() else Lines(sys.stdout.fileno()).write
+    done = {} if file is None else file.done
+    wanted = not_done(read_rows(lines), done, output)
+    put = write if unordered else InOrder(write, done)
+    loaded = reading.prepared(source.load(quiet=quiet))
+
+    from kvgen.generation.batch import Batch
+    from kvgen.pipeline.complete import complete_rows
+
+    cache = None
+    if prompt_cache is not None:
+        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+
+        cache = open_prompt_cache(prompt_cache, loaded)
+    engine = Batch(loaded, max_rows=max_batch, max_cache_bytes=most_bytes, cache=cache)
+    with _interruptible(quiet=quiet) as going_on:
+        results = complete_rows(engine, loaded.tokenizer, wanted, defaults, reading.format, going_on)
+        total = None if rows is None else _count_rows(rows, len(done))
+        totals = _write_all(results, put, total, strict=strict, quiet=quiet)
+        interrupted = not going_on()
+    if file is not None:
+        file.close()
+    if stats and not quiet:
+        print_note(str(totals))
+    if prompt_cache is not None:
+        save_prompt_cache(prompt_cache, engine.cache, loaded)
+    if interrupted:
+        raise Exit(EXIT_INTERRUPTED)
+    if totals.failed:
+        raise KvgenError(f"{totals.failed} of {totals.rows} rows could not be completed: their lines have an `error`")
+
+
+def _write_all(
+    results: Iterable[Result], put: Callable[[dict[str, Any]], None], total: int | None, *, strict: bool, quiet: bool
+) -> Totals:
+    """Write results as they come."""
+    totals = Totals()
+    with row_progress(total, quiet=quiet) as show:
+        for result in results:
+            try:
+                put(result.value)
+            except BrokenPipeError:
+                if not quiet:
+                    print_note(f"the reader has left after {totals.rows} rows")
+                raise
+            if result.failed and strict:
+                raise KvgenError(f"row {result.row.id!r}: {result.value['error']}")
+            totals.add(result)
+            show(result.tokens)
+    return totals
+
+
+@dataclass
+class Totals:
+    """What a run did."""
+
+    rows: int = 0
+    failed: int = 0
+    tokens: int = 0
+    reused: int | None = 0
+    computed: int | None = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: Result) -> None:
+        self.rows, self.failed, self.tokens = self.rows + 1, self.failed + result.failed, self.tokens + result.tokens
+        self.reused = None if self.reused is None or result.reused is None else self.reused + result.reused
+        self.computed = None if self.computed is None or result.computed is None else self.computed + result.computed
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.started
+        return (
+            f"{self.rows} rows, {self.failed} of them failed | {self.tokens} tokens in {seconds:.1f} s: "
+            f"{self.rows / seconds:.1f} rows/s, {self.tokens / seconds:.1f} tok/s | "
+            f"positions: {format_count(self.reused)} reused, {format_count(self.computed)} computed"
+        )
+
+
+@contextmanager
+def _interruptible(*, quiet: bool) -> Iterator[Callable[[], bool]]:
+    """Says whether to go on with further rows. One Ctrl-C makes it say no; the next is a KeyboardInterrupt."""
+    interrupted = False
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+        if not quiet and sys.stderr is not None:  # not print_note: a handler may come in the middle of another write
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), b"\nending the rows under way; Ctrl-C again to stop at once\n")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: not interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _count_rows(file: Path, done: int) -> int | None:
+    """How many rows there are to complete; None if reading them to count would lose them."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip()) - done
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,1 @@
+"""Many prompts through one model: rows of JSONL in, a row of JSONL out for each."""

@@ -1,0 +1,120 @@
+"""Where results go: line by line, whole or not at all, so that a run that was killed can be gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kvgen.errors import KvgenError, UsageError
+from kvgen.pipeline.rows import Row
+
+
+class Lines:
+    """Writes values to a file descriptor, a line of JSON each. A line that cannot be written whole is taken back, where
+    the file lets itself be cut.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._can_cut = stat.S_ISREG(os.fstat(file).st_mode)  # not a pipe or a device
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Add a line. Raises OSError."""
+        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        start = os.lseek(self._file, 0, os.SEEK_END) if self._can_cut else 0
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except BaseException:  # an interruption too
+            if self._can_cut:
+                os.ftruncate(self._file, start)
+            raise
+
+
+class ResultsFile:
+    """A JSONL file of results, to which lines are added.
+
+    done: the digests of the rows whose results are in it, by their index.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        """Raises UsageError for a file that holds results already, unless `resume`, or something else, KvgenError for
+        one that cannot be written."""
+        self.path = path
+        self.done: dict[int, str] = {}
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            if stat.S_ISREG(os.fstat(self._file).st_mode):
+                os.ftruncate(self._file, self._whole_lines(resume))
+        except OSError as error:
+            raise KvgenError(f"{path}: cannot be written ({error.strerror})") from error
+        self._lines = Lines(self._file)
+
+    def _whole_lines(self, resume: bool) -> int:
+        """Where the last whole line ends; what is behind it was torn."""
+        end = 0
+        with open(self._file, "rb", closefd=False) as file:
+            for number, line in enumerate(file, start=1):
+                if not resume:
+                    raise UsageError(f"{self.path}: exists; --resume goes on with it, or name another file")
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                try:
+                    value = json.loads(line)
+                    index, digest = value["index"], value["digest"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise UsageError(f"{self.path}, line {number}: not a result of kvgen batch") from None
+                if type(index) is not int or index in self.done:
+                    raise UsageError(f"{self.path}, line {number}: the row {index!r} is there twice or is none")
+                self.done[index] = digest
+        return end
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Add a line. Raises KvgenError if it cannot be written whole; the file then ends before it."""
+        try:
+            self._lines.write(value)
+        except OSError as error:
+            raise KvgenError(
+                f"{self.path}: cannot be written ({error.strerror}); all before is there: go on with --resume"
+            ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # not every file can be synchronized
+            os.fsync(self._file)
+        os.close(self._file)
+
+
+class InOrder:
+    """Passes results on in the order of their rows; those that come early wait.
+
+    done: indices that nothing will come for.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any]], None], done: dict[int, str]) -> None:
+        self._write, self._done = write, done
+        self._next = 0
+        self._held: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, value: dict[str, Any]) -> None:
+        self._held[value["index"]] = value
+        while self._next in self._done or self._next in self._held:
+            held = self._held.pop(self._next, None)
+            if held is not None:
+                self._write(held)
+            self._next += 1
+
+
+def not_done(rows: Iterator[Row], done: dict[int, str], path: Path | None) -> Iterator[Row]:
+    """The rows that are not in a results file yet. Raises UsageError if those that are have changed since."""
+    for row in rows:
+        if row.index not in done:
+            yield row
+        elif done[row.index] != row.digest:
+            raise UsageError(f"row {row.index} is not the one whose result is in {path}: is it another input?")

@@ -1,0 +1,31 @@
+"""How a prompt becomes token ids: plain text, or a conversation in the checkpoint's template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvgen.tokenizer.chat import Message
+from kvgen.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """chat: put text into the chat template, as what a user says. system: a message before conversations that have none
+    of their own. parse_special: see `Tokenizer.encode`.
+    """
+
+    chat: bool = False
+    system: str | None = None
+    parse_special: bool = False
+
+    def encode(self, tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+        """The ids of a text, or of a conversation. Raises as `Tokenizer` does."""
+        if isinstance(prompt, str):
+            if not self.chat:
+                return tokenizer.encode(prompt, parse_special=self.parse_special)
+            prompt = [{"role": "user", "content": prompt}]
+        messages = list(prompt)
+        if self.system is not None and not any(message["role"] == "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": self.system})
+        return tokenizer.encode_chat(messages, parse_special=self.parse_special)

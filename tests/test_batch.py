@@ -1,0 +1,309 @@
+"""Many sequences side by side: each gets what it gets alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvgen
+from kvgen import KvgenError, Sampling, UsageError
+from kvgen.backends.native import NativeBackend
+from kvgen.generation.batch import Ahead, Batch, ends, in_order
+from kvgen.generation.settings import Request
+from kvgen.loading import Loaded
+from kvgen.model.cached import CachedModel, Span
+from tests.families import make_checkpoint
+from tests.test_cache import MODELS, TOLERANCE, any_model
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """On the kernels: without and with windows, and with LongRoPE."""
+    loaded = {}
+    for kind, number in (("llama", 0), ("gemma3_text", 0), ("phi3", 1)):
+        folder = tmp_path_factory.mktemp(kind)
+        make_checkpoint(kind, number, folder)
+        loaded[kind] = kvgen.load(folder, tokenizer="ids", compile="on")
+    return loaded
+
+
+def tokens_of(loaded: Loaded, requests: list[Request], **options: Any) -> list[list[int] | str]:
+    """What each request gives: tokens, or the error."""
+    found: list[Any] = [[] for _ in requests]
+    for number, event in Batch(loaded, **options).run(iter(requests)):
+        if isinstance(event, KvgenError):
+            found[number] = str(event)
+        else:
+            found[number].append(event.step.token)
+    return found
+
+
+def alone(loaded: Loaded, request: Request) -> list[int]:
+    chunks = kvgen.stream(loaded, request.prompt, request.sampling, max_tokens=request.max_tokens, stop=request.stop)
+    return [chunk.step.token for chunk in chunks]
+
+
+# --- One pass over several sequences ------------------------------------------------------------------------------
+
+
+@given(data=st.data(), kind=st.sampled_from(["llama", "gemma3_text", "phi3"]))
+@settings(max_examples=40, deadline=None)
+def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str, Loaded], data, kind: str) -> None:
+    model = small[kind].model
+    texts = data.draw(st.lists(st.lists(st.integers(2, 95), min_size=2, max_size=90), min_size=1, max_size=5))
+    expected = [model.all_logits(torch.tensor([text]))[0] for text in texts]
+    caches: list[Any] = [None] * len(texts)
+    for _ in range(3):
+        chosen = data.draw(st.sets(st.integers(0, len(texts) - 1), min_size=1))
+        ends_ = [data.draw(st.integers(1, len(texts[row]))) for row in chosen]
+        counts = [data.draw(st.integers(1, min(3, end))) for end in ends_]
+        if kind == "phi3":
+            counts = [1] * len(counts)  # logits before the last are those of a text of this length
+        sequences = [torch.tensor([texts[row][:end]]) for row, end in zip(chosen, ends_, strict=True)]
+        logits, written = model.together(sequences, [caches[row] for row in chosen], counts)
+        for row, end, count, given_, cache in zip(chosen, ends_, counts, logits, written, strict=True):
+            caches[row] = cache
+            if kind != "phi3" or end == len(texts[row]) or end <= 20:
+                assert torch.equal(given_, expected[row][end - count : end])
+
+
+@any_model
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CachedModel, data: st.DataObject) -> None:
+    texts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=40), min_size=1, max_size=4))
+    caches: list[Any] = [None] * len(texts)
+    for _ in range(3):
+        lengths = [data.draw(st.integers(1, len(text))) for text in texts]
+        sequences = [torch.tensor([text[:length]]) for text, length in zip(texts, lengths, strict=True)]
+        logits, caches = model.forward_together(sequences, caches, [1] * len(texts))
+        for ids, found in zip(sequences, logits, strict=True):
+            torch.testing.assert_close(found[0], model.forward(ids)[0][0, -1], atol=TOLERANCE, rtol=0)
+
+
+def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
+    model = MODELS["windows"]
+    rows, single = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1]]), torch.tensor([[9, 8, 7]])
+    spans = [Span(ids, model.cache_for(ids, 0, ()), 0) for ids in (rows, single)]
+    with torch.inference_mode():
+        hidden = model.extend(spans)
+    torch.testing.assert_close(hidden[:14].view(2, 7, -1), model._extend_one(Span(rows, model._checked(rows, None), 0)))
+    torch.testing.assert_close(hidden[14:][None], model._extend_one(Span(single, model._checked(single, None), 0)))
+
+
+@any_model
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_a_branch_is_right_and_leaves_its_origin_alone(model: CachedModel, data: st.DataObject) -> None:
+    ids = st.lists(st.integers(0, 49), min_size=1, max_size=40)
+    first, tail = data.draw(ids), data.draw(ids)
+    shared = data.draw(st.integers(0, len(first)))
+    second = torch.tensor([[*first[:shared], *tail]])
+    _, origin = model.forward(torch.tensor([first]))
+    branch = model.cache_for(second, data.draw(st.integers(0, 100)), [origin])
+    found, branch = model.forward(second, branch)
+    torch.testing.assert_close(found[0, -1], model.forward(second)[0][0, -1], atol=TOLERANCE, rtol=0)
+    again = torch.tensor([[*first, 5]])
+    torch.testing.assert_close(model.forward(again, origin)[0], model.forward(again)[0], atol=TOLERANCE, rtol=0)
+
+
+def test_the_donor_that_has_the_most_is_taken() -> None:
+    model = MODELS["plain"]
+    donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
+    cache = model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors)
+    assert cache.length == 11
+
+
+# --- Continuous batching ------------------------------------------------------------------------------------------
+
+requests_of_any_kind = st.lists(
+    st.builds(
+        Request,
+        prompt=st.lists(st.integers(2, 95), min_size=1, max_size=30),
+        sampling=st.sampled_from([GREEDY, Sampling(temperature=1.0, seed=7), Sampling(repetition_penalty=1.3, seed=1)]),
+        max_tokens=st.integers(1, 12),
+        stop=st.sampled_from([(), ("4 ",), ("17",)]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(requests=requests_of_any_kind, rows=st.integers(1, 5), kind=st.sampled_from(["llama", "gemma3_text", "phi3"]))
+@settings(max_examples=40, deadline=None)
+def test_a_row_gets_the_tokens_that_it_gets_alone(
+    small: dict[str, Loaded], requests: list[Request], rows: int, kind: str
+) -> None:
+    loaded = small[kind]
+    assert tokens_of(loaded, requests, max_rows=rows) == [alone(loaded, request) for request in requests]
+
+
+def test_rows_that_begin_alike_compute_the_beginning_once(small: dict[str, Loaded]) -> None:
+    start = [*range(2, 60)]
+    requests = [Request([*start, 60 + n, 70 + n], GREEDY, 2) for n in range(6)]
+    computed = {}
+    for number, event in Batch(small["llama"]).run(iter(requests)):
+        assert not isinstance(event, KvgenError)
+        computed.setdefault(number, event.step.computed)
+    assert computed == {0: 60, **dict.fromkeys(range(1, 6), 2)}
+
+
+def test_a_place_that_is_free_is_taken_at_once(small: dict[str, Loaded]) -> None:
+    lengths, given, changed = [9, 2, 5, 1, 3], 0, threading.Condition()
+
+    def requests() -> Iterator[Request]:
+        nonlocal given
+        for n, length in enumerate(lengths):
+            with changed:
+                given += 1
+                changed.notify()
+            yield Request([3, 4, 5 + n], GREEDY, length)
+
+    batch, passes = Batch(small["llama"], max_rows=2), set()
+    for number, _ in batch.run(requests()):
+        passes.add(batch.pass_began)
+        with changed:  # until the thread that reads is ahead again
+            assert changed.wait_for(lambda row=number: given >= min(len(lengths), row + 3), 60)
+    assert len(passes) in (11, 12)  # 9 steps of the first row, and beside it 2 + 5 + 1 + 3
+
+
+def test_a_row_that_cannot_be_completed_stops_no_other(small: dict[str, Loaded]) -> None:
+    good = Request([3, 4, 5], GREEDY, 4)
+    bad = [Request([], GREEDY, 4), Request([10**6], GREEDY, 4), UsageError("said so")]
+    found = tokens_of(small["llama"], [good, bad[0], bad[1], good, bad[2], good])
+    assert found[0] == found[3] == found[5] == alone(small["llama"], good)
+    assert found[1] == "the prompt is empty"
+    assert "outside the model's vocabulary" in found[2]
+    assert found[4] == "said so"
+
+
+def test_caches_stay_within_their_bound(small: dict[str, Loaded]) -> None:
+    loaded = small["llama"]
+    each = (10 + 5) * loaded.model.position_bytes
+    requests = [Request([*range(2, 12)], GREEDY, 5) for _ in range(4)] + [Request([*range(2, 90)], GREEDY, 5)]
+    batch = Batch(loaded, max_cache_bytes=2 * each)
+    most = 0
+    for number, event in batch.run(iter(requests)):
+        most = max(most, len(batch._rows))
+        if number == 4:
+            assert isinstance(event, UsageError) and "the most for all is" in str(event)
+    assert most == 2
+
+
+def test_what_reading_raises_is_raised_after_the_rows_before_it(small: dict[str, Loaded]) -> None:
+    def requests() -> Iterator[Request]:
+        yield Request([3, 4], GREEDY, 5)
+        raise UsageError("line 2 is bad")
+
+    found = []
+    with pytest.raises(UsageError, match="line 2 is bad"):
+        for _, event in Batch(small["llama"]).run(requests()):
+            found.append(event)
+    assert len(found) == 5
+
+
+def test_a_slow_source_holds_up_nothing(small: dict[str, Loaded]) -> None:
+    """The second request comes only once the first has ended."""
+    first_ended = threading.Event()
+
+    def requests() -> Iterator[Request]:
+        yield Request([3, 4], GREEDY, 5)
+        assert first_ended.wait(60)
+        yield Request([5, 6], GREEDY, 2)
+
+    numbers = []
+    for number, event in Batch(small["llama"]).run(requests()):
+        numbers.append(number)
+        if ends(event):
+            first_ended.set()
+    assert numbers == [0] * 5 + [1] * 2
+
+
+def test_once_no_more_are_admitted_those_under_way_end(small: dict[str, Loaded]) -> None:
+    requests = [Request([3, 4, n], GREEDY, 6) for n in range(2, 30)]
+    seen: list[int] = []
+    batch = Batch(small["llama"], max_rows=3)
+    for number, _ in batch.run(iter(requests), admit=lambda: len(seen) < 5):
+        seen.append(number)
+    assert 1 <= len(set(seen)) <= 6
+    assert all(seen.count(number) == 6 for number in set(seen))
+
+
+def test_drafts_change_no_row(small: dict[str, Loaded]) -> None:
+    loaded = small["llama"]
+    requests = [Request([*range(2, 12), *range(2, 9), n], GREEDY, 20) for n in range(3)]
+    plain = tokens_of(loaded, requests)
+    assert tokens_of(loaded, requests, make_drafter=kvgen.PromptLookup) == plain
+    assert tokens_of(loaded, requests, use_cache=False) == plain
+
+
+def test_a_backend_that_cannot_batch_completes_one_row_at_a_time(tiny_llama) -> None:
+    from tests.test_compare import PythonBackend, SmallDecoder
+
+    backend = PythonBackend(SmallDecoder())
+    loaded = Loaded(backend, kvgen.load(tiny_llama()[0], tokenizer="ids").tokenizer, "small")
+    requests = [Request([3, 4, n], GREEDY, 4) for n in range(5, 8)]
+    assert tokens_of(loaded, requests) == [alone(loaded, request) for request in requests]
+
+
+def test_in_order_puts_rows_together_and_lets_the_first_through_at_once() -> None:
+    more, last = SimpleNamespace(finish_reason=None), SimpleNamespace(finish_reason="eos")
+    error = UsageError(".")
+    read: list[int] = []
+
+    def events() -> Iterator[tuple[int, Any]]:
+        for event in [(1, more), (0, more), (1, last), (2, error), (0, last), (3, last)]:
+            read.append(event[0])
+            yield event
+
+    found = in_order(events())
+    assert next(found) == (0, more)
+    assert read == [1, 0]
+    assert list(found) == [(0, last), (1, more), (1, last), (2, error), (3, last)]
+
+
+def test_reading_ahead_ends_and_raises() -> None:
+    ahead = Ahead(iter([1, 2]), most=1)
+    taken = [item for _ in range(50) if (item := ahead.take(wait=True)) is not None]
+    assert taken == [1, 2]
+    assert ahead.ended
+
+
+def test_the_batched_pattern_is_equivalent_on_the_default_model(smollm2: Loaded) -> None:
+    from kvgen.compare.comparison import compare
+
+    assert isinstance(smollm2.model, NativeBackend)
+    prompt = smollm2.tokenizer.encode("Once upon a time,")
+    result = compare(smollm2.model, prompt, patterns=["batched"], steps=12)
+    assert result.acceptable
+    assert result.rows[1].verdict == "equivalent"
+
+
+@pytest.mark.slow
+def test_a_thousand_rows_are_those_of_single_runs(smollm2: Loaded) -> None:
+    words = [
+        "river",
+        "moon",
+        "castle",
+        "engine",
+        "bread",
+        "winter",
+        "garden",
+        "music",
+        "ocean",
+        "forest",
+        "stone",
+        "letter",
+    ]
+    prompts = [f"The {words[n % 12]} of the {words[(n * 7 + n // 12) % 12]}, number {n}, was" for n in range(1000)]
+    requests = [Request(smollm2.tokenizer.encode(prompt), GREEDY, 16) for prompt in prompts]
+    assert tokens_of(smollm2, requests) == [alone(smollm2, request) for request in requests]

@@ -1,0 +1,366 @@
+"""`kvgen batch`: rows in, results out, and nothing lost, doubled or torn whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvgen import KvgenError, Sampling, UsageError
+from kvgen.generation.settings import Request
+from kvgen.pipeline.results import InOrder, ResultsFile
+from kvgen.pipeline.rows import SAMPLING_FIELDS, Row, read_row, read_rows
+from tests.test_cli import KVGEN, run, run_on_terminal
+
+WORDS = ("red", "green", "blue", "stone", "river", "cloud")
+
+
+@pytest.fixture
+def tiny(tiny_llama) -> list[str]:
+    """`batch` with a tiny model."""
+    folder, _ = tiny_llama()
+    return ["batch", "-m", str(folder), "-t", "0", "-n", "6"]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [{"id": f"row {n}", "prompt": f"the {WORDS[n % 6]} {n}", "max_tokens": 2 + n % 9} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def results_of(text: str) -> list[dict[str, Any]]:
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_may_set_what_sampling_has() -> None:
+    assert SAMPLING_FIELDS.keys() == {field.name for field in fields(Sampling)}
+
+
+def test_rows_are_strings_prompts_or_conversations() -> None:
+    lines = [
+        b'"hello"\n',
+        b"\n",
+        b'{"prompt": "hello", "id": "a", "temperature": 0, "stop": "x", "logit_bias": {"3": -1}, "metadata": [1]}\n',
+        b'{"messages": [{"role": "user", "content": "hi"}], "id": 7, "max_tokens": 3, "seed": 5}',
+    ]
+    first, second, third = read_rows(lines)
+    defaults = Request((), Sampling(seed=40))
+    assert (first.index, first.id, first.prompt, first.request(defaults).sampling.seed) == (0, 0, "hello", 40)
+    assert (second.index, second.id, second.metadata) == (1, "a", [1])
+    request = second.request(defaults)
+    assert (request.sampling.temperature, request.stop, request.sampling.logit_bias) == (0, ("x",), {3: -1.0})
+    assert request.sampling.seed == 41
+    assert third.prompt == [{"role": "user", "content": "hi"}]
+    assert third.request(defaults).max_tokens == 3
+    assert third.request(defaults).sampling.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[1]", "a row is a string, or an object"),
+        (b'{"id": 1}', "give one of `prompt` and `messages`"),
+        (b'{"prompt": "a", "messages": []}', "give one of"),
+        (b'{"prompt": 3}', "`prompt` must be a string"),
+        (b'{"messages": [{"role": "user"}]}', "`role` and `content`"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "must be strings"),
+        (b'{"prompt": "a", "temprature": 1}', "unknown field 'temprature'"),
+        (b'{"prompt": "a", "temperature": "hot"}', "`temperature` must be a number"),
+        (b'{"prompt": "a", "temperature": true}', "`temperature` must be a number"),
+        (b'{"prompt": "a", "top_k": 1.5}', "`top_k` must be a whole number"),
+        (b'{"prompt": "a", "top_p": 2}', "top_p is 2; it must be above 0"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens is 0"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN is no number"),
+        (b'{"prompt": "a", "id": 1.5}', "`id` must be a string or a whole number"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}', "`logit_bias` must map"),
+        (b'{"prompt": "a", "stop": [1]}', "`stop` must be"),
+        (b"[" * 5000, "more than 100 levels"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong_with_it(line: bytes, message: str) -> None:
+    row = read_row(3, line)
+    assert row.index == 3
+    assert message in str(row.error)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: json.dumps({"prompt": text}).encode()))
+@settings(max_examples=300, deadline=None)
+def test_any_line_is_a_row_or_says_why_not(line: bytes) -> None:
+    row = read_row(0, line)
+    assert isinstance(row, Row)
+    assert row.error is None or row.error
+    if row.error is None:
+        row.request(Request(()))
+
+
+# --- Results ------------------------------------------------------------------------------------------------------
+
+
+@given(order=st.permutations(range(8)), done=st.sets(st.integers(0, 7)))
+def test_in_order_writes_what_it_gets_in_order(order: list[int], done: set[int]) -> None:
+    written: list[int] = []
+    put = InOrder(lambda value: written.append(value["index"]), dict.fromkeys(done, ""))
+    for index in order:
+        if index not in done:
+            put({"index": index})
+    assert written == [index for index in range(8) if index not in done]
+
+
+def result(index: int) -> dict[str, Any]:
+    return {"index": index, "digest": f"d{index}", "text": "é\n" * index}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "out"
+    file = ResultsFile(path, resume=False)
+    for index in range(3):
+        file.write(result(index))
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = ResultsFile(path, resume=True)
+    assert again.done == {0: "d0", 1: "d1"}
+    again.write(result(2))
+    again.close()
+    assert [value["index"] for value in results_of(path.read_text())] == [0, 1, 2]
+
+
+def test_a_file_with_results_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("{}\n")
+    with pytest.raises(UsageError, match="exists; --resume"):
+        ResultsFile(path, resume=False)
+    assert path.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("content", ["{}\n", "hello\n", '{"index": 0, "digest": "a"}\n{"index": 0, "digest": "a"}\n'])
+def test_what_is_no_file_of_results_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "out"
+    path.write_text(content)
+    with pytest.raises(UsageError, match="line"):
+        ResultsFile(path, resume=True)
+    assert path.read_text() == content
+
+
+def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ResultsFile(tmp_path / "out", resume=False)
+    file.write(result(0))
+    real = os.write
+
+    def half(descriptor: int, data: memoryview) -> int:
+        if len(data) < 20:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(KvgenError, match=r"No space left on device.*--resume"):
+        file.write(result(9))
+    assert results_of((tmp_path / "out").read_text()) == [result(0)]
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+def test_each_row_gives_a_line_in_order(tiny: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 20)
+    tiny = [*tiny, "--seed", "1"]
+    piped = subprocess.run([*KVGEN, *tiny], stdin=rows.open(), capture_output=True, text=True, timeout=300)
+    assert piped.returncode == 0
+    assert piped.stderr == ""
+    found = results_of(piped.stdout)
+    assert [value["id"] for value in found] == [f"row {n}" for n in range(20)]
+    assert [value["completion_tokens"] for value in found] == [2 + n % 9 for n in range(20)]
+    into_file = run(*tiny, str(rows), "-o", str(tmp_path / "out"), "--stats")
+    assert into_file.stdout == ""
+    assert "20 rows, 0 of them failed" in into_file.stderr
+    assert (tmp_path / "out").read_text() == piped.stdout
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 12)
+    options = [*tiny, str(rows), "-t", "1", "--seed", "3"]
+    first, second = run(*options), run(*options, "--max-batch", "3")
+    assert first.stdout == second.stdout
+    assert [value["seed"] for value in results_of(first.stdout)] == list(range(3, 15))
+    alone = run("generate", "-m", tiny[2], "-p", "the stone 3", "-n", "5", "-t", "1", "--seed", "6", "--json")
+    assert json.loads(alone.stdout)["completion"] == results_of(first.stdout)[3]["completion"]
+
+
+def test_a_bad_row_gives_a_line_with_its_error(tiny: list[str]) -> None:
+    rows = '"good"\n{"id": "x", "promt": "a"}\nnonsense\n"fine"\n'
+    found = run(*tiny, input=rows)
+    assert found.returncode == 1
+    assert found.stderr == "kvgen: error: 2 of 4 rows could not be completed: their lines have an `error`\n"
+    values = results_of(found.stdout)
+    assert ["error" in value for value in values] == [False, True, True, False]
+    assert values[1]["id"] == "x"
+    strict = run(*tiny, "--strict", input=rows)
+    assert strict.returncode == 1
+    assert "row 'x': " in strict.stderr
+
+
+def test_unordered_results_are_the_same_ones(tiny: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 12)
+    command = [*tiny, str(rows), "--seed", "1"]
+    ordered, unordered = results_of(run(*command).stdout), results_of(run(*command, "--unordered").stdout)
+    assert unordered != ordered
+    assert sorted(unordered, key=lambda value: value["index"]) == ordered
+
+
+def test_resume_goes_on_and_checks_that_the_rows_are_the_same(tiny: list[str], tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows", 10), tmp_path / "out"
+    whole = run(*tiny, str(rows), "--seed", "1").stdout
+    out.write_text("".join(line + "\n" for line in whole.splitlines()[:4]) + '{"index": 4, "di')
+    assert run(*tiny, str(rows), "-o", str(out)).returncode == 2
+    resumed = run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--stats")
+    assert resumed.returncode == 0
+    assert "6 rows, 0 of them failed" in resumed.stderr
+    assert out.read_text() == whole
+    rows.write_text(rows.read_text().replace("red", "pink"))
+    changed = run(*tiny, str(rows), "-o", str(out), "--resume")
+    assert changed.returncode == 2
+    assert "row 0 is not the one whose result is in" in changed.stderr
+
+
+def started(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([*KVGEN, *arguments], stderr=subprocess.PIPE, text=True, **options)
+
+
+def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many results are there, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= least:
+            return
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
+    tiny: list[str], tmp_path: Path, kills: int
+) -> None:
+    count = 40 * kills
+    rows, out = write_rows(tmp_path / "rows", count), tmp_path / "out"
+    command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--max-batch", "4"]
+    moments = sorted(random.Random(0).sample(range(1, count - 40), kills))
+    for moment in moments:
+        process = started(command)
+        lines_in(out, moment, process)
+        process.kill()
+        process.communicate()
+    assert run(*command).returncode == 0
+    assert [value["id"] for value in results_of(out.read_text())] == [f"row {n}" for n in range(count)]
+
+
+def test_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny: list[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 60}) + "\n" for n in range(400)))
+    for signals in (1, 2):
+        out = tmp_path / f"out{signals}"
+        process = started([*tiny, str(rows), "-o", str(out), "--max-batch", "4"])
+        lines_in(out, 3, process)
+        process.send_signal(signal.SIGINT)
+        if signals == 2:
+            assert process.stderr is not None
+            while "again to stop" not in process.stderr.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        found = results_of(out.read_text())
+        assert [value["index"] for value in found] == list(range(len(found)))
+        assert 3 <= len(found) < 400
+        assert all(value["completion_tokens"] == 60 or value["finish_reason"] == "eos" for value in found)
+
+
+def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows", 30), tmp_path / "out"
+    command = " ".join([*KVGEN, *tiny, str(rows), "-o", str(out), "--resume", "--seed", "1"])
+    limited = subprocess.run(["bash", "-c", f"ulimit -f 2; trap '' XFSZ; {command}"], capture_output=True, text=True)
+    assert limited.returncode == 1
+    assert limited.stderr.startswith(f"kvgen: error: {out}: cannot be written (File too large)")
+    assert len(limited.stderr.splitlines()) == 1
+    assert 1 <= len(results_of(out.read_text())) < 30
+    assert run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1").returncode == 0
+    assert [value["index"] for value in results_of(out.read_text())] == list(range(30))
+
+
+def test_a_reader_that_leaves_is_told_of_in_a_line(tiny: list[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 60}) + "\n" for n in range(300)))
+    command = " ".join([*KVGEN, *tiny, str(rows), "--max-batch", "4"])
+    left = subprocess.run(
+        ["bash", "-c", f"{command} | head -2; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=300
+    )
+    assert left.returncode == 0
+    assert len(results_of(left.stdout)) == 2
+    assert len(left.stderr.splitlines()) == 1
+    assert left.stderr.startswith("the reader has left after ")
+
+
+def test_on_a_terminal_there_is_a_bar_with_a_rate_and_lines_are_plain(tiny: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 5)
+    code, shown = run_on_terminal(*tiny, str(rows), "-o", str(tmp_path / "out"))
+    assert code == 0
+    assert "5/5" in shown and "rows/s" in shown and "tok/s" in shown
+    code, shown = run_on_terminal(*tiny, str(rows), "-q")
+    assert code == 0
+    assert len([line for line in shown.splitlines() if line.startswith('{"index"')]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--resume"], 2, "--resume goes with --output"),
+        (["/nowhere.jsonl"], 1, "/nowhere.jsonl: cannot be read"),
+        (["--max-cache-memory", "lots"], 2, "'lots' is no size"),
+        (["-o", "/nowhere/out"], 1, "/nowhere/out: cannot be written"),
+        (["--temperature", "-1"], 2, "temperature is -1"),
+    ],
+)
+def test_wrong_usage_is_one_line(tiny: list[str], arguments: list[str], code: int, message: str) -> None:
+    found = run(*tiny, *arguments, input='"x"\n')
+    assert found.returncode == code
+    assert found.stdout == ""
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_without_input_nothing_happens_and_a_closed_stdin_is_told(tiny: list[str]) -> None:
+    empty = run(*tiny, input="")
+    assert (empty.returncode, empty.stdout, empty.stderr) == (0, "", "")
+    closed = subprocess.run(["bash", "-c", f"{' '.join([*KVGEN, *tiny])} <&-"], capture_output=True, text=True)
+    assert closed.returncode == 2
+    assert closed.stderr == "kvgen: error: no rows: give a FILE, or pipe them in\n"
+
+
+def test_the_prompt_cache_serves_rows(tiny: list[str], tmp_path: Path) -> None:
+    rows, cache = write_rows(tmp_path / "rows", 3), tmp_path / "cache"
+    first = run(*tiny, str(rows), "--prompt-cache", str(cache), "--seed", "1")
+    assert cache.exists()
+    assert run(*tiny, str(rows), "--prompt-cache", str(cache), "--seed", "1").stdout == first.stdout
+
+
+def test_prompts_of_the_repository_run(smollm2_path: Path) -> None:
+    prompts = Path(__file__).parent.parent / "prompts" / "mixed.jsonl"
+    found = run("batch", str(prompts), "-t", "0", "-n", "12")
+    assert found.returncode == 0
+    answers = {value["id"]: value["completion"] for value in results_of(found.stdout)}
+    assert answers["story"] == " the city of Nova Haven was a thriving metropolis, with towering"
+    assert answers["question"] == "The capital of Japan is Tokyo."

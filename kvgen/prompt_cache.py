@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvgen.backends.native import NativeBackend
+from kvgen.checkpoint.raw import check_file
 from kvgen.contract import Backend
 from kvgen.errors import CacheError, KvgenError, UsageError
 from kvgen.loading import Loaded
@@ -133,6 +134,7 @@ def _native(model: Backend) -> NativeBackend:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file that says what it is, and whose content is what was written."""
+    check_file(path)
     try:
         file: Any = safe_open(path, framework="pt")
         metadata: dict[str, str] = file.metadata() or {}

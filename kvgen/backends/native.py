@@ -109,10 +109,12 @@ class NativeBackend(Backend):
 def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:
     """Build the decoder that a checkpoint describes and read its tensors, in parallel.
 
-    Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement.
+    Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement or what no
+    memory would hold.
     """
     blueprint = draw_blueprint(raw)
     reader = Reader(raw, blueprint, arithmetic)
+    reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     decoder: Decoder | FusedDecoder
     if arithmetic.fused:

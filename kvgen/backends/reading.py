@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.kernels.packed import Packed
+from kvgen.memory import physical_memory
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import Linear
 
@@ -83,6 +85,23 @@ class Reader:
         self.transforms = blueprint.family.transforms(raw, self.config)
         linear = (name for name, module in blueprint.decoder.named_modules() if isinstance(module, Linear))
         self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
+
+    def check_memory(self) -> None:
+        """Raises UnsupportedError if the weights cannot fit into the machine's memory."""
+        needed, there = sum(map(self._bytes_of, self.sources)), physical_memory()
+        if self.arithmetic.device.type == "cpu" and needed > there:
+            raise UnsupportedError(
+                f"{self.raw.path}: its weights take {needed / 1e9:.1f} GB as they are to be computed with, and this "
+                f"machine has {there / 1e9:.1f} GB; fewer bits take less: --quantize int4, --dtype bfloat16"
+            )
+
+    def _bytes_of(self, source: str) -> int:
+        """What a source takes in memory, at most."""
+        stored = sum(self.raw.tensors[name].nbytes for name in self.sources[source])
+        numbers = sum(math.prod(self.shapes[name]) for name in parts_of(source))
+        if not self.arithmetic.fused:
+            return numbers * self.arithmetic.dtype.itemsize
+        return {"auto": stored, "none": 4 * numbers}.get(self.arithmetic.quantize, numbers)
 
     def read(self, source: str) -> list[tuple[str, Any]]:
         """The parameters that a source holds, by name: ready for the decoder, on torch or on the kernels."""

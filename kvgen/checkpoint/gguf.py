@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
-from kvgen.checkpoint.raw import RawCheckpoint, RawTensor
+from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
 from kvgen.errors import CheckpointError, UnsupportedError
 
 _MAGIC = b"GGUF"
@@ -56,6 +56,7 @@ _INTEGER_TYPES = {
 
 def is_gguf(path: Path) -> bool:
     """Whether the file at `path` starts like a GGUF file. Raises CheckpointError if it cannot be opened."""
+    check_file(path)
     try:
         with path.open("rb") as file:
             return file.read(4) == _MAGIC

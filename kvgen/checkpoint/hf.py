@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvgen.checkpoint.mapped import MappedFile
-from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, read_json_object
+from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 
 _TYPES = {
@@ -63,6 +63,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
     """Add the tensors of one safetensors file to `tensors`. Raises CheckpointError."""
+    check_file(path)
     try:
         shard: Any = safe_open(path, framework="pt")  # holds the header against the file
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
 
-_MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
+MAX_TEXT_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
 
 Format = Literal["gguf", "hf", "x-transformers"]
 
@@ -57,11 +58,26 @@ class RawCheckpoint:
     tensors: Mapping[str, RawTensor]
 
 
+def check_file(path: Path, *, most: int | None = None) -> None:
+    """Raises CheckpointError for what is no file, such as a pipe or a device that never ends, or has more than `most`
+    bytes.
+
+    A link to a file is one: the caches of Hugging Face are made of them, and kvgen only reads.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: not a file")
+    if most is not None and found.st_size > most:
+        raise CheckpointError(f"{path}: larger than {most} bytes; this is no checkpoint file")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises CheckpointError if it is missing, too large or malformed."""
+    check_file(path, most=MAX_TEXT_BYTES)
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES} bytes; this is no checkpoint file")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvgen.checkpoint.hf import add_shard
-from kvgen.checkpoint.raw import RawCheckpoint, RawTensor
+from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
 from kvgen.errors import CheckpointError
 
 LIBRARY = "x-transformers"
@@ -48,6 +48,7 @@ def _tensors(folder: Path) -> dict[str, RawTensor]:
     path = folder / "model.pt"
     if not path.exists():
         raise CheckpointError(f"{folder}: has neither model.safetensors nor model.pt")
+    check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

@@ -10,7 +10,9 @@ import kvgen
 from kvgen.cli.batch import batch
 from kvgen.cli.bench import bench
 from kvgen.cli.cache import cache
+from kvgen.cli.chat import chat
 from kvgen.cli.compare import compare
+from kvgen.cli.config import config, defaults_of, option_names, read_settings
 from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
@@ -23,8 +25,8 @@ app = typer.Typer(
     help="Generate text with a KV cache that you can trust.",
     epilog=(
         "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.\n\n"
-        "Environment: KVGEN_MODEL is the default model, KVGEN_CACHE_DIR where fetched models are kept, "
-        "KVGEN_OFFLINE=1 forbids the network."
+        "Environment: KVGEN_CACHE_DIR is where fetched models are kept, KVGEN_OFFLINE=1 forbids the network, and "
+        "KVGEN_MODEL, KVGEN_TEMPERATURE and so on are defaults of options; see kvgen config."
     ),
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,12 +42,21 @@ def _print_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", envvar="KVGEN_PROFILE", help="Take defaults from this profile; see kvgen config."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+        return
+    commands = {name: option_names(command) for name, command in context.command.commands.items()}  # type: ignore[attr-defined]
+    settings = read_settings(profile, commands)
+    context.obj = {"settings": settings}
+    context.default_map = {name: defaults_of(settings, name, names) for name, names in commands.items()}
 
 
 app.command(
@@ -108,6 +119,17 @@ app.command(
         "kvgen bench --compile off --json"
     )
 )(bench)
+
+app.command(
+    epilog=(
+        "Examples:\n\n"
+        "kvgen chat\n\n"
+        'kvgen chat --system "You are a pirate." --markdown --stats\n\n'
+        'kvgen chat -p "What is the capital of Japan?"'
+    )
+)(chat)
+
+app.command(epilog="Examples:\n\nkvgen config\n\nkvgen --profile fast config --json")(config)
 
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")

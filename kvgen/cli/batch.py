@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,10 +26,14 @@ from kvgen.cli.prompts import open_lines
 from kvgen.cli.render import parse_bytes, print_note, row_progress, write_json
 from kvgen.cli.stats import format_count
 from kvgen.errors import KvgenError, UsageError
-from kvgen.generation.settings import DEFAULT_MAX_ROWS
+from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
+from kvgen.memory import physical_memory
 
 if TYPE_CHECKING:
     from kvgen.pipeline.complete import Result
+    from kvgen.pipeline.rows import Row
+
+    _Complete = Callable[[Callable[[], bool]], Iterator[Result]]
 
 _ROWS = "Rows"
 
@@ -65,6 +70,18 @@ def batch(
             rich_help_panel=_ROWS,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="[=ADDRESS]",
+            help="Complete on a Ray cluster, or on one that is started here (extra: ray).",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        Option(min=1, help="With --ray: models on the cluster.", show_default="one a node", rich_help_panel=_ROWS),
+    ] = None,
     reading: PromptOptions,
     source: ModelOptions,
     completion: CompletionOptions,
@@ -84,8 +101,14 @@ def batch(
     reading.check(conversations=True)
     if resume and output is None:
         raise UsageError("--resume goes with --output FILE")
-    defaults = completion.request()
-    most_bytes = _half_of_memory() if max_cache_memory is None else parse_bytes(max_cache_memory)
+    if ray is not None and prompt_cache is not None:
+        raise UsageError("--prompt-cache does not go with --ray")
+    how = _How(
+        reading,
+        completion.request(),
+        max_batch,
+        physical_memory() // 2 if max_cache_memory is None else parse_bytes(max_cache_memory),
+    )
 
     from kvgen.pipeline.results import InOrder, Lines, ResultsFile, not_done
     from kvgen.pipeline.rows import read_rows
@@ -95,33 +118,67 @@ def batch(
     write = file.write if file else write_json if sys.stdout.isatty() else Lines(sys.stdout.fileno()).write
     done = {} if file is None else file.done
     wanted = not_done(read_rows(lines), done, output)
-    put = write if unordered else InOrder(write, done)
-    loaded = reading.prepared(source.load(quiet=quiet))
-
-    from kvgen.generation.batch import Batch
-    from kvgen.pipeline.complete import complete_rows
-
-    cache = None
-    if prompt_cache is not None:
-        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
-
-        cache = open_prompt_cache(prompt_cache, loaded)
-    engine = Batch(loaded, max_rows=max_batch, max_cache_bytes=most_bytes, cache=cache)
+    if ray is not None:
+        complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers)
+    else:
+        complete = _here(wanted, how, source, prompt_cache, quiet=quiet)
     with _interruptible(quiet=quiet) as going_on:
-        results = complete_rows(engine, loaded.tokenizer, wanted, defaults, reading.format, going_on)
-        total = None if rows is None else _count_rows(rows, len(done))
-        totals = _write_all(results, put, total, strict=strict, quiet=quiet)
+        totals = _write_all(
+            complete(going_on),
+            write if unordered else InOrder(write, done),
+            None if rows is None else _count_rows(rows, len(done)),
+            strict=strict,
+            quiet=quiet,
+        )
         interrupted = not going_on()
     if file is not None:
         file.close()
     if stats and not quiet:
         print_note(str(totals))
-    if prompt_cache is not None:
-        save_prompt_cache(prompt_cache, engine.cache, loaded)
     if interrupted:
         raise Exit(EXIT_INTERRUPTED)
     if totals.failed:
         raise KvgenError(f"{totals.failed} of {totals.rows} rows could not be completed: their lines have an `error`")
+
+
+@dataclass(frozen=True)
+class _How:
+    """How rows are to be completed, wherever that is."""
+
+    reading: PromptOptions
+    defaults: Request
+    max_rows: int
+    max_cache_bytes: int
+
+
+def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Path | None, *, quiet: bool) -> _Complete:
+    """On this machine, in this process."""
+    loaded = how.reading.prepared(source.load(quiet=quiet))
+
+    from kvgen.generation.batch import Batch
+    from kvgen.pipeline.complete import complete_rows
+    from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+
+    cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
+    engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=how.max_cache_bytes, cache=cache)
+
+    def complete(going_on: Callable[[], bool]) -> Iterator[Result]:
+        yield from complete_rows(engine, loaded.tokenizer, rows, how.defaults, how.reading.format, going_on)
+        if prompt_cache is not None and engine.cache is not None:
+            save_prompt_cache(prompt_cache, engine.cache, loaded)
+
+    return complete
+
+
+def _on_ray(
+    rows: Iterable[Row], how: _How, source: ModelOptions, address: str | None, workers: int | None
+) -> _Complete:
+    """On a Ray cluster, each worker with the model."""
+    from kvgen.pipeline.ray import Work, complete_on_ray
+
+    arguments, reading = source.arguments(), how.reading
+    work = Work(arguments, how.defaults, reading.format, reading.template, how.max_rows, how.max_cache_bytes)
+    return lambda going_on: takewhile(lambda result: going_on(), complete_on_ray(rows, work, address, workers))
 
 
 def _write_all(
@@ -196,7 +253,3 @@ def _count_rows(file: Path, done: int) -> int | None:
         return None
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip()) - done
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvgen.cli import options
-from kvgen.cli.prompts import read_template
+from kvgen.cli.prompts import read_option_file
 from kvgen.errors import UsageError
-from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Request, Sampling
+from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Constraint, Request, Sampling
 
 if TYPE_CHECKING:
     from kvgen import Loaded
@@ -35,6 +35,9 @@ class CompletionOptions:
     frequency_penalty: options.FrequencyPenalty = Sampling.frequency_penalty
     logit_bias: options.LogitBias = None
     seed: options.Seed = None
+    json_schema: options.JsonSchema = None
+    regex: options.Regex = None
+    grammar: options.Grammar = None
 
     def request(self, top_logprobs: int | None = None) -> Request:
         """A request without a prompt yet. Raises UsageError for a value out of its range."""
@@ -51,8 +54,24 @@ class CompletionOptions:
             seed=random.SystemRandom().randrange(2**31) if self.seed is None else self.seed,
         )
         return Request(
-            (), sampling, self.max_tokens, tuple(self.stop or ()), top_logprobs, self.max_context, self.keep_first
+            (),
+            sampling,
+            self.max_tokens,
+            tuple(self.stop or ()),
+            top_logprobs,
+            self.max_context,
+            self.keep_first,
+            self._constraint(),
         )
+
+    def _constraint(self) -> Constraint | None:
+        if sum(value is not None for value in (self.json_schema, self.regex, self.grammar)) > 1:
+            raise UsageError("give one of --json-schema, --regex and --grammar")
+        if self.json_schema is not None:
+            return Constraint("json-schema", read_option_file("--json-schema", self.json_schema))
+        if self.grammar is not None:
+            return Constraint("grammar", read_option_file("--grammar", self.grammar))
+        return None if self.regex is None else Constraint("regex", self.regex)
 
 
 @dataclass(frozen=True)
@@ -72,17 +91,18 @@ class PromptOptions:
         for name, value in (("--system", self.system), ("--chat-template", self.chat_template)):
             if value is not None and not self.chat and not conversations:
                 raise UsageError(f"{name} goes with --chat")
-        _ = self._template
+        _ = self.template
 
     @cached_property
-    def _template(self) -> str | None:
-        return None if self.chat_template is None else read_template(self.chat_template)
+    def template(self) -> str | None:
+        """The template that was chosen instead of the checkpoint's."""
+        return None if self.chat_template is None else read_option_file("--chat-template", self.chat_template)
 
     def prepared(self, loaded: Loaded) -> Loaded:
         """With the template that was chosen."""
-        if self._template is None:
+        if self.template is None:
             return loaded
-        return replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(self._template))
+        return replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(self.template))
 
     @property
     def format(self) -> PromptFormat:

@@ -19,14 +19,15 @@ from kvgen.cli.escape import escape_controls
 from kvgen.errors import KvgenError
 
 EXIT_INTERRUPTED = 130
+# Options with an optional value, which Typer does not have.
+_OPTIONAL_VALUES = {"--verify-cache": "--verify-cache=1", "--ray": "--ray=here"}
 
 
 class Group(TyperGroup):
     """A command group whose commands may raise KvgenError, be interrupted, or lose their reader."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        # An option with an optional value, which Typer does not have.
-        given = ["--verify-cache=1" if word == "--verify-cache" else word for word in sys.argv[1:]]
+        given = [_OPTIONAL_VALUES.get(word, word) for word in sys.argv[1:]]
         try:
             with _exit_codes():
                 _prepare_stdout()

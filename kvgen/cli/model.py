@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
 from kvgen.cli.render import download_progress
@@ -38,14 +38,17 @@ class ModelOptions:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with download_progress(quiet=quiet) as progress:
-            return load(
-                self.model,
-                dtype=self.dtype,
-                device=self.device,
-                tokenizer="ids" if self.ids else self.tokenizer,
-                backend=self.backend,
-                compile=self.compile,
-                quantize=self.quantize,
-                kv_dtype=self.kv_dtype,
-                progress=progress,
-            )
+            return load(**self.arguments(), progress=progress)
+
+    def arguments(self) -> dict[str, Any]:
+        """What `kvgen.load` is to be called with."""
+        return {
+            "reference": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "tokenizer": "ids" if self.ids else self.tokenizer,
+            "backend": self.backend,
+            "compile": self.compile,
+            "quantize": self.quantize,
+            "kv_dtype": self.kv_dtype,
+        }

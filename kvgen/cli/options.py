@@ -9,11 +9,20 @@ from typer import Option
 
 from kvgen.errors import UsageError
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of models, for the shell's completion."""
+    from kvgen.inventory import list_models
+
+    return [entry.name for entry in list_models() if entry.name.startswith(incomplete)]
+
+
 _MODEL = "Model"
 _SAMPLING = "Sampling"
 _STOP = "When to stop"
 _OUTPUT = "Output"
 _PROMPT = "Prompt"
+_STRUCTURE = "Structure"
 
 Model = Annotated[
     str | None,
@@ -24,6 +33,7 @@ Model = Annotated[
         "file.py:factory. The last RUNS that file; factory() returns model(ids, cache) -> logits, cache.",
         envvar="KVGEN_MODEL",
         show_default="smollm2",
+        autocompletion=complete_model,
         rich_help_panel=_MODEL,
     ),
 ]
@@ -166,6 +176,25 @@ MaxTokens = Annotated[
 Stop = Annotated[
     list[str] | None,
     Option(metavar="TEXT", help="End before this text. Repeatable.", rich_help_panel=_STOP),
+]
+
+JsonSchema = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE", help="A JSON Schema; the completion is JSON that is valid by it.", rich_help_panel=_STRUCTURE
+    ),
+]
+Regex = Annotated[
+    str | None,
+    Option(metavar="TEXT", help="The completion matches this regular expression.", rich_help_panel=_STRUCTURE),
+]
+Grammar = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="A grammar in llguidance's Lark syntax, which the completion follows.",
+        rich_help_panel=_STRUCTURE,
+    ),
 ]
 
 MaxContext = Annotated[

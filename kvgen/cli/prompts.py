@@ -39,14 +39,14 @@ def read_file(file: Path) -> str:
         return _without_line_break(_decode(source.read(), file))
 
 
-def read_template(file: Path) -> str:
-    """The file of --chat-template. Raises NotFoundError if it cannot be read, UsageError if it is no template."""
+def read_option_file(option: str, file: Path) -> str:
+    """The text of the file that an option names. Raises NotFoundError, or UsageError for an empty one."""
     if file == _STDIN:
-        raise UsageError("--chat-template takes a file, not stdin")
+        raise UsageError(f"{option} takes a file, not stdin")
     with _open(file) as source:
         text = _decode(source.read(), file)
     if not text.strip():
-        raise UsageError(f"--chat-template {file}: the file is empty")
+        raise UsageError(f"{option} {file}: the file is empty")
     return text
 
 

@@ -19,9 +19,8 @@ from typing import Any, Generic, TypeVar
 from kvgen.errors import KvgenError, ModelError, UsageError
 from kvgen.generation.decode import Decoding, check_judge, ids_tensor
 from kvgen.generation.drafts import Drafter
-from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
-from kvgen.generation.stream import limits
+from kvgen.generation.stream import limits, sampler_for
 from kvgen.generation.text import Chunk, Texts
 from kvgen.loading import Loaded
 
@@ -160,7 +159,7 @@ class Batch:
         nbytes = most * (model.position_bytes or 0) if self._use_cache else 0
         decoding = Decoding(
             ids,
-            make_sampler(request.sampling),
+            sampler_for(self._loaded, request),
             limits(self._loaded, request),
             top_logprobs=request.top_logprobs,
             drafter=self._make_drafter() if self._make_drafter else None,

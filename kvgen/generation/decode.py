@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Decoding:
         start = text.length
         for guess, at in zip([*drafts, None], logits, strict=True):
             length, last = text.length, at.to("cpu", torch.float32)
-            if not last.max().isfinite():
+            if not math.isfinite(float(last.max())):
                 raise ModelError(f"the model's logits after {length} positions are not finite numbers")
             token = self._sampler(last, text.ids[0].cpu(), self._prompt_length)
             text.append(token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvgen.errors import UsageError
 
@@ -69,6 +70,16 @@ DEFAULT_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What a completion has to be. kind: `json-schema`, a JSON Schema; `regex`, a regular expression; `grammar`, in the
+    syntax of Lark that llguidance documents. text: the constraint itself.
+    """
+
+    kind: Literal["json-schema", "regex", "grammar"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Request:
     """What is asked of one completion.
 
@@ -79,6 +90,8 @@ class Request:
         log-probabilities.
     max_context: the most positions to hand to the model, which bounds cache and time: a longer sequence loses its
         middle, see `Limits`. LOSSY. keep_first: how many tokens at the start stay.
+    constraint: what the completion has to be; None for any text. It is that unless it ends early, which its
+        finish_reason says: `length`, `stop` or `context`.
 
     Raises UsageError for max_tokens below 1.
     """
@@ -90,6 +103,7 @@ class Request:
     top_logprobs: int | None = None
     max_context: int | None = None
     keep_first: int = DEFAULT_KEEP_FIRST
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

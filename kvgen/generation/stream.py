@@ -7,8 +7,15 @@ from typing import Any
 
 from kvgen.generation.decode import Limits, decode, ids_tensor
 from kvgen.generation.drafts import Drafter
-from kvgen.generation.sampling import make_sampler
-from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, Request, Sampling
+from kvgen.generation.sampling import Sampler, make_sampler
+from kvgen.generation.settings import (
+    DEFAULT_KEEP_FIRST,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_SAMPLING,
+    Constraint,
+    Request,
+    Sampling,
+)
 from kvgen.generation.text import Chunk, to_chunks
 from kvgen.loading import Loaded
 
@@ -26,28 +33,24 @@ def stream(
     drafter: Drafter | None = None,
     max_context: int | None = None,
     keep_first: int = DEFAULT_KEEP_FIRST,
+    constraint: Constraint | None = None,
 ) -> Iterator[Chunk]:
     """Complete a prompt; one chunk for each token, as soon as it is there.
 
     prompt: text, in which nothing counts as a special token; or token ids, from `loaded.tokenizer.encode` or
         `encode_chat`.
-    max_tokens: the most tokens to generate.
-    stop: texts that end the completion; they are not part of it.
+    max_tokens, stop, top_logprobs, max_context, keep_first, constraint: as in `Request`.
     use_cache: False computes every position anew on each step.
     cache: the `step.cache` of an earlier chunk, from this checkpoint. What it shares with this prompt is not
         computed again.
-    top_logprobs: how many of the most likely tokens to report with each step, besides the chosen one; None for
-        no log-probabilities.
     drafter: guesses what comes next: `PromptLookup()`, or `DraftModel(loaded.model)` of a smaller model. A new one
         for each completion. The completion is the same; see `Step.drafted`.
-    max_context: the most positions to hand to the model, which bounds cache and time: a longer sequence loses its
-        middle, see `Limits`. LOSSY. keep_first: how many tokens at the start stay.
 
     Raises UsageError for a prompt or a setting that cannot be used. Nothing is computed before the first chunk
     is asked for.
     """
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    request = Request(ids, sampling, max_tokens, stop, top_logprobs, max_context, keep_first)
+    request = Request(ids, sampling, max_tokens, stop, top_logprobs, max_context, keep_first, constraint)
     return complete(loaded, request, use_cache=use_cache, cache=cache, drafter=drafter)
 
 
@@ -58,7 +61,7 @@ def complete(
     steps = decode(
         loaded.model,
         ids_tensor(loaded.model, request.prompt),
-        make_sampler(request.sampling),
+        sampler_for(loaded, request),
         limits(loaded, request),
         use_cache=use_cache,
         cache=cache,
@@ -66,6 +69,16 @@ def complete(
         drafter=drafter,
     )
     return to_chunks(steps, loaded.tokenizer, request.stop)
+
+
+def sampler_for(loaded: Loaded, request: Request) -> Sampler:
+    """What chooses the tokens of one completion."""
+    sampler = make_sampler(request.sampling)
+    if request.constraint is None:
+        return sampler
+    from kvgen.generation.constraint import constrained  # llguidance takes time to import
+
+    return constrained(sampler, request.constraint, loaded.tokenizer, loaded.model.vocab_size)
 
 
 def limits(loaded: Loaded, request: Request) -> Limits:

@@ -45,6 +45,7 @@ class KVCache:
         self._variant = 0
         self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (B, capacity)
         self._layers: list[FullStore | WindowStore] = []
+        self._windowed: list[WindowStore] = []  # those of the layers that have a window
         self._rooms: tuple[Room, ...] = ()
         self._end = 0  # how many positions there is room for in _rooms
 
@@ -83,7 +84,7 @@ class KVCache:
         Raises CacheError for layers whose positions are not those of the ids, or not those that their window needs.
         """
         length = tokens.shape[1]
-        layers = []
+        layers: list[FullStore | WindowStore] = []
         for room, window in zip(rooms, windows, strict=True):
             first_needed = 0 if window is None else max(0, length - window + 1)
             if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
@@ -94,7 +95,9 @@ class KVCache:
                 else WindowStore(room.keys, room.values, window, room.first)
             )
         self._tokens, self._length, self._variant = tokens, length, variant
-        self._layers, self._rooms = layers, ()
+        self._forget()
+        for layer in layers:
+            self._hold(layer)
 
     def match(self, ids: Tensor, variant: int = 0, least: int = 1) -> Tensor:
         """Trim the cache to the longest prefix that it shares with `ids` and return the ids after it.
@@ -153,9 +156,7 @@ class KVCache:
     def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> FullStore | WindowStore:
         if layer == len(self._layers):
             keys, values = (encoded(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
-            self._layers.append(
-                FullStore(keys, values, self.capacity) if window is None else WindowStore(keys, values, window)
-            )
+            self._hold(FullStore(keys, values, self.capacity) if window is None else WindowStore(keys, values, window))
         return self._layers[layer]
 
     def advance(self, ids: Tensor) -> None:
@@ -167,7 +168,7 @@ class KVCache:
             self._tokens = grow(self._tokens, max(end, 2 * self._tokens.shape[1], self.capacity), self._length, dim=1)
         self._tokens[:, self._length : end] = ids
         self._length = end
-        for layer in self._layers:
+        for layer in self._windowed:
             layer.commit()
 
     def shared(self, ids: Tensor, variant: int = 0) -> int:
@@ -187,7 +188,8 @@ class KVCache:
         other = KVCache(self.owner, self.dtype, capacity)
         if length:
             other._tokens, other._length, other._variant = self._tokens[:, :length].clone(), length, self._variant
-            other._layers = [layer.branch(length, other.capacity) for layer in self._layers]
+            for layer in self._layers:
+                other._hold(layer.branch(length, other.capacity))
         return other
 
     def trim(self, length: int) -> None:
@@ -207,8 +209,14 @@ class KVCache:
         self._tokens = torch.empty(0, 0, dtype=torch.int64)
         self._forget()
 
+    def _hold(self, layer: FullStore | WindowStore) -> None:
+        self._layers.append(layer)
+        if isinstance(layer, WindowStore):
+            self._windowed.append(layer)
+
     def _forget(self) -> None:
         self._layers.clear()
+        self._windowed.clear()
         self._rooms = ()
 
     def _check_trim(self, length: int) -> None:
@@ -218,7 +226,7 @@ class KVCache:
             raise CacheError(f"cannot trim to {length} positions: a sliding window has dropped what they need")
 
     def _can_trim(self, length: int) -> bool:
-        return length == 0 or all(layer.can_trim(length) for layer in self._layers)
+        return length == 0 or all(layer.can_trim(length) for layer in self._windowed)
 
 
 def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int | None]:

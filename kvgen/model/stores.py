@@ -52,12 +52,6 @@ class FullStore:
         keys, values = (grow(stored, max(length, capacity), length, dim=2) for stored in (self.keys, self.values))
         return FullStore(keys, values, capacity)
 
-    def commit(self) -> None:
-        """Nothing waits: what is written beyond the length does not count yet."""
-
-    def can_trim(self, length: int) -> bool:
-        return True
-
 
 class WindowStore:
     """Keys and values of the last positions alone, in order, so that what a query sees is one view.

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvgen.errors import UsageError
-from kvgen.generation.settings import Request
+from kvgen.generation.settings import Constraint, Request
+from kvgen.tokenizer.chat import check_messages
 
 _NUMBER = (int, float)
 # What a row may set for itself, besides its prompt, and the JSON types that it may be.
@@ -20,7 +21,8 @@ SAMPLING_FIELDS: Mapping[str, tuple[type, ...]] = {
     "logit_bias": (dict,),
 }
 _OTHERS: Mapping[str, tuple[type, ...]] = {"max_tokens": (int,), "stop": (str, list)}
-_FIELDS = {"id", "prompt", "messages", "metadata", *SAMPLING_FIELDS, *_OTHERS}
+_CONSTRAINTS: Mapping[str, tuple[type, ...]] = {"json_schema": (dict,), "regex": (str,), "grammar": (str,)}
+_FIELDS = {"id", "prompt", "messages", "metadata", *SAMPLING_FIELDS, *_OTHERS, *_CONSTRAINTS}
 _DEEPEST = 100  # levels of a row's JSON
 
 
@@ -31,7 +33,7 @@ class Row:
     index: its number among the rows, from 0. id: what the row calls itself, or its index. digest: of the line, to tell
     it from another.
     prompt: text, or a conversation. sampling, others: what the row sets for itself. metadata: passed through.
-    error: what is wrong with it; the rest then means nothing.
+    error: what is wrong with it; the rest then means nothing. line: what it was read from.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Row:
     others: Mapping[str, Any] = field(default_factory=dict)
     metadata: Any = None
     error: str | None = None
+    line: bytes = field(default=b"", repr=False)
 
     def request(self, defaults: Request) -> Request:
         """The request, without its prompt's ids. defaults: what it sets nothing else for.
@@ -87,11 +90,14 @@ def read_row(index: int, line: bytes) -> Row:
             sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
         if "stop" in others:
             others["stop"] = _stops(others["stop"])
-        row = Row(index, id_, digest, prompt, sampling, others, value.get("metadata"))
+        constraint = _constraint(_chosen(value, _CONSTRAINTS))
+        if constraint is not None:
+            others["constraint"] = constraint
+        row = Row(index, id_, digest, prompt, sampling, others, value.get("metadata"), line=line)
         row.request(Request(()))  # raises for values out of range
         return row
     except UsageError as error:
-        return Row(index, id_, digest, error=str(error))
+        return Row(index, id_, digest, error=str(error), line=line)
 
 
 def _parsed(line: bytes) -> Any:
@@ -133,15 +139,7 @@ def _prompt(value: Mapping[str, Any]) -> Any:
         if not isinstance(value["prompt"], str):
             raise UsageError("`prompt` must be a string")
         return value["prompt"]
-    messages = value["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UsageError("`messages` must be a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise UsageError("each message must be an object with `role` and `content`")
-        if not all(isinstance(part, str) for part in message.values()):
-            raise UsageError("`role` and `content` of a message must be strings")
-    return messages
+    return check_messages(value["messages"])
 
 
 def _chosen(value: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
@@ -160,6 +158,16 @@ def _logit_bias(given: Mapping[str, Any]) -> dict[int, float]:
     if not all(key.isdecimal() and type(bias) in _NUMBER for key, bias in given.items()):
         raise UsageError("`logit_bias` must map token ids to numbers")
     return {int(key): float(bias) for key, bias in given.items()}
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    if len(given) > 1:
+        raise UsageError("give one of `json_schema`, `regex` and `grammar`")
+    if "json_schema" in given:
+        return Constraint("json-schema", json.dumps(given["json_schema"]))
+    if "grammar" in given:
+        return Constraint("grammar", given["grammar"])
+    return Constraint("regex", given["regex"]) if given else None
 
 
 def _stops(given: Any) -> tuple[str, ...]:

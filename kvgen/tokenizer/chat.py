@@ -16,6 +16,19 @@ class Message(TypedDict):
     content: str
 
 
+def check_messages(value: Any) -> list[Message]:
+    """What came from JSON, as messages. Raises UsageError if it is none."""
+    if not isinstance(value, list) or not value:
+        raise UsageError("`messages` must be a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise UsageError("each message must be an object with `role` and `content`")
+        if not all(isinstance(part, str) for part in message.values()):
+            raise UsageError("`role` and `content` of a message must be strings")
+    messages: list[Message] = value
+    return messages
+
+
 class ChatTemplate:
     """A template and the special tokens that it may name (`bos_token`, `eos_token`, ...).
 

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.checkpoint.raw import read_json_object
+from kvgen.checkpoint.raw import MAX_TEXT_BYTES, check_file, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.tokenizer.tokenizer import Tokenizer
 
@@ -27,6 +27,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Read a tokenizer.json. Raises UnsupportedError if it is not there, CheckpointError if it is damaged."""
     if not path.exists():
         raise UnsupportedError(f"{path.parent}: has no {path.name}; save it with the model's fast tokenizer")
+    check_file(path, most=MAX_TEXT_BYTES)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -53,6 +54,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
+        check_file(path, most=MAX_TEXT_BYTES)
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,206 @@
+"""`kvgen chat`: a conversation on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.live import Live
+from rich.markdown import Markdown
+from typer import Option
+
+from kvgen.cli import options
+from kvgen.cli.completion import CompletionOptions
+from kvgen.cli.escape import escape_controls
+from kvgen.cli.groups import takes_groups
+from kvgen.cli.model import ModelOptions
+from kvgen.cli.prompts import read_option_file
+from kvgen.cli.render import TextWriter, print_note, terminal
+from kvgen.cli.stats import Meter, format_count
+from kvgen.errors import KvgenError, UsageError
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+    from kvgen import Chunk
+    from kvgen.conversation import Conversation
+
+_COMMANDS = {
+    "/reset": "forget the conversation, but not the system message",
+    "/undo": "take back the last question and its answer",
+    "/edit": "change the last question, and ask it again",
+    "/system": "/system TEXT sets the system message; without TEXT, takes it away",
+    "/save": "/save FILE writes the conversation",
+    "/load": "/load FILE goes on with one that was saved",
+    "/stats": "positions reused and computed after each answer: on or off",
+    "/help": "this list",
+    "/quit": "leave; so does Ctrl-D",
+}
+
+
+@takes_groups()
+def chat(
+    *,
+    prompt: Annotated[str | None, Option("--prompt", "-p", help="Ask this alone, and leave.")] = None,
+    system: Annotated[str | None, Option(help="A system message.")] = None,
+    chat_template: options.ChatTemplateFile = None,
+    source: ModelOptions,
+    completion: CompletionOptions,
+    prompt_cache: options.PromptCache = None,
+    markdown: Annotated[bool, Option("--markdown", help="Show answers as formatted text.")] = False,
+    stats: options.Stats = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with a model, on a terminal. /help lists what can be typed besides questions.
+
+    Each turn hands the whole conversation to the model, and the cache finds what it has already seen.
+    """
+    on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if prompt is None and not on_terminal:
+        raise UsageError("chat needs a terminal; give --prompt for one question, or see `kvgen generate --chat`")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
+    request = completion.request()
+    template = None if chat_template is None else read_option_file("--chat-template", chat_template)
+    loaded = source.load(quiet=quiet)
+
+    from dataclasses import replace
+
+    from kvgen.conversation import Conversation
+
+    if template is not None:
+        loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
+    if loaded.tokenizer.chat_template is None:
+        raise UsageError("this checkpoint has no chat template: choose a chat model, or give --chat-template")
+    conversation = Conversation(loaded, request)
+    conversation.system = system
+    if prompt_cache is not None:
+        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+
+        conversation.cache = open_prompt_cache(prompt_cache, loaded)
+    talk = Talk(conversation, markdown=markdown and sys.stdout.isatty(), stats=stats and not quiet)
+    if prompt is not None:
+        talk.answer(prompt)
+    else:
+        talk.run()
+    if prompt_cache is not None and conversation.cache is not None:
+        save_prompt_cache(prompt_cache, conversation.cache, loaded)
+
+
+class Talk:
+    """Reads lines from a terminal, and answers them."""
+
+    def __init__(self, conversation: Conversation, *, markdown: bool, stats: bool) -> None:
+        self._conversation, self._markdown, self._stats = conversation, markdown, stats
+
+    def run(self) -> None:
+        """Until /quit or the end of input."""
+        session = _session()
+        typed = ""
+        print_note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        while True:
+            try:
+                line = session.prompt("> ", default=typed).strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            typed = ""
+            try:
+                if line.startswith("/"):
+                    if line == "/quit":
+                        return
+                    typed = self._command(*line.partition(" ")[::2])
+                elif line:
+                    self.answer(line)
+            except KeyboardInterrupt:
+                print_note("stopped; what has come is part of the conversation")
+            except KvgenError as error:
+                print_note(str(error), "red")
+
+    def answer(self, question: str) -> None:
+        """Ask, and show the answer as it comes."""
+        meter = Meter()
+        chunks = _metered(self._conversation.ask(question), meter)
+        if self._markdown:
+            _write_markdown(chunks)
+        else:
+            with TextWriter(raw=False) as writer:
+                for chunk in chunks:
+                    writer.write(chunk.text)
+        if meter.last.finish_reason in ("length", "context"):
+            print_note(f"(cut off: {meter.last.finish_reason})")
+        if self._stats:
+            step = meter.chunks[0].step
+            print_note(
+                f"{step.positions} positions of conversation: {format_count(step.reused)} reused, "
+                f"{format_count(step.computed)} computed | {len(meter.chunks)} tokens, "
+                f"first after {meter.prefill_seconds:.2f} s"
+            )
+
+    def _command(self, name: str, rest: str) -> str:
+        """Do what a command says; returns what is to be typed for the user."""
+        conversation, rest = self._conversation, rest.strip()
+        if name in ("/save", "/load") and not rest:
+            raise UsageError(f"{name} needs the name of a file")
+        if name == "/reset":
+            conversation.reset()
+        elif name in ("/undo", "/edit"):
+            question = conversation.undo()
+            if question is None:
+                raise UsageError("there is no question yet")
+            if name == "/edit":
+                return question
+            print_note(f"taken back: {question}")
+        elif name == "/system":
+            conversation.system = rest
+        elif name == "/save":
+            conversation.save(Path(rest).expanduser())
+            print_note(f"saved: {len(conversation.messages)} messages")
+        elif name == "/load":
+            conversation.load(Path(rest).expanduser())
+            print_note(f"loaded: {len(conversation.messages)} messages")
+        elif name == "/stats":
+            self._stats = not self._stats
+            print_note(f"stats are {'on' if self._stats else 'off'}")
+        elif name == "/help":
+            for command, meaning in _COMMANDS.items():
+                print_note(f"{command:<8} {meaning}")
+        else:
+            raise UsageError(f"no command {name}; /help lists them")
+        return ""
+
+
+def _session() -> PromptSession[str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from kvgen.folders import cache_dir
+
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    history = folder / "chat-history"
+    history.touch(mode=0o600)
+    commands = WordCompleter(list(_COMMANDS), meta_dict=_COMMANDS, sentence=True)
+    return PromptSession(history=FileHistory(str(history)), completer=commands, complete_while_typing=False)
+
+
+def _metered(chunks: Iterator[Chunk], meter: Meter) -> Iterator[Chunk]:
+    began = time.perf_counter()
+    for chunk in chunks:
+        meter.add(chunk, began)
+        yield chunk
+
+
+def _write_markdown(chunks: Iterator[Chunk]) -> None:
+    """Formatted anew with each chunk. Links are shown as text: a terminal would hide where they lead."""
+    text = ""
+    show: Callable[[], Markdown] = lambda: Markdown(escape_controls(text), hyperlinks=False)  # noqa: E731
+    with Live(console=terminal(sys.stdout), auto_refresh=False, vertical_overflow="visible") as live:
+        for chunk in chunks:
+            text += chunk.text
+            live.update(show(), refresh=True)

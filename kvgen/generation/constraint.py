@@ -1,0 +1,69 @@
+"""Completions that have to follow a grammar: llguidance says which tokens may come next, and the sampler takes one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from kvgen.errors import ModelError, UsageError
+from kvgen.generation.sampling import Sampler
+from kvgen.generation.settings import Constraint
+from kvgen.tokenizer import Tokenizer
+
+# Between the parts of JSON. Bounded, or a model could go on with blanks for ever.
+_WHITESPACE = r"[ \n\t]{0,16}"
+
+
+def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, vocab_size: int | None) -> Sampler:
+    """A sampler for one completion, which chooses only among the tokens that the constraint allows next.
+
+    An end token is allowed only where the text may end. Raises UsageError for a constraint that is not valid or a
+    tokenizer without end tokens.
+    """
+    if vocab_size is None:
+        raise UsageError("a constraint needs a model whose vocabulary is known")
+    vocabulary = _vocabulary(tokenizer, vocab_size)
+    matcher = LLMatcher(vocabulary, _grammar(constraint), log_level=0)
+    if matcher.is_error():
+        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
+    words = torch.zeros((vocab_size + 31) // 32, dtype=torch.int32)
+    bits = torch.arange(32, dtype=torch.int32)
+
+    def sample(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
+        matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.nbytes)
+        if matcher.is_error():
+            raise ModelError(f"{constraint.kind} cannot be followed: {_first_line(matcher.get_error())}")
+        allowed = (words[:, None] >> bits & 1).flatten()[: len(logits)].bool()
+        token = sampler(logits.masked_fill(~allowed, -torch.inf), ids, prompt_length)
+        matcher.consume_token(token)
+        return token
+
+    return sample
+
+
+def _grammar(constraint: Constraint) -> str:
+    if constraint.kind == "regex":
+        return LLMatcher.grammar_from_regex(constraint.text)
+    if constraint.kind == "grammar":
+        return LLMatcher.grammar_from_lark(constraint.text)
+    try:
+        return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": _WHITESPACE})
+    except ValueError as error:
+        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(str(error))}") from None
+
+
+@lru_cache(maxsize=2)  # making one takes a tenth of a second or more
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+    if not tokenizer.eos_ids:
+        raise UsageError("a constraint needs a tokenizer that has an end token")
+    try:
+        return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_ids))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"constraints do not work with this tokenizer ({_first_line(str(error))})") from None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

@@ -1,0 +1,104 @@
+"""Defaults: a file, profiles in it, and the environment, each counting more than the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import run
+
+CONFIG = """
+temperature = 0.3
+max-tokens = 7
+
+[batch]
+max-tokens = 5
+
+[profile.warm]
+temperature = 1.5
+
+[profile.warm.generate]
+stop = ["\\n", "."]
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    file = tmp_path / "config.toml"
+    file.write_text(CONFIG)
+    return {**os.environ, "KVGEN_CONFIG": str(file)}
+
+
+def shown(*arguments: str, env: dict[str, str]) -> dict[tuple[str, str], object]:
+    value = json.loads(run(*arguments, "config", "--json", env=env).stdout)
+    return {(setting["command"], setting["name"]): setting["value"] for setting in value["settings"]}
+
+
+def test_the_file_and_the_environment_are_shown(environment: dict[str, str]) -> None:
+    assert shown(env=environment) == {("", "temperature"): 0.3, ("", "max_tokens"): 7, ("batch", "max_tokens"): 5}
+    warm = shown("--profile", "warm", env={**environment, "KVGEN_MAX_TOKENS": "9"})
+    assert warm == {
+        ("", "temperature"): 1.5,
+        ("", "max_tokens"): "9",
+        ("batch", "max_tokens"): 5,
+        ("generate", "stop"): ["\n", "."],
+    }
+    text = run("config", env=environment)
+    assert f"batch max-tokens = 5  ({environment['KVGEN_CONFIG']}, [batch])" in text.stdout
+    assert text.stderr == ""
+
+
+def test_defaults_are_used_and_options_count_more(environment: dict[str, str], tiny_llama) -> None:
+    folder, _ = tiny_llama()
+
+    def generated(*arguments: str, **more: str) -> int:
+        command = ["generate", "-m", str(folder), "-p", "the red 0", "--json", "-t", "0"]
+        return len(json.loads(run(*command, *arguments, env={**environment, **more}).stdout)["completion_ids"])
+
+    assert generated() == 7
+    assert generated(KVGEN_MAX_TOKENS="4") == 4
+    assert generated("-n", "3", KVGEN_MAX_TOKENS="4") == 3
+    row = run("batch", "-m", str(folder), "-t", "0", input='"the red 0"\n', env=environment)
+    assert json.loads(row.stdout)["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "code", "message"),
+    [
+        ("temprature = 1", [], 2, "'temprature' is no option there"),
+        ("[generat]\nseed = 1", [], 2, "[generat] is no command"),
+        ("seed = ", [], 2, "not valid TOML"),
+        ("", ["--profile", "x"], 1, "no profile 'x'"),
+        ("max-tokens = 'many'", ["generate", "-p", "x"], 2, "'--max-tokens' / '-n': Input should be a valid integer"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(
+    tmp_path: Path, content: str, arguments: list[str], code: int, message: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(content)
+    command = arguments if "generate" in arguments else [*arguments, "config"]
+    found = run(*command, env={**os.environ, "KVGEN_CONFIG": str(file)})
+    assert (found.returncode, found.stdout) == (code, "")
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_without_anything_chosen_it_says_where_to_choose(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVGEN_")}
+    found = run("config", env={**environment, "XDG_CONFIG_HOME": str(tmp_path)})
+    assert (found.returncode, found.stdout) == (0, "")
+    assert str(tmp_path / "kvgen" / "config.toml") in found.stderr
+
+
+def test_the_shell_completes_names_of_models() -> None:
+    completing = {
+        **os.environ,
+        "_KVGEN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "kvgen generate --model smol",
+        "COMP_CWORD": "3",
+    }
+    assert run(env=completing).stdout.split() == ["smollm2"]

@@ -1,0 +1,235 @@
+"""`kvgen chat`: each turn pays for what is new, and gives what a fresh run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvgen
+from kvgen import KvgenError, NotFoundError, Sampling, UsageError
+from kvgen.conversation import Conversation
+from kvgen.generation.settings import Request
+from kvgen.loading import Loaded
+from tests.test_cli import KVGEN, run
+
+GREEDY = Sampling(temperature=0)
+QUESTIONS = (
+    "What is the capital of Japan?",
+    "And of France?",
+    "Name a river there.",
+    "Count to five.",
+    "What is 2 + 2?",
+    "Say hello in German.",
+    "Which colour is the sky?",
+    "Name an animal that flies.",
+    "What do bees make?",
+    "Thank you, goodbye!",
+)
+
+
+@pytest.fixture
+def conversation(smollm2: Loaded) -> Conversation:
+    return Conversation(smollm2, Request((), GREEDY, 24, top_logprobs=3))
+
+
+def test_ten_turns_compute_what_is_new_and_equal_fresh_runs(conversation: Conversation, smollm2: Loaded) -> None:
+    known: list[int] = []
+    for question in QUESTIONS:
+        chunks = list(conversation.ask(question))
+        prompt = smollm2.tokenizer.encode_chat(conversation.messages[:-1])
+        step = chunks[0].step
+        shared = next((n for n, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
+        assert step.reused == shared
+        assert step.computed == len(prompt) - shared
+        # All of the conversation so far, but the last token, which nothing has been computed after.
+        assert shared >= len(known) - 1
+        fresh = list(kvgen.stream(smollm2, prompt, GREEDY, max_tokens=24, top_logprobs=3))
+        assert [chunk.step.top_logprobs for chunk in chunks] == [chunk.step.top_logprobs for chunk in fresh]
+        assert torch.equal(
+            smollm2.model(torch.tensor([prompt]), step.cache.branch(len(prompt) - 1, 0))[0],
+            smollm2.model(torch.tensor([prompt]), None)[0],
+        )
+        known = [*prompt, *(chunk.step.token for chunk in chunks[:-1])]
+    assert len(conversation.messages) == 20
+
+
+def test_undo_edit_reset_and_system_change_what_is_rendered(conversation: Conversation) -> None:
+    conversation.system = "Be brief."
+    list(conversation.ask("one"))
+    list(conversation.ask("two"))
+    assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 2]
+    assert conversation.undo() == "two"
+    assert [message["content"] for message in conversation.messages[:2]] == ["Be brief.", "one"]
+    conversation.system = "Be long."
+    assert conversation.system == "Be long."
+    assert len(conversation.messages) == 3
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be long."}]
+    conversation.system = ""
+    assert conversation.messages == []
+    assert conversation.undo() is None
+
+
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(conversation: Conversation) -> None:
+    chunks = conversation.ask("Tell me a story.")
+    text = next(chunks).text + next(chunks).text
+    chunks.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": text}
+
+
+def test_a_question_that_cannot_be_asked_leaves_no_trace(conversation: Conversation) -> None:
+    with pytest.raises(UsageError, match="room for"):
+        list(conversation.ask("word " * 9000))
+    assert conversation.messages == []
+
+
+def test_conversations_are_saved_and_loaded(conversation: Conversation, smollm2: Loaded, tmp_path: Path) -> None:
+    list(conversation.ask("Who are you? ü"))
+    conversation.save(tmp_path / "talk.json")
+    other = Conversation(smollm2, conversation.request)
+    other.load(tmp_path / "talk.json")
+    assert other.messages == conversation.messages
+    with pytest.raises(KvgenError, match="cannot be written"):
+        conversation.save(tmp_path / "no" / "talk.json")
+    with pytest.raises(NotFoundError):
+        other.load(tmp_path / "nothing")
+    for content in ("{", "[]", '{"messages": [{"role": 3}]}', "[" * 100_000):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UsageError, match="not a conversation"):
+            other.load(tmp_path / "bad.json")
+    assert other.messages == conversation.messages
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+def test_one_question_in_a_pipe(smollm2_path: Path) -> None:
+    found = run("chat", "-p", "What is the capital of Japan?", "-t", "0", "--stats")
+    assert (found.returncode, found.stdout) == (0, "The capital of Japan is Tokyo.\n")
+    assert re.fullmatch(r"37 positions of conversation: 0 reused, 37 computed \| 8 tokens, .*\n", found.stderr)
+
+
+def test_it_does_not_start_in_a_pipe(smollm2_path: Path) -> None:
+    for found in (run("chat"), run("chat", input="hello\n")):
+        assert (found.returncode, found.stdout) == (2, "")
+        assert "chat needs a terminal" in found.stderr
+    closed = subprocess.run(["bash", "-c", f"{' '.join(KVGEN)} chat <&-"], capture_output=True, text=True)
+    assert closed.returncode == 2
+
+
+def test_a_prompt_cache_carries_a_conversation_over(smollm2_path: Path, tmp_path: Path) -> None:
+    command = ["chat", "-p", "What is the capital of Japan?", "-t", "0", "--stats", "--prompt-cache"]
+    first, second = (run(*command, str(tmp_path / "cache")) for _ in range(2))
+    assert first.stdout == second.stdout
+    assert "36 reused, 1 computed" in second.stderr
+
+
+def test_a_model_without_a_template_cannot_chat(tiny_llama) -> None:
+    found = run("chat", "-m", str(tiny_llama()[0]), "-p", "x")
+    assert found.returncode == 2
+    assert "has no chat template" in found.stderr
+
+
+READY = "\x1b[?2004h"  # what a terminal is told when a line can be typed
+
+
+def talk(*arguments: str, script: list[tuple[str, str]], home: Path) -> tuple[int, str]:
+    """Run on a pseudo-terminal: once a text has come, type the next. Returns exit code and what was shown."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", KVGEN_MODEL=os.environ["KVGEN_TEST_MODEL"], HOME=str(home))
+        os.execv(sys.executable, [*KVGEN, *arguments])
+    shown, seen, steps = b"", 0, iter(script)
+    wanted, typed = next(steps)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([terminal], [], [], 1)
+        if not ready:
+            continue
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:
+            break
+        if b"\x1b[6n" in data:  # where is the cursor?
+            os.write(terminal, b"\x1b[1;1R")
+        shown += data
+        found = shown.find(wanted.encode(), seen)
+        if found >= 0:
+            seen = found + len(wanted)
+            os.write(terminal, typed.encode())
+            wanted, typed = next(steps, ("\0", ""))
+    else:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), shown.decode(errors="replace")
+
+
+@pytest.fixture
+def model(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("KVGEN_TEST_MODEL", str(smollm2_path))
+    return tmp_path
+
+
+def test_a_session_on_a_terminal(model: Path) -> None:
+    saved = model / "talk.json"
+    code, shown = talk(
+        *("chat", "-t", "0", "-n", "40"),
+        script=[
+            (READY, "/stats\r"),
+            ("stats are on", ""),
+            (READY, "What is the capital of Japan?\r"),
+            ("37 computed", ""),
+            (READY, "And of France?\r"),
+            ("reused", ""),
+            (READY, "/undo\r"),
+            ("taken back", ""),
+            (READY, "/edit\r"),
+            (READY, "\x15Say hi\r"),
+            ("computed", ""),
+            (READY, f"/save {saved}\r"),
+            ("saved: 2 messages", ""),
+            (READY, "/nonsense\r"),
+            ("no command /nonsense", ""),
+            (READY, "/quit\r"),
+        ],
+        home=model,
+    )
+    assert code == 0
+    assert "The capital of Japan is Tokyo." in shown
+    assert "Traceback" not in shown
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "Say hi"
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(model: Path) -> None:
+    code, shown = talk(
+        *("chat", "-n", "2000"),
+        script=[(READY, "Tell me a very long story.\r"), ("story.", ""), (" the ", "\x03"), (READY, "\x04")],
+        home=model,
+    )
+    assert code == 0
+    assert "what has come is part of the conversation" in shown
+    assert "Traceback" not in shown
+
+
+def test_markdown_is_shown_formatted_and_links_are_not_hidden(model: Path) -> None:
+    code, shown = talk(
+        *("chat", "--markdown", "-n", "12", "--regex", r"\*\*bold\*\* \[x\]\(http://y\.z\)"),
+        script=[(READY, "go\r"), ("http://y.z", ""), (READY, "/quit\r")],
+        home=model,
+    )
+    assert code == 0
+    assert "\x1b[1mbold\x1b[0m" in shown
+    assert "\x1b]8;" not in shown

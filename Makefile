@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT_FILE ?= prompts/story.txt
+INPUTS ?= 10000
 
-.PHONY: run test test-all bench lint clean
+.PHONY: run test test-all bench fuzz lint clean
 
 run: $(VENV)/.run
 	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 3 --max-tokens 120 --stats
@@ -17,6 +18,9 @@ test-all: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py
+
+fuzz: $(VENV)/.fuzz
+	cd fuzz && ../$(BIN)/python fuzz.py --inputs $(INPUTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,4 +45,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.bench: $(VENV)/.dev benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	@touch $@

@@ -1,13 +1,15 @@
 """Coverage-guided fuzzing of what strangers can hand to kvgen: python fuzz/fuzz.py [--inputs N] [--target NAME]
 
 For each input: no exception but a KvgenError, no more than 5 seconds, no more memory than 4 times its size (and 64 MB
-for all inputs of a target together, which an interpreter takes anyway). What breaks that is left in crash-*.
+for all inputs of a target together, which an interpreter takes anyway). What breaks that is left in crash-*; what
+libFuzzer says, in fuzz-NAME.log.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -25,6 +27,8 @@ SLACK = 64 << 20
 
 def fuzz(name: str, inputs: int, report: str) -> None:
     """Run one target, in a process of its own: libFuzzer ends the process."""
+    log = os.open(f"fuzz-{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 2)
     target, seeds = TARGETS[name]
     counts = {"inputs": 0, "read": 0}
     slowest = 0.0

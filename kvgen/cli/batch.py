@@ -119,7 +119,7 @@ def batch(
     done = {} if file is None else file.done
     wanted = not_done(read_rows(lines), done, output)
     if ray is not None:
-        complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers)
+        complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers, quiet=quiet)
     else:
         complete = _here(wanted, how, source, prompt_cache, quiet=quiet)
     with _interruptible(quiet=quiet) as going_on:
@@ -171,14 +171,16 @@ def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Pa
 
 
 def _on_ray(
-    rows: Iterable[Row], how: _How, source: ModelOptions, address: str | None, workers: int | None
+    rows: Iterable[Row], how: _How, source: ModelOptions, address: str | None, workers: int | None, *, quiet: bool
 ) -> _Complete:
     """On a Ray cluster, each worker with the model."""
     from kvgen.pipeline.ray import Work, complete_on_ray
 
     arguments, reading = source.arguments(), how.reading
     work = Work(arguments, how.defaults, reading.format, reading.template, how.max_rows, how.max_cache_bytes)
-    return lambda going_on: takewhile(lambda result: going_on(), complete_on_ray(rows, work, address, workers))
+    notify = (lambda text: None) if quiet else print_note
+    results = complete_on_ray(rows, work, address, workers, notify)
+    return lambda going_on: takewhile(lambda result: going_on(), results)
 
 
 def _write_all(

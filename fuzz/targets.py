@@ -25,7 +25,7 @@ from kvgen.errors import KvgenError
 from kvgen.generation.settings import Request
 from kvgen.pipeline.results import ResultsFile
 from kvgen.pipeline.rows import read_rows
-from kvgen.prompt_cache import describe_prompt_cache
+from kvgen.prompt_cache import describe_prompt_cache, digest
 from kvgen.tokenizer import read_tokenizer
 from kvgen.tokenizer.chat import ChatTemplate
 
@@ -41,6 +41,7 @@ CONFIG = {
     "max_position_embeddings": 32,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
+    "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
 TEMPLATE = (
@@ -158,7 +159,26 @@ def _gguf_seed() -> bytes:
         return path.read_bytes()
 
 
-SAFETENSORS = save({"model.embed_tokens.weight": torch.zeros(16, 8), "model.norm.weight": torch.ones(8)})
+def _llama_seed() -> bytes:
+    shapes = {
+        "model.embed_tokens": (16, 8),
+        "model.norm": (8,),
+        **{f"model.layers.0.{name}": (8,) for name in ("input_layernorm", "post_attention_layernorm")},
+        **{f"model.layers.0.self_attn.{name}_proj": (8, 8) for name in ("q", "o")},
+        **{f"model.layers.0.self_attn.{name}_proj": (4, 8) for name in ("k", "v")},
+        **{f"model.layers.0.mlp.{name}_proj": (8, 8) for name in ("gate", "up", "down")},
+    }
+    return save({f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()})
+
+
+def _prompt_cache_seed() -> bytes:
+    tensors = {"tokens": torch.tensor([[3, 4]]), "keys.0": torch.zeros(1, 1, 2, 4), "values.0": torch.zeros(1, 1, 2, 4)}
+    metadata = dict.fromkeys(("identity", "model", "numerics"), "x")
+    metadata |= {"kvgen-prompt-cache": "1", "variant": "0", "first": "[0]", "sha256": digest(tensors)}
+    return save(tensors, metadata)
+
+
+SAFETENSORS = _llama_seed()
 _TOKENIZER = {
     "version": "1.0",
     "added_tokens": [{"id": 3, "content": "<|x|>", "special": True, "single_word": False, "lstrip": False,
@@ -176,10 +196,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "template": (template, [TEMPLATE.encode()]),
     "rows": (rows, [json.dumps(ROW).encode(), b'"text"\n{"messages": [{"role": "user", "content": "x"}]}\n']),
     "results": (results, [b'{"index": 0, "digest": "a"}\n{"index": 1, "digest": "b"}\n{"ind']),
-    "prompt_cache": (
-        prompt_cache,
-        [save({"tokens": torch.zeros(1, 3, dtype=torch.int64)}, {"kvgen-prompt-cache": "1"})],
-    ),
+    "prompt_cache": (prompt_cache, [_prompt_cache_seed()]),
     "conversation": (conversation, [json.dumps({"messages": MESSAGES}).encode()]),
 }
 

@@ -26,9 +26,11 @@ from kvgen.errors import (
 
 if TYPE_CHECKING:
     from kvgen.contract import Model
+    from kvgen.conversation import Conversation
+    from kvgen.generation.batch import Batch
     from kvgen.generation.decode import Step
     from kvgen.generation.drafts import DraftModel, PromptLookup
-    from kvgen.generation.settings import Sampling
+    from kvgen.generation.settings import Constraint, Request, Sampling
     from kvgen.generation.stream import generate, stream
     from kvgen.generation.text import Chunk
     from kvgen.loading import Loaded, load
@@ -40,9 +42,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "CacheError",
     "CheckpointError",
     "Chunk",
+    "Constraint",
+    "Conversation",
     "DraftModel",
     "KVCache",
     "KvgenError",
@@ -52,6 +57,7 @@ __all__ = [
     "ModelError",
     "NotFoundError",
     "PromptLookup",
+    "Request",
     "Sampling",
     "Score",
     "Step",
@@ -65,13 +71,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batch": "kvgen.generation.batch",
     "Chunk": "kvgen.generation.text",
+    "Constraint": "kvgen.generation.settings",
+    "Conversation": "kvgen.conversation",
     "DraftModel": "kvgen.generation.drafts",
     "KVCache": "kvgen.model.cache",
     "Loaded": "kvgen.loading",
     "Message": "kvgen.tokenizer.chat",
     "Model": "kvgen.contract",
     "PromptLookup": "kvgen.generation.drafts",
+    "Request": "kvgen.generation.settings",
     "Sampling": "kvgen.generation.settings",
     "Score": "kvgen.scoring",
     "Step": "kvgen.generation.decode",

@@ -59,7 +59,7 @@ def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
         "numerics": native.numerics,
         "variant": str(cache.variant),
         "first": json.dumps([room.first for room in rooms]),
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
     }
     try:
         with tempfile.TemporaryDirectory(prefix=".kvgen-", dir=path.parent) as folder:
@@ -147,7 +147,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     tokens = tensors.get("tokens")
     if not wanted <= metadata.keys() or tokens is None or tokens.dtype != torch.int64 or tokens.ndim != 2:
         raise _damaged(path, "something is missing")
-    if metadata["sha256"] != _digest(tensors):
+    if metadata["sha256"] != digest(tensors):
         raise _damaged(path, "its content is not what was written")
     return metadata, tensors
 
@@ -156,12 +156,13 @@ def _damaged(path: Path, why: str) -> CacheError:
     return CacheError(f"{path}: the prompt cache is damaged: {why}; remove it")
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Of what a file holds, names and shapes included."""
+    whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _identity(loaded: Loaded) -> str:

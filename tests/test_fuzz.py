@@ -17,7 +17,7 @@ def test_the_first_seed_is_read_as_far_as_it_goes(name: str) -> None:
     """Else the mutations would all die at the door."""
     target, seeds = TARGETS[name]
     read = refuses_or_reads(target, seeds[0])
-    assert read or name in ("gguf", "config", "template", "prompt_cache")  # these lack tensors, or a digest
+    assert read or name == "gguf"  # it lacks tensors of a decoder
 
 
 @pytest.mark.parametrize("name", TARGETS)

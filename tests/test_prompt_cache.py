@@ -147,7 +147,7 @@ def test_files_that_do_not_add_up_are_refused(
     rewritten(path, FORGERIES[name])
     with safe_open(path, framework="pt") as file:
         known = file.metadata()["sha256"]
-    monkeypatch.setattr("kvgen.prompt_cache._digest", lambda tensors: known)
+    monkeypatch.setattr("kvgen.prompt_cache.digest", lambda tensors: known)
     with pytest.raises(CacheError, match=r"x\.cache: .* damaged"):
         load_prompt_cache(path, loaded)
 

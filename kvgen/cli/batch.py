@@ -155,7 +155,7 @@ def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Pa
     """On this machine, in this process."""
     loaded = how.reading.prepared(source.load(quiet=quiet))
 
-    from kvgen.generation.batch import Batch
+    from kvgen import Batch
     from kvgen.pipeline.complete import complete_rows
     from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 

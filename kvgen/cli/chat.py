@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,8 +26,7 @@ from kvgen.errors import KvgenError, UsageError
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-    from kvgen import Chunk
-    from kvgen.conversation import Conversation
+    from kvgen import Chunk, Conversation
 
 _COMMANDS = {
     "/reset": "forget the conversation, but not the system message",
@@ -67,9 +67,7 @@ def chat(
     template = None if chat_template is None else read_option_file("--chat-template", chat_template)
     loaded = source.load(quiet=quiet)
 
-    from dataclasses import replace
-
-    from kvgen.conversation import Conversation
+    from kvgen import Conversation
 
     if template is not None:
         loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
@@ -81,7 +79,7 @@ def chat(
         from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 
         conversation.cache = open_prompt_cache(prompt_cache, loaded)
-    talk = Talk(conversation, markdown=markdown and sys.stdout.isatty(), stats=stats and not quiet)
+    talk = Talk(conversation, markdown=markdown and sys.stdout.isatty(), stats=stats, quiet=quiet)
     if prompt is not None:
         talk.answer(prompt)
     else:
@@ -93,14 +91,16 @@ def chat(
 class Talk:
     """Reads lines from a terminal, and answers them."""
 
-    def __init__(self, conversation: Conversation, *, markdown: bool, stats: bool) -> None:
-        self._conversation, self._markdown, self._stats = conversation, markdown, stats
+    def __init__(self, conversation: Conversation, *, markdown: bool, stats: bool, quiet: bool) -> None:
+        """stats: after each answer. quiet: say nothing but answers, errors and what a command asks for."""
+        self._conversation, self._markdown, self._stats, self._quiet = conversation, markdown, stats, quiet
 
     def run(self) -> None:
         """Until /quit or the end of input."""
         session = _session()
         typed = ""
-        print_note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        if not self._quiet:
+            print_note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
                 line = session.prompt("> ", default=typed).strip()
@@ -131,6 +131,8 @@ class Talk:
             with TextWriter(raw=False) as writer:
                 for chunk in chunks:
                     writer.write(chunk.text)
+        if self._quiet:
+            return
         if meter.last.finish_reason in ("length", "context"):
             print_note(f"(cut off: {meter.last.finish_reason})")
         if self._stats:

@@ -19,10 +19,10 @@ from kvgen.cli.render import TextWriter, print_note, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.settings import Request
+from kvgen.memory import physical_memory
 
 if TYPE_CHECKING:
-    from kvgen import Chunk, Loaded, Step, Tokenizer
-    from kvgen.generation.batch import Batch
+    from kvgen import Batch, Chunk, Loaded, Step, Tokenizer
     from kvgen.generation.drafts import Drafter
 
 
@@ -71,7 +71,8 @@ def generate(
     if not no_cache:
         loaded = _verified(loaded, verify_cache)
 
-    from kvgen.generation.batch import Batch, in_order
+    from kvgen import Batch
+    from kvgen.generation.batch import in_order
 
     cache: Any = None
     if prompt_cache is not None:
@@ -79,18 +80,24 @@ def generate(
 
         cache = open_prompt_cache(prompt_cache, loaded)
     drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
-    batch = Batch(loaded, use_cache=not no_cache, cache=cache, make_drafter=drafter)
-    asked: list[tuple[str, Request]] = []
+    batch = Batch(
+        loaded,
+        max_cache_bytes=physical_memory() // 2 if lines else None,
+        use_cache=not no_cache,
+        cache=cache,
+        make_drafter=drafter,
+    )
+    asked: dict[int, tuple[str, Request]] = {}
 
     def requests() -> Iterator[Request]:
-        for text in chain(first, prompts):
+        for number, text in enumerate(chain(first, prompts)):
             request = replace(wanted, prompt=reading.format.encode(loaded.tokenizer, text))
-            asked.append((text, request))
+            asked[number] = text, request
             yield request
 
     events = in_order(batch.run(requests()))
     for number, event in events:
-        text, request = asked[number]
+        text, request = asked.pop(number)
         if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number + 1}] {text}")
         if stats and not quiet:

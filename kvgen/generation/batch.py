@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from kvgen.errors import KvgenError, ModelError, UsageError
-from kvgen.generation.decode import Decoding, check_judge, ids_tensor
+from kvgen.generation.decode import Decoding, check_judge, check_prompt, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
 from kvgen.generation.stream import limits, sampler_for
@@ -119,6 +119,7 @@ class Batch:
         raised when all rows before it have ended.
         admit: asked before another request is begun. Once it says no, rows that are under way end, and that is all.
         """
+        self._rows = []  # of a run that was given up
         source = Ahead(requests, most=self._max_rows)
         failure: BaseException | None = None
         number, waiting = 0, None
@@ -153,33 +154,33 @@ class Batch:
         """A row for a request, or None if it has to wait. Raises UsageError for one that cannot be completed."""
         if isinstance(request, KvgenError):
             raise request
-        model = self._loaded.model
-        ids = ids_tensor(model, request.prompt)
-        most = min(request.max_tokens + len(request.prompt), request.max_context or model.context_length or sys.maxsize)
+        model, prompt, ends_at = self._loaded.model, request.prompt, limits(self._loaded, request)
+        ids = ids_tensor(model, prompt)
+        check_prompt(len(prompt), ends_at)
+        most = min(request.max_tokens + len(prompt), request.max_context or model.context_length or sys.maxsize)
         nbytes = most * (model.position_bytes or 0) if self._use_cache else 0
-        decoding = Decoding(
-            ids,
-            sampler_for(self._loaded, request),
-            limits(self._loaded, request),
-            top_logprobs=request.top_logprobs,
-            drafter=self._make_drafter() if self._make_drafter else None,
-            most_drafts=model.most_drafts,
-        )
         if not self._has_room(nbytes):
             return None
         cache, shared = None, 0
         if self._use_cache:
             donors = [row.cache for row in self._rows if row not in begun]
-            cache = model.cache_for(
-                ids, min(most, _MOST_RESERVED), [*donors, *([] if self.cache is None else [self.cache])]
-            )
+            donors += [] if self.cache is None else [self.cache]
+            cache = model.cache_for(ids, min(most, _MOST_RESERVED), donors)
             shared = getattr(cache, "length", 0)
-            if any(_shared(row.prompt, request.prompt) > shared + _WORTH_WAITING for row in begun):
+            if any(_shared(row.prompt, prompt) > shared + _WORTH_WAITING for row in begun):
                 return None  # once that row is computed, this one has more to copy
-        new = len(request.prompt) - shared
+        new = len(prompt) - shared
         if begun and sum(row.new for row in begun) + new > _MOST_NEW:
             return None
-        return _Row(number, request.prompt, decoding, Texts(self._loaded.tokenizer, request.stop), cache, new, nbytes)
+        decoding = Decoding(
+            ids,
+            sampler_for(self._loaded, request),
+            ends_at,
+            top_logprobs=request.top_logprobs,
+            drafter=self._make_drafter() if self._make_drafter else None,
+            most_drafts=model.most_drafts,
+        )
+        return _Row(number, prompt, decoding, Texts(self._loaded.tokenizer, request.stop), cache, new, nbytes)
 
     def _has_room(self, nbytes: int) -> bool:
         """Whether a row that may take so many bytes fits now. Raises UsageError if it never will."""

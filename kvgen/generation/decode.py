@@ -111,7 +111,7 @@ class Decoding:
 
         Raises UsageError for a prompt that is empty or fills the context.
         """
-        _check_prompt(ids.shape[1], limits)
+        check_prompt(ids.shape[1], limits)
         self.finished = False
         self._text, self._prompt_length = _Sequence(ids, limits), ids.shape[1]
         self._end = ids.shape[1] + limits.max_tokens
@@ -264,7 +264,8 @@ def check_judge(model: Model, use_cache: bool) -> Backend:
     raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
 
 
-def _check_prompt(length: int, limits: Limits) -> None:
+def check_prompt(length: int, limits: Limits) -> None:
+    """Raises UsageError for a prompt of so many tokens that is empty or fills the context."""
     if length == 0:
         raise UsageError("the prompt is empty")
     if limits.end_of_context is not None and length >= limits.end_of_context:

@@ -1,0 +1,87 @@
+"""Every command on a terminal, in a pipe and with stdin closed: exit code, and what comes on which stream."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import KVGEN, run, run_on_terminal
+
+ANSI = re.compile("\x1b")
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> dict[str, list[str]]:
+    """What each is called with: a tiny model, and little to do."""
+    from tests.families import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint("llama", 0, folder)
+    model = ["-m", str(folder), "--ids"]
+    rows = folder / "rows.jsonl"
+    rows.write_text('"5 17 3"\n{"id": "b", "prompt": "4 5"}\n')
+    template = folder / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    cache = folder / "x.cache"
+    made = run("generate", *model, "-p", "5 17 3", "-n", "2", "--prompt-cache", str(cache))
+    assert made.returncode == 0, made.stderr
+    return {
+        "generate": ["generate", *model, "-p", "5 17 3", "-n", "2", "-t", "0"],
+        "batch": ["batch", str(rows), *model, "-n", "2", "-t", "0", "--seed", "1"],
+        "chat": ["chat", *model, "-p", "5 17 3", "-n", "2", "-t", "0", "-q", "--chat-template", str(template)],
+        "compare": ["compare", *model, "-p", "5 17 3", "-n", "2"],
+        "score": ["score", *model, "-p", "5 17 3 9", "--tokens"],
+        "bench": ["bench", *model, *["--prompts", "8", "--contexts", "4", "--lengths", "4", "--repeat", "1"]],
+        "inspect": ["inspect", str(smollm2_path)],
+        "models": ["models"],
+        "cache": ["cache", "inspect", str(cache)],
+        "config": ["--profile", "p", "config"],
+    }
+
+
+NAMES = ["generate", "batch", "chat", "compare", "score", "bench", "inspect", "models", "cache", "config"]
+TIMED = {"bench", "compare"}  # they print how long things took
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.toml").write_text("[profile.p]\ntop-k = 3\n")
+    monkeypatch.setenv("KVGEN_CONFIG", str(tmp_path / "config.toml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("config")
+def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dict[str, list[str]], name: str) -> None:
+    command = commands[name]
+    piped = run(*command, input="")
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout.endswith("\n")
+    assert piped.stderr == ""
+    assert not ANSI.search(piped.stdout)
+    closed = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&-', "bash", *KVGEN, *command], capture_output=True, text=True, timeout=120
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+    if name not in TIMED:
+        assert closed.stdout == piped.stdout
+    code, shown = run_on_terminal(*command)
+    assert code == 0
+    assert "Traceback" not in shown
+    first = piped.stdout.split()[0]
+    assert first in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_explains_itself_and_refuses_what_it_does_not_know(name: str) -> None:
+    words = [name, "inspect"] if name == "cache" else [name]
+    shown = run(*words, "--help")
+    assert shown.returncode == 0
+    assert f"Usage: kvgen {' '.join(words)}" in shown.stdout
+    assert "Example" in shown.stdout
+    wrong = run(*words, "--no-such-option")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert len(wrong.stderr.splitlines()) == 1
+    assert "No such option" in wrong.stderr

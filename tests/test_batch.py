@@ -116,6 +116,18 @@ def test_a_branch_is_right_and_leaves_its_origin_alone(model: CachedModel, data:
     torch.testing.assert_close(model.forward(again, origin)[0], model.forward(again)[0], atol=TOLERANCE, rtol=0)
 
 
+@any_model
+@settings(deadline=None, max_examples=20)
+@given(first=st.lists(st.integers(0, 49), min_size=4, max_size=30), cut=st.integers(1, 3))
+def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CachedModel, first: list[int], cut: int) -> None:
+    _, origin = model.forward(torch.tensor([first]))
+    branch = origin.branch(len(first), 64)
+    edited = torch.tensor([[*first[:-cut], *(49 - id_ for id_ in first[-cut:])]])
+    model.forward(edited, origin)
+    longer = torch.tensor([[*first, 3]])
+    torch.testing.assert_close(model.forward(longer, branch)[0], model.forward(longer)[0], atol=TOLERANCE, rtol=0)
+
+
 def test_the_donor_that_has_the_most_is_taken() -> None:
     model = MODELS["plain"]
     donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
@@ -155,6 +167,15 @@ def test_rows_that_begin_alike_compute_the_beginning_once(small: dict[str, Loade
         assert not isinstance(event, KvgenError)
         computed.setdefault(number, event.step.computed)
     assert computed == {0: 60, **dict.fromkeys(range(1, 6), 2)}
+
+
+def test_a_row_begins_with_what_the_last_one_left(small: dict[str, Loaded]) -> None:
+    requests = [Request([*range(2, 40), 50 + n], GREEDY, 2) for n in range(3)]
+    computed: dict[int, int | None] = {}
+    for number, event in Batch(small["llama"], max_rows=1).run(iter(requests)):
+        assert not isinstance(event, KvgenError)
+        computed.setdefault(number, event.step.computed)
+    assert computed == {0: 39, 1: 1, 2: 1}
 
 
 def test_a_place_that_is_free_is_taken_at_once(small: dict[str, Loaded]) -> None:

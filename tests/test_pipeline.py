@@ -269,10 +269,10 @@ def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
 
 def test_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny: list[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
-    rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 60}) + "\n" for n in range(400)))
+    rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 400}) + "\n" for n in range(400)))
     for signals in (1, 2):
         out = tmp_path / f"out{signals}"
-        process = started([*tiny, str(rows), "-o", str(out), "--max-batch", "4"])
+        process = started([*tiny, str(rows), "-o", str(out), "--max-batch", "4", "--stats"])
         lines_in(out, 3, process)
         process.send_signal(signal.SIGINT)
         if signals == 2:
@@ -283,10 +283,11 @@ def test_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny: list[str], 
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 130
         assert "Traceback" not in errors
+        assert ("0 of them failed" in errors) == (signals == 1)  # the second one is not for saying goodbye
         found = results_of(out.read_text())
         assert [value["index"] for value in found] == list(range(len(found)))
         assert 3 <= len(found) < 400
-        assert all(value["completion_tokens"] == 60 or value["finish_reason"] == "eos" for value in found)
+        assert all(value["completion_tokens"] == 400 or value["finish_reason"] == "eos" for value in found)
 
 
 def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.test_cli import KVGEN, run, run_on_terminal
 
@@ -20,6 +22,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> di
 
     folder = tmp_path_factory.mktemp("model")
     make_checkpoint("llama", 0, folder)
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))  # for what is to be converted
     model = ["-m", str(folder), "--ids"]
     rows = folder / "rows.jsonl"
     rows.write_text('"5 17 3"\n{"id": "b", "prompt": "4 5"}\n')
@@ -36,14 +39,16 @@ def commands(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> di
         "score": ["score", *model, "-p", "5 17 3 9", "--tokens"],
         "bench": ["bench", *model, *["--prompts", "8", "--contexts", "4", "--lengths", "4", "--repeat", "1"]],
         "inspect": ["inspect", str(smollm2_path)],
+        "convert": ["convert", str(folder), "--to", "x-transformers", str(folder / "WAY")],
         "models": ["models"],
         "cache": ["cache", "inspect", str(cache)],
         "config": ["--profile", "p", "config"],
     }
 
 
-NAMES = ["generate", "batch", "chat", "compare", "score", "bench", "inspect", "models", "cache", "config"]
+NAMES = ["generate", "batch", "chat", "compare", "score", "bench", "inspect", "convert", "models", "cache", "config"]
 TIMED = {"bench", "compare"}  # they print how long things took
+WRITES_FILES = {"convert"}  # and says so, on stderr
 
 
 @pytest.fixture
@@ -55,23 +60,27 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("config")
 def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dict[str, list[str]], name: str) -> None:
-    command = commands[name]
-    piped = run(*command, input="")
-    assert piped.returncode == 0, piped.stderr
-    assert piped.stdout.endswith("\n")
-    assert piped.stderr == ""
-    assert not ANSI.search(piped.stdout)
-    closed = subprocess.run(
-        ["bash", "-c", 'exec "$@" <&-', "bash", *KVGEN, *command], capture_output=True, text=True, timeout=120
-    )
-    assert (closed.returncode, closed.stderr) == (0, "")
+
+    def called(way: str) -> list[str]:
+        return [word.replace("WAY", way) for word in commands[name]]
+
+    def said(result: subprocess.CompletedProcess[str]) -> str:
+        """What it prints, on the one stream that it prints on."""
+        said, silent = (result.stderr, result.stdout) if name in WRITES_FILES else (result.stdout, result.stderr)
+        assert (result.returncode, silent) == (0, ""), result.stderr
+        return said
+
+    piped = said(run(*called("pipe"), input=""))
+    assert piped.endswith("\n")
+    assert not ANSI.search(piped)
+    without_stdin = ["bash", "-c", 'exec "$@" <&-', "bash", *KVGEN, *called("closed")]
+    closed = said(subprocess.run(without_stdin, capture_output=True, text=True, timeout=120))
     if name not in TIMED:
-        assert closed.stdout == piped.stdout
-    code, shown = run_on_terminal(*command)
+        assert closed == piped.replace("pipe", "closed")
+    code, shown = run_on_terminal(*called("terminal"))
     assert code == 0
     assert "Traceback" not in shown
-    first = piped.stdout.split()[0]
-    assert first in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert piped.split()[0] in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -354,26 +354,43 @@ def test_ctrl_c_is_heard_while_it_starts(smollm2_path: Path, delay: float) -> No
 # --- On a terminal -----------------------------------------------------------------------------------------------
 
 
-def run_on_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[int, str]:
-    """Run on a pseudo-terminal; returns the exit code and all that the terminal got."""
+def run_on_terminal(
+    *arguments: str,
+    interrupt_after: str | None = None,
+    script: Iterable[tuple[str, str]] = (),
+    environment: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run on a pseudo-terminal; returns the exit code and all that the terminal got.
+
+    interrupt_after: press Ctrl-C when this text has come. script: texts to wait for, one after the other, each with
+    what is typed then. environment: for the program, besides what is there.
+    """
+    steps = iter(script if interrupt_after is None else [(interrupt_after, "\x03")])
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS="80")
+        os.environ.update(environment or {}, TERM="xterm-256color", COLUMNS="80")
         os.execv(sys.executable, [*KVGEN, *arguments])
-    output = b""
+    output, seen = b"", 0
+    wanted, typed = next(steps, ("", ""))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         ready, _, _ = select.select([terminal], [], [], 1)
         if not ready:
             continue
         try:
-            data = os.read(terminal, 4096)
+            data = os.read(terminal, 65536)
         except OSError:  # the other side is closed
             break
+        if b"\x1b[6n" in data:  # where is the cursor?
+            os.write(terminal, b"\x1b[1;1R")
         output += data
-        if interrupt_after and interrupt_after.encode() in output:
-            os.write(terminal, b"\x03")
-            interrupt_after = None
+        found = output.find(wanted.encode(), seen) if wanted else -1
+        if found >= 0:
+            seen = found + len(wanted.encode())
+            os.write(terminal, typed.encode())
+            wanted, typed = next(steps, ("", ""))
+    else:
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), output.decode()
 

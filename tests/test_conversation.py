@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +15,7 @@ from kvgen import KvgenError, NotFoundError, Sampling, UsageError
 from kvgen.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
-from tests.test_cli import KVGEN, run
+from tests.test_cli import KVGEN, run, run_on_terminal
 
 GREEDY = Sampling(temperature=0)
 QUESTIONS = (
@@ -144,46 +138,14 @@ def test_a_model_without_a_template_cannot_chat(tiny_llama) -> None:
 READY = "\x1b[?2004h"  # what a terminal is told when a line can be typed
 
 
-def talk(*arguments: str, script: list[tuple[str, str]], home: Path) -> tuple[int, str]:
-    """Run on a pseudo-terminal: once a text has come, type the next. Returns exit code and what was shown."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm-256color", KVGEN_MODEL=os.environ["KVGEN_TEST_MODEL"], HOME=str(home))
-        os.execv(sys.executable, [*KVGEN, *arguments])
-    shown, seen, steps = b"", 0, iter(script)
-    wanted, typed = next(steps)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([terminal], [], [], 1)
-        if not ready:
-            continue
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:
-            break
-        if b"\x1b[6n" in data:  # where is the cursor?
-            os.write(terminal, b"\x1b[1;1R")
-        shown += data
-        found = shown.find(wanted.encode(), seen)
-        if found >= 0:
-            seen = found + len(wanted)
-            os.write(terminal, typed.encode())
-            wanted, typed = next(steps, ("\0", ""))
-    else:
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), shown.decode(errors="replace")
-
-
 @pytest.fixture
-def model(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("KVGEN_TEST_MODEL", str(smollm2_path))
-    return tmp_path
+def environment(smollm2_path: Path, tmp_path: Path) -> dict[str, str]:
+    return {"KVGEN_MODEL": str(smollm2_path), "HOME": str(tmp_path)}
 
 
-def test_a_session_on_a_terminal(model: Path) -> None:
-    saved = model / "talk.json"
-    code, shown = talk(
+def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    code, shown = run_on_terminal(
         *("chat", "-t", "0", "-n", "40"),
         script=[
             (READY, "/stats\r"),
@@ -203,7 +165,7 @@ def test_a_session_on_a_terminal(model: Path) -> None:
             ("no command /nonsense", ""),
             (READY, "/quit\r"),
         ],
-        home=model,
+        environment=environment,
     )
     assert code == 0
     assert "The capital of Japan is Tokyo." in shown
@@ -213,22 +175,22 @@ def test_a_session_on_a_terminal(model: Path) -> None:
     assert messages[0]["content"] == "Say hi"
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(model: Path) -> None:
-    code, shown = talk(
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], tmp_path: Path) -> None:
+    code, shown = run_on_terminal(
         *("chat", "-n", "2000"),
         script=[(READY, "Tell me a very long story.\r"), ("story.", ""), (" the ", "\x03"), (READY, "\x04")],
-        home=model,
+        environment=environment,
     )
     assert code == 0
     assert "what has come is part of the conversation" in shown
     assert "Traceback" not in shown
 
 
-def test_markdown_is_shown_formatted_and_links_are_not_hidden(model: Path) -> None:
-    code, shown = talk(
+def test_markdown_is_shown_formatted_and_links_are_not_hidden(environment: dict[str, str], tmp_path: Path) -> None:
+    code, shown = run_on_terminal(
         *("chat", "--markdown", "-n", "12", "--regex", r"\*\*bold\*\* \[x\]\(http://y\.z\)"),
         script=[(READY, "go\r"), ("http://y.z", ""), (READY, "/quit\r")],
-        home=model,
+        environment=environment,
     )
     assert code == 0
     assert "\x1b[1mbold\x1b[0m" in shown

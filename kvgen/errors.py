@@ -1,6 +1,11 @@
 """The only errors that a user sees. Each message is one line that names what is wrong and what to do."""
 
 
+def in_one_line(error: Exception) -> str:
+    """What the error of a library says, in its first line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class KvgenError(Exception):
     """Base of every error that kvgen raises on purpose. `exit_code` is what the command line exits with."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvgen import catalogue
 from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
-from kvgen.errors import NotFoundError
+from kvgen.errors import NotFoundError, in_one_line
 from kvgen.folders import cache_dir
 
 _HUB_FILES = [
@@ -104,7 +104,7 @@ def _hub_folder(repository: str, progress: Progress) -> Path:
     try:
         return snapshot(local=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = in_one_line(error)
         raise NotFoundError(f"model {repository!r} is no local path and could not be fetched: {reason}") from error
 
 

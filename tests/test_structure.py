@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each room may import from those before it in this list, and from itself.
 ROOMS = [
     "kvgen.errors",
+    "kvgen.counts",
     "kvgen.rounding",
     "kvgen.folders",
     "kvgen.memory",

@@ -16,7 +16,7 @@ import torch
 
 from kvgen.checkpoint.hf import add_shard
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
-from kvgen.errors import CheckpointError
+from kvgen.errors import CheckpointError, in_one_line
 
 LIBRARY = "x-transformers"
 _KEYS = {"library", "wrapper", "decoder", "tokenizer"}
@@ -52,8 +52,7 @@ def _tensors(folder: Path) -> dict[str, RawTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: not a state dict that can be loaded safely ({reason})") from error
+        raise CheckpointError(f"{path}: not a state dict that can be loaded safely ({in_one_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a state dict; save it with torch.save(model.state_dict(), path)")
     return {name: _in_memory(tensor) for name, tensor in state.items()}

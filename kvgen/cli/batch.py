@@ -25,6 +25,7 @@ from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import open_lines
 from kvgen.cli.render import parse_bytes, print_note, row_progress, write_json
 from kvgen.cli.stats import format_count
+from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
 from kvgen.memory import physical_memory
@@ -216,8 +217,7 @@ class Totals:
 
     def add(self, result: Result) -> None:
         self.rows, self.failed, self.tokens = self.rows + 1, self.failed + result.failed, self.tokens + result.tokens
-        self.reused = None if self.reused is None or result.reused is None else self.reused + result.reused
-        self.computed = None if self.computed is None or result.computed is None else self.computed + result.computed
+        self.reused, self.computed = total((self.reused, result.reused)), total((self.computed, result.computed))
 
     def __str__(self) -> str:
         seconds = time.perf_counter() - self.started

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +13,10 @@ from rich.markdown import Markdown
 from typer import Option
 
 from kvgen.cli import options
-from kvgen.cli.completion import CompletionOptions
+from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.prompts import read_option_file
 from kvgen.cli.render import TextWriter, print_note, terminal
 from kvgen.cli.stats import Meter, format_count
 from kvgen.errors import KvgenError, UsageError
@@ -63,14 +61,12 @@ def chat(
         raise UsageError("chat needs a terminal; give --prompt for one question, or see `kvgen generate --chat`")
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
-    request = completion.request()
-    template = None if chat_template is None else read_option_file("--chat-template", chat_template)
-    loaded = source.load(quiet=quiet)
+    reading, request = PromptOptions(chat=True, chat_template=chat_template), completion.request()
+    reading.check()
+    loaded = reading.prepared(source.load(quiet=quiet))
 
     from kvgen import Conversation
 
-    if template is not None:
-        loaded = replace(loaded, tokenizer=loaded.tokenizer.with_chat_template(template))
     if loaded.tokenizer.chat_template is None:
         raise UsageError("this checkpoint has no chat template: choose a chat model, or give --chat-template")
     conversation = Conversation(loaded, request)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from kvgen.counts import total
 
 if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling
@@ -63,12 +64,12 @@ class Meter:
     @property
     def reused(self) -> int | None:
         """Positions taken from the cache, over all steps."""
-        return _total(chunk.step.reused for chunk in self.chunks)
+        return total(chunk.step.reused for chunk in self.chunks)
 
     @property
     def computed(self) -> int | None:
         """Positions computed, over all steps."""
-        return _total(chunk.step.computed for chunk in self.chunks)
+        return total(chunk.step.computed for chunk in self.chunks)
 
     @property
     def drafted(self) -> int:
@@ -116,15 +117,9 @@ def format_cache(model: Backend, request: Request) -> str:
     """The line of --stats before a completion: the memory that its cache may take."""
     if model.position_bytes is None:
         return "cache: of unknown size"
-    positions = len(request.prompt) + request.max_tokens
-    positions = min(positions, request.max_context or model.context_length or positions)
+    positions = request.most_positions(model.context_length)
     most = positions * model.position_bytes / 1e6
     return f"cache: {model.position_bytes / 1e3:.0f} kB a position, at most {most:.0f} MB for {positions} positions"
-
-
-def _total(counts: Iterable[int | None]) -> int | None:
-    known = list(counts)
-    return None if None in known else sum(count for count in known if count is not None)
 
 
 def _rounded(rate: float | None) -> float | None:

@@ -15,11 +15,6 @@ from kvgen.errors import KvgenError
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, KvgenError)
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error says, in its first line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 @dataclass(frozen=True)
 class Case:
     """One model on one text.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvgen.compare.case import CALL_ERRORS, Case, in_one_line
+from kvgen.compare.case import CALL_ERRORS, Case
 from kvgen.compare.diagnosis import diagnose, unreliable_reference
 from kvgen.compare.experiments import Finding
 from kvgen.compare.metrics import Gap, gap
@@ -17,7 +17,7 @@ from kvgen.compare.probes import Probe, run_probes
 from kvgen.compare.run import Forced, Free, run_forced, run_free
 from kvgen.compare.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
-from kvgen.errors import UsageError
+from kvgen.errors import UsageError, in_one_line
 from kvgen.generation.decode import ids_tensor
 from kvgen.rounding import LIMIT
 

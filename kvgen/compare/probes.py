@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case, in_one_line
+from kvgen.compare.case import CALL_ERRORS, Case
+from kvgen.errors import in_one_line
 from kvgen.rounding import LIMIT, rms
 
 

@@ -8,7 +8,6 @@ row's cache, not computed again.
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -157,7 +156,7 @@ class Batch:
         model, prompt, ends_at = self._loaded.model, request.prompt, limits(self._loaded, request)
         ids = ids_tensor(model, prompt)
         check_prompt(len(prompt), ends_at)
-        most = min(request.max_tokens + len(prompt), request.max_context or model.context_length or sys.maxsize)
+        most = request.most_positions(model.context_length)
         nbytes = most * (model.position_bytes or 0) if self._use_cache else 0
         if not self._has_room(nbytes):
             return None

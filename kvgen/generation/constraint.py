@@ -8,7 +8,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from kvgen.errors import ModelError, UsageError
+from kvgen.errors import ModelError, UsageError, in_one_line
 from kvgen.generation.sampling import Sampler
 from kvgen.generation.settings import Constraint
 from kvgen.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def _grammar(constraint: Constraint) -> str:
     try:
         return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
-        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(str(error))}") from None
+        raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
 
 
 @lru_cache(maxsize=2)  # making one takes a tenth of a second or more
@@ -62,7 +62,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
     try:
         return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_ids))
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"constraints do not work with this tokenizer ({_first_line(str(error))})") from None
+        raise UsageError(f"constraints do not work with this tokenizer ({in_one_line(error)})") from None
 
 
 def _first_line(text: str) -> str:

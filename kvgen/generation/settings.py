@@ -108,3 +108,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+
+    def most_positions(self, context_length: int | None) -> int:
+        """How many positions its cache may come to hold, with a model of this context."""
+        positions = len(self.prompt) + self.max_tokens
+        return min(positions, self.max_context or context_length or positions)

@@ -146,8 +146,11 @@ class CachedModel(ABC):
         tables = []
         for rotary, make in zip(self.config.rotaries, self.rotaries, strict=True):
             long = [rotary.is_long(span.cache.length + span.new.shape[1]) for span in spans]
-            rows = [is_long for is_long, span in zip(long, spans, strict=True) for _ in range(span.rows)]
-            tables.append(make(positions, torch.tensor(rows, device=positions.device) if any(long) else None))
+            if not any(long):
+                tables.append(make(positions))
+                continue
+            of_rows = torch.tensor(long).repeat_interleave(torch.tensor([span.rows for span in spans]))
+            tables.append(make(positions, of_rows.to(positions.device)))
         return tables
 
     def _span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
@@ -46,8 +47,8 @@ class _Open:
             "completion_tokens": len(steps),
             "seed": self.request.sampling.seed,
         }
-        reused, computed = [step.reused for step in steps], [step.computed for step in steps]
-        return Result(self.row, value, len(steps), _total(reused), _total(computed))
+        reused, computed = total(step.reused for step in steps), total(step.computed for step in steps)
+        return Result(self.row, value, len(steps), reused, computed)
 
 
 def complete_rows(
@@ -81,8 +82,3 @@ def complete_rows(
         under_way[number].chunks.append(event)
         if event.finish_reason:
             yield under_way.pop(number).result()
-
-
-def _total(counts: list[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None

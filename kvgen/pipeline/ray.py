@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvgen.errors import KvgenError, UnsupportedError
+from kvgen.errors import KvgenError, UnsupportedError, in_one_line
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
 from kvgen.loading import load
@@ -134,7 +134,7 @@ def _drive(
         _knock(address)
         ray.init(address=address, **({"include_dashboard": False} if address is None else {}))
     except (OSError, RuntimeError, ValueError) as error:
-        sending.send(KvgenError(f"Ray at {address or 'this machine'} cannot be reached ({_first_line(error)})"))
+        sending.send(KvgenError(f"Ray at {address or 'this machine'} cannot be reached ({in_one_line(error)})"))
         return
     try:
         workers = workers or len(ray.nodes())
@@ -152,7 +152,7 @@ def _drive(
             sending.send(found)
         sending.send(None)
     except RayError as error:
-        sending.send(KvgenError(f"Ray gave up: {_first_line(error)}"))
+        sending.send(KvgenError(f"Ray gave up: {in_one_line(error)}"))
     finally:
         ray.shutdown()
 
@@ -162,7 +162,3 @@ def _knock(address: str | None) -> None:
     match = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address or "")
     if match:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

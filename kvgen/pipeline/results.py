@@ -21,18 +21,18 @@ class Lines:
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._can_cut = stat.S_ISREG(os.fstat(file).st_mode)  # not a pipe or a device
+        self.can_cut = stat.S_ISREG(os.fstat(file).st_mode)  # not a pipe or a device
 
     def write(self, value: dict[str, Any]) -> None:
         """Add a line. Raises OSError."""
         line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-        start = os.lseek(self._file, 0, os.SEEK_END) if self._can_cut else 0
+        start = os.lseek(self._file, 0, os.SEEK_END) if self.can_cut else 0
         left = memoryview(line)
         try:
             while left:
                 left = left[os.write(self._file, left) :]
         except BaseException:  # an interruption too
-            if self._can_cut:
+            if self.can_cut:
                 os.ftruncate(self._file, start)
             raise
 
@@ -50,11 +50,11 @@ class ResultsFile:
         self.done: dict[int, str] = {}
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            if stat.S_ISREG(os.fstat(self._file).st_mode):
+            self._lines = Lines(self._file)
+            if self._lines.can_cut:
                 os.ftruncate(self._file, self._whole_lines(resume))
         except OSError as error:
             raise KvgenError(f"{path}: cannot be written ({error.strerror})") from error
-        self._lines = Lines(self._file)
 
     def _whole_lines(self, resume: bool) -> int:
         """Where the last whole line ends; what is behind it was torn."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -81,6 +83,46 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dic
     assert code == 0
     assert "Traceback" not in shown
     assert piped.split()[0] in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
+
+
+def run_without_reader(*arguments: str) -> tuple[int, str]:
+    """Run with a pipe for stdout whose reader has left; returns the exit code and stderr."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        result = subprocess.run(
+            [*KVGEN, *arguments], stdin=subprocess.DEVNULL, stdout=write_end, stderr=subprocess.PIPE, timeout=120
+        )
+    finally:
+        os.close(write_end)
+    return result.returncode, result.stderr.decode()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("config")
+def test_a_command_whose_reader_has_left_ends_well(commands: dict[str, list[str]], name: str) -> None:
+    code, errors = run_without_reader(*(word.replace("WAY", "unread") for word in commands[name]))
+    assert code == 0, errors
+    assert "Traceback" not in errors and "Exception" not in errors
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["generate", "--help"], ["cache", "--help"]], ids=str)
+def test_help_whose_reader_has_left_ends_well(words: list[str]) -> None:
+    assert run_without_reader(*words) == (0, "")
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=str)
+def test_a_verdict_keeps_its_exit_code_when_the_reader_has_left(tmp_path: Path, tiny_llama, words: list[str]) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+        "from tests.faults import SmallDecoder\nwrong = lambda: SmallDecoder('positions restart at 0')\n"
+    )
+    assert run_without_reader("compare", "-m", f"{model}:wrong", "--ids", "-p", "5 17 3", "-n", "6", *words) == (1, "")
+    folder, _ = tiny_llama()
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mamba2"}))
+    assert run_without_reader("inspect", str(folder), *words) == (1, "")
 
 
 @pytest.mark.parametrize("name", NAMES)

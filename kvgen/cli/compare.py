@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Exit, Option
+from typer import Option
 
 from kvgen.cli import options
+from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import read_file
@@ -79,13 +80,12 @@ def compare(
         from kvgen.compare.html import render_html
 
         write_page(html, render_html(report))
-    if json:
-        write_json(report)
-    else:
-        for data in report["comparisons"]:
-            print_comparison(data, report)
-    if not all(comparison.acceptable for comparison in comparisons):
-        raise Exit(1)
+    with exiting_with(0 if report["acceptable"] else 1):
+        if json:
+            write_json(report)
+        else:
+            for data in report["comparisons"]:
+                print_comparison(data, report)
 
 
 def _texts(prompt: str | None, prompt_file: Path | None, text: Path | None, *, ids: bool) -> list[str]:

@@ -39,7 +39,7 @@ class Group(TyperGroup):
             code = error.exit_code
         except Exit as exit_:
             code = exit_.exit_code
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_flushed(code if isinstance(code, int) else 0))
 
     def invoke(self, ctx: Any) -> Any:
         with _exit_codes():
@@ -58,25 +58,56 @@ def _prepare_stdout() -> None:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
-    try:
+def exiting_with(code: int) -> Iterator[None]:
+    """Exit with `code` after what is printed inside, also where its reader leaves before the end (`| head -1`)."""
+    with _exit_codes(code):
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    raise Exit(code)
+
+
+@contextmanager
+def _exit_codes(reader_left: int = 0) -> Iterator[None]:
+    """Turn errors into a line and an exit code. reader_left: the code where the reader of stdout leaves early."""
+    try:
+        with _broken_pipes():
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KvgenError as error:
         _print_error(str(error))
         raise Exit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):  # the latter from a question that was not answered
         raise Exit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:  # the reader has what it wanted (`| head -1`)
+    except BrokenPipeError:
         _discard_stdout()
-        raise Exit(0) from None
+        raise Exit(reader_left) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
             raise
         _discard_stdout()
         _print_error(f"stdout cannot be written ({error.strerror})")
         raise Exit(1) from None
+
+
+@contextmanager
+def _broken_pipes() -> Iterator[None]:
+    """Raise BrokenPipeError where Rich and Typer make an exit with code 1 of it."""
+    try:
+        yield
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, BrokenPipeError):
+            raise exit_.__context__ from None
+        raise
+
+
+def _flushed(code: int) -> int:
+    """Write out what is left for stdout, which Python would else do after the last chance to say what went wrong."""
+    try:
+        with _exit_codes(code):
+            pass
+    except Exit as exit_:
+        return exit_.exit_code
+    return code
 
 
 def _discard_stdout() -> None:

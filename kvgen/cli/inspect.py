@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
 from rich.text import Text
-from typer import Argument, Exit
+from typer import Argument
 
 from kvgen.cli import options
+from kvgen.cli.errors import exiting_with
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.render import download_progress, format_bytes, terminal, write_json
 
@@ -33,12 +34,11 @@ def inspect(
 
     with download_progress(quiet=quiet) as progress:
         inspection = inspect_checkpoint(model, progress=progress)
-    if json:
-        write_json(as_data(inspection))
-    else:
-        _print(inspection)
-    if inspection.backend is None or inspection.vocabulary is None:
-        raise Exit(1)
+    with exiting_with(1 if inspection.backend is None or inspection.vocabulary is None else 0):
+        if json:
+            write_json(as_data(inspection))
+        else:
+            _print(inspection)
 
 
 def _print(inspection: Inspection) -> None:

@@ -38,8 +38,8 @@ class Conversation:
         answer: Message = {"role": "assistant", "content": ""}
         try:
             prompt = self.loaded.tokenizer.encode_chat(self.messages)
-            for chunk in complete(self.loaded, replace(self.request, prompt=prompt), cache=self.cache):
-                self.cache = chunk.step.cache
+            request = replace(self.request, prompt=prompt)
+            for chunk in complete(self.loaded, request, cache=self.cache, on_cache=self._keep):
                 answer["content"] += chunk.text
                 yield chunk
         finally:
@@ -47,6 +47,9 @@ class Conversation:
                 self.messages.append(answer)
             else:
                 del self.messages[before:]
+
+    def _keep(self, cache: Any) -> None:
+        self.cache = cache
 
     def undo(self) -> str | None:
         """Take back the last question and its answer; returns the question, None if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import kvgen
 from kvgen import KvgenError, Sampling, UsageError
 from kvgen.backends.native import NativeBackend
+from kvgen.backends.python import PythonBackend
 from kvgen.generation.batch import Ahead, Batch, ends, in_order
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
@@ -268,12 +270,32 @@ def test_drafts_change_no_row(small: dict[str, Loaded]) -> None:
 
 
 def test_a_backend_that_cannot_batch_completes_one_row_at_a_time(tiny_llama) -> None:
-    from tests.test_compare import PythonBackend, SmallDecoder
+    from tests.test_compare import SmallDecoder
 
     backend = PythonBackend(SmallDecoder())
     loaded = Loaded(backend, kvgen.load(tiny_llama()[0], tokenizer="ids").tokenizer, "small")
     requests = [Request([3, 4, n], GREEDY, 4) for n in range(5, 8)]
     assert tokens_of(loaded, requests) == [alone(loaded, request) for request in requests]
+
+
+class _Concatenated:
+    """A cache that a model makes anew in each pass."""
+
+
+def test_no_cache_outlives_the_next_pass(tiny_llama) -> None:
+    living: weakref.WeakSet[_Concatenated] = weakref.WeakSet()
+
+    def model(ids: torch.Tensor, cache: Any = None, /) -> tuple[torch.Tensor, _Concatenated]:
+        living.add(new := _Concatenated())
+        return torch.zeros(1, 1, 8), new
+
+    loaded = Loaded(PythonBackend(model), kvgen.load(tiny_llama()[0], tokenizer="ids").tokenizer, "concatenating")
+    batch = Batch(loaded)
+    chunks = [event for _, event in batch.run([Request([3, 4], GREEDY, 20)])]
+    assert (len(chunks), len(living)) == (20, 1)
+    del batch
+    chunks += kvgen.stream(loaded, [3, 4], GREEDY, max_tokens=20)
+    assert (len(chunks), len(living)) == (40, 0)
 
 
 def test_in_order_puts_rows_together_and_lets_the_first_through_at_once() -> None:

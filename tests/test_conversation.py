@@ -51,7 +51,7 @@ def test_ten_turns_compute_what_is_new_and_equal_fresh_runs(conversation: Conver
         fresh = list(kvgen.stream(smollm2, prompt, GREEDY, max_tokens=24, top_logprobs=3))
         assert [chunk.step.top_logprobs for chunk in chunks] == [chunk.step.top_logprobs for chunk in fresh]
         assert torch.equal(
-            smollm2.model(torch.tensor([prompt]), step.cache.branch(len(prompt) - 1, 0))[0],
+            smollm2.model(torch.tensor([prompt]), conversation.cache.branch(len(prompt) - 1, 0))[0],
             smollm2.model(torch.tensor([prompt]), None)[0],
         )
         known = [*prompt, *(chunk.step.token for chunk in chunks[:-1])]

@@ -38,11 +38,11 @@ def run(model: Any, prompt: list[int], max_tokens: int = 4, **options: Any) -> l
 
 
 def test_the_model_always_gets_the_whole_sequence_and_its_own_cache() -> None:
-    model = Counting()
-    steps = run(model, [3, 4], max_tokens=3)
+    model, caches = Counting(), []
+    steps = run(model, [3, 4], max_tokens=3, on_cache=caches.append)
     assert model.calls == [([3, 4], None), ([3, 4, 5], "cache 1"), ([3, 4, 5, 6], "cache 2")]
     assert [step.token for step in steps] == [5, 6, 7]
-    assert [step.cache for step in steps] == ["cache 1", "cache 2", "cache 3"]
+    assert caches == ["cache 1", "cache 2", "cache 3"]
 
 
 def test_uncached_decoding_differs_in_the_cache_alone() -> None:
@@ -122,8 +122,9 @@ def test_cached_and_uncached_text_are_the_same(smollm2) -> None:
 
 
 def test_a_second_prompt_reuses_what_it_shares_with_the_first(smollm2) -> None:
-    first = list(kvgen.stream(smollm2, "The capital of France is", GREEDY, max_tokens=3))
-    second = list(kvgen.stream(smollm2, "The capital of Japan is", GREEDY, max_tokens=3, cache=first[-1].step.cache))
+    caches: list[Any] = []
+    list(kvgen.stream(smollm2, "The capital of France is", GREEDY, max_tokens=3, on_cache=caches.append))
+    second = list(kvgen.stream(smollm2, "The capital of Japan is", GREEDY, max_tokens=3, cache=caches[-1]))
     assert (second[0].step.reused, second[0].step.computed) == (3, 2)
     fresh = kvgen.generate(smollm2, "The capital of Japan is", GREEDY, max_tokens=3)
     assert "".join(chunk.text for chunk in second) == fresh
@@ -156,7 +157,7 @@ def test_what_only_looked_like_a_stop_text_is_shown_in_the_end(smollm2) -> None:
 def test_the_tail_that_was_held_back_comes_with_the_last_token(smollm2) -> None:
     """A completion that is cut inside a character ends with U+FFFD, as decoding all of it at once does."""
     ids = smollm2.tokenizer.encode("😀")
-    steps = [kvgen.Step(id_, None, 1, 0, "length" if id_ == ids[-2] else None) for id_ in ids[:-1]]
+    steps = [kvgen.Step(id_, 1, 0, "length" if id_ == ids[-2] else None) for id_ in ids[:-1]]
     chunks = list(to_chunks(steps, smollm2.tokenizer))
     assert "".join(chunk.text for chunk in chunks) == smollm2.tokenizer.decode(ids[:-1]) != ""
 

@@ -203,7 +203,7 @@ class Batch:
             reused = getattr(cache, "reused", None) if self._use_cache else 0
             ended = False
             try:
-                for step in row.decoding.take(given, cache, reused):
+                for step in row.decoding.take(given, reused):
                     chunk = row.texts.add(step)
                     ended = ends(chunk)
                     yield row.number, chunk

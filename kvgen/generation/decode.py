@@ -26,9 +26,8 @@ class Step:
     """One pass of the loop.
 
     token: the id that was chosen.
-    cache: what the model returned; it covers the sequence before `token`.
-    positions: the length of that sequence. reused: how many of its positions came from the cache; None if the
-        cache does not say.
+    positions: the length of the sequence before it. reused: how many of those came from the cache; None if the cache
+        does not say.
     drafted: how many tokens were guessed, and computed, behind that sequence.
     guessed: whether the token before this one had been guessed, so that this one came without a pass of its own.
     logprob: natural log-probability of the token under the model, before any filter; None if not asked for.
@@ -36,7 +35,6 @@ class Step:
     """
 
     token: int
-    cache: Any
     positions: int
     reused: int | None
     finish_reason: FinishReason | None
@@ -133,7 +131,7 @@ class Decoding:
         """Of how many positions at the end of `ahead` the logits are wanted."""
         return len(self._drafts) + 1
 
-    def take(self, logits: Tensor, cache: Any, reused: int | None) -> Iterator[Step]:
+    def take(self, logits: Tensor, reused: int | None) -> Iterator[Step]:
         """Choose tokens from the pass over what `ahead` gave. logits: (count, vocab). The rest as in `Step`.
 
         Raises ModelError for logits that are not numbers.
@@ -151,9 +149,9 @@ class Decoding:
             logprob, top = (None, ()) if self._top_logprobs is None else _logprobs(last, token, self._top_logprobs)
             read = length - text.forgotten
             if length == start:
-                yield Step(token, cache, read, reused, finish, logprob, top, drafted=len(drafts))
+                yield Step(token, read, reused, finish, logprob, top, drafted=len(drafts))
             else:
-                yield Step(token, cache, read, read, finish, logprob, top, guessed=True)
+                yield Step(token, read, read, finish, logprob, top, guessed=True)
             if finish:
                 return
             if token != guess:
@@ -177,6 +175,7 @@ def decode(
     *,
     use_cache: bool = True,
     cache: Any = None,
+    on_cache: Callable[[Any], None] = lambda cache: None,
     top_logprobs: int | None = None,
     drafter: Drafter | None = None,
 ) -> Iterator[Step]:
@@ -184,6 +183,8 @@ def decode(
 
     use_cache: False hands in None on every step; nothing else changes.
     cache: from an earlier call with this model, to go on from.
+    on_cache: called after each pass with the cache that it returned. No step keeps it: a model may return a new one
+        each time.
     top_logprobs: how many of the most likely tokens to report; 0 for the chosen one alone, None for no
         log-probabilities.
     drafter: guesses tokens, which the model then judges in one pass. Each token is chosen by the sampler from the
@@ -201,7 +202,8 @@ def decode(
             logits, cache = judge.speculate(sequence, cache, count)
         else:
             logits, cache = model(sequence, cache if use_cache else None)
-        yield from decoding.take(logits[0, -count:], cache, getattr(cache, "reused", None) if use_cache else 0)
+        on_cache(cache)
+        yield from decoding.take(logits[0, -count:], getattr(cache, "reused", None) if use_cache else 0)
 
 
 class _Sequence:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvgen.generation.decode import Limits, decode, ids_tensor
@@ -29,6 +29,7 @@ def stream(
     stop: Sequence[str] = (),
     use_cache: bool = True,
     cache: Any = None,
+    on_cache: Callable[[Any], None] = lambda cache: None,
     top_logprobs: int | None = None,
     drafter: Drafter | None = None,
     max_context: int | None = None,
@@ -41,8 +42,9 @@ def stream(
         `encode_chat`.
     max_tokens, stop, top_logprobs, max_context, keep_first, constraint: as in `Request`.
     use_cache: False computes every position anew on each step.
-    cache: the `step.cache` of an earlier chunk, from this checkpoint. What it shares with this prompt is not
-        computed again.
+    cache: what `on_cache` was last called with in an earlier completion, from this checkpoint. What it shares with
+        this prompt is not computed again.
+    on_cache: called after each pass with the cache that covers all before its tokens.
     drafter: guesses what comes next: `PromptLookup()`, or `DraftModel(loaded.model)` of a smaller model. A new one
         for each completion. The completion is the same; see `Step.drafted`.
 
@@ -51,11 +53,17 @@ def stream(
     """
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     request = Request(ids, sampling, max_tokens, stop, top_logprobs, max_context, keep_first, constraint)
-    return complete(loaded, request, use_cache=use_cache, cache=cache, drafter=drafter)
+    return complete(loaded, request, use_cache=use_cache, cache=cache, on_cache=on_cache, drafter=drafter)
 
 
 def complete(
-    loaded: Loaded, request: Request, *, use_cache: bool = True, cache: Any = None, drafter: Drafter | None = None
+    loaded: Loaded,
+    request: Request,
+    *,
+    use_cache: bool = True,
+    cache: Any = None,
+    on_cache: Callable[[Any], None] = lambda cache: None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Chunk]:
     """`stream`, of what is asked in a request."""
     steps = decode(
@@ -65,6 +73,7 @@ def complete(
         limits(loaded, request),
         use_cache=use_cache,
         cache=cache,
+        on_cache=on_cache,
         top_logprobs=request.top_logprobs,
         drafter=drafter,
     )

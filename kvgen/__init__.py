@@ -12,6 +12,7 @@ whole sequence. Names below are imported on first use, so `import kvgen` alone d
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from kvgen.errors import (
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from kvgen.tokenizer.chat import Message
 
 __version__ = "0.1.0"
+
+# Read when torch is imported. Its threads would spin for milliseconds where they wait, so that every process with torch
+# would be a hundred times slower beside another one that is busy, and the kernels' own threads with it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
     "Batch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,17 +136,45 @@ def test_edits_of_a_text_give_the_bits_of_a_fresh_cache(
         assert torch.equal(logits, model(text[:, :length], None)[0])
 
 
-def test_rows_of_a_batch_and_numbers_of_threads_change_no_bit(small: dict[str, NativeBackend]) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_rows_of_a_batch_and_numbers_of_threads_change_no_bit(small: dict[str, NativeBackend], threads: int) -> None:
     ids = torch.randint(2, 96, (3, 140))
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     for model in small.values():
         together = model.all_logits(ids)
         try:
-            torch.set_num_threads(1)
+            torch.set_num_threads(threads)
             alone = torch.cat([model.all_logits(row[None]) for row in ids])
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
         assert torch.equal(together, alone)
+
+
+def test_models_of_several_threads_wait_for_each_other(small: dict[str, NativeBackend]) -> None:
+    texts = [torch.randint(2, 96, (1, length)) for length in (1, 30, 130, 199)]
+    expected = [small["llama"].all_logits(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(small["llama"].all_logits, texts * 8))
+    assert all(torch.equal(logits, wanted) for logits, wanted in zip(found, expected * 8, strict=True))
+
+
+def test_a_forked_process_computes_the_same_bits(tmp_path: Path) -> None:
+    make_checkpoint("llama", 0, tmp_path)
+    script = f"""
+import faulthandler, os, sys, torch, kvgen
+model = kvgen.load({str(tmp_path)!r}, tokenizer="ids", compile="on").model
+ids = torch.randint(2, 96, (1, 199))
+expected = model.all_logits(ids)
+(torch.randn(500, 500) @ torch.randn(500, 500)).exp()  # on torch's own threads
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(20, exit=True)
+    torch.randn(500, 500).exp()
+    os._exit(0 if torch.equal(model.all_logits(ids), expected) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])

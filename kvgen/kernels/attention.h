@@ -227,19 +227,18 @@ void plan(const Op &op, const Run &run, Shared &shared) {
 template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
     int dims = op.width, group = op.heads / op.kv_heads, padded = (dims + PANEL - 1) / PANEL * PANEL;
     int key_width = run.widths[op.other];
-#pragma omp single nowait
     plan(op, run, shared);
-#pragma omp for schedule(static) collapse(2)
-    for (int r = 0; r < run.rows; r++)
+    shared.threads->each(run.rows, int64_t(op.kv_heads) * dims, [&](int r) {
+        const Sequence &sequence = run.sequences[shared.owners[r]];
+        const Layer &layer = sequence.layers[op.layer];
+        int64_t at = (sequence.past + r - sequence.row - layer.first) * row_size((T *)nullptr, dims);
         for (int h = 0; h < op.kv_heads; h++) {
-            const Sequence &sequence = run.sequences[shared.owners[r]];
-            const Layer &layer = sequence.layers[op.layer];
-            int64_t at = (sequence.past + r - sequence.row - layer.first) * row_size((T *)nullptr, dims);
             const float *key = run.slots[op.other] + size_t(r) * key_width + h * dims;
             const float *value = run.slots[op.third] + size_t(r) * key_width + h * dims;
             write_row((T *)layer.keys + h * layer.key_head + at, key, dims);
             write_row((T *)layer.values + h * layer.value_head + at, value, dims);
         }
+    });
     auto part_at = [&](float *room, size_t rows) { return Part{room, room + rows, room + 2 * rows}; };
     auto finish = [&](const Task &task, const Part &part, int r) {
         size_t row = run.sequences[task.sequence].row + task.t0 + r / group;
@@ -257,16 +256,8 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
         return part_at(&shared.parts[task.room + rows * (padded + 2) * c], rows);
     };
     int chunks = int(shared.chunks.size()), whole = int(shared.whole.size()), most = shared.most_rows;
-#pragma omp for schedule(static) nowait
-    for (int i = 0; i < chunks; i++) {
-        auto [t, c] = shared.chunks[i];
-        auto [next_t, next_c] = shared.chunks[std::min(i + 1, chunks - 1)];
-        const Task &task = shared.split[t], &next = shared.split[next_t];
-        Chunk<T> coming = chunk_of<T>(op, run, next, (next.from + next_c) * KEYS);
-        attend_part(op, run, task, (task.from + c) * KEYS, coming, chunk_at(task, c));
-    }
-#pragma omp for schedule(dynamic)
-    for (int i = 0; i < whole; i++) {
+    int64_t chunk_cost = int64_t(2) * KEYS * dims;
+    shared.threads->each(whole, QUERIES * group * chunk_cost, [&](int i) {
         const Task &task = shared.whole[i];
         size_t rows = rows_of(task), room = rows * (padded + 2);
         resize(tile_room, 2 * room);
@@ -278,17 +269,24 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
             for (size_t r = 0; r < rows; r++) merge_row(sum, next, r);
         }
         for (size_t r = 0; r < rows; r++) finish(task, sum, r);
-    }
+    });
+    shared.threads->each(chunks, most * chunk_cost, [&](int i) {
+        auto [t, c] = shared.chunks[i];
+        auto [next_t, next_c] = shared.chunks[std::min(i + 1, chunks - 1)];
+        const Task &task = shared.split[t], &next = shared.split[next_t];
+        Chunk<T> coming = chunk_of<T>(op, run, next, (next.from + next_c) * KEYS);
+        attend_part(op, run, task, (task.from + c) * KEYS, coming, chunk_at(task, c));
+    });
     int rows = int(shared.split.size()) * most;
-#pragma omp for schedule(static)
-    for (int i = 0; i < rows; i++) {
+    int64_t each_merges = rows ? chunks / int(shared.split.size()) : 0;
+    shared.threads->each(rows, each_merges * padded, [&](int i) {
         const Task &task = shared.split[i / most];
         int r = i % most;
-        if (r >= int(rows_of(task))) continue;
+        if (r >= int(rows_of(task))) return;
         Part sum = chunk_at(task, 0);
         for (int64_t c = 1; c < task.chunks; c++) merge_row(sum, chunk_at(task, c), r);
         finish(task, sum, r);
-    }
+    });
 }
 
 } // namespace

@@ -1,6 +1,6 @@
 """The C++ kernels as a library: compiled for this machine the first time, and kept in kvgen's cache folder.
 
-They are written in GCC's dialect, for its vectors and OpenMP.
+They are written in GCC's dialect, for its vectors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch  # before the library: both then run on the threads of torch's OpenMP
+import torch
 
 from kvgen.errors import UnsupportedError
 from kvgen.folders import cache_dir
@@ -23,7 +23,7 @@ from kvgen.folders import cache_dir
 SOURCE = Path(__file__).parent / "kernels.cpp"
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Sums must not be reordered, so no -ffast-math.
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _TIMEOUT = 300  # seconds; it takes about four
 
 

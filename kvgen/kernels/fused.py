@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,17 @@ from kvgen.model.decoder import Decoder
 from kvgen.model.layers import RotaryTables
 from kvgen.model.stores import Room
 
-_RUNNING = threading.Lock()  # the kernels keep their scratch memory from run to run
+_RUNNING = threading.Lock()  # scratch memory is kept from run to run
 
+
+def _in_a_forked_process() -> None:
+    global _RUNNING
+    _RUNNING = threading.Lock()  # a thread that held it is not there
+    torch.set_num_threads(1)  # torch would wait for threads of its own that are not there, either
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_process)
 
 _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 

@@ -8,7 +8,7 @@
 // bits in each group, so that products inside a group are exact integers; the rounding is 2^-16 of a group's largest
 // activation. All else is fp32.
 
-#include <omp.h>
+#include <unistd.h>
 
 #include "attention.h"
 #include "linear.h"
@@ -17,13 +17,10 @@
 
 namespace {
 
-// Operations are called by all threads, and divide their work among them.
-
 // Norms over runs of `width` numbers; mode 0 is RMS, 1 layer, 2 the unit vector
-void norm(const Op &op, const Run &run) {
+void norm(const Op &op, const Run &run, Shared &shared) {
     int width = op.width, runs = run.rows * (run.widths[op.src] / width);
-#pragma omp for schedule(static)
-    for (int r = 0; r < runs; r++) {
+    shared.threads->each(runs, width, [&](int r) {
         const float *x = run.slots[op.src] + size_t(r) * width;
         float *y = run.slots[op.dst] + size_t(r) * width;
         int64_t at = op.vector_size ? int64_t(r) * width % op.vector_size : 0;
@@ -47,38 +44,36 @@ void norm(const Op &op, const Run &run) {
             if (op.vector) value *= op.vector[at + i];
             y[i] = op.bias ? value + op.bias[at + i] : value;
         }
-    }
+    });
 }
 
 // Rotates pairs (i, i + R / 2) of each head, in place
-void rotate(const Op &op, const Run &run) {
+void rotate(const Op &op, const Run &run, Shared &shared) {
     const Table &table = run.tables[op.mode];
     int half = table.rotated / 2;
-#pragma omp for schedule(static)
-    for (int r = 0; r < run.rows; r++) {
+    shared.threads->each(run.rows, op.heads * table.rotated, [&](int r) {
         const float *cos = table.cos + size_t(r) * table.rotated, *sin = table.sin + size_t(r) * table.rotated;
         for (int h = 0; h < op.heads; h++) {
             float *x = run.slots[op.src] + size_t(r) * run.widths[op.src] + h * op.width;
-#pragma omp simd
+#pragma GCC ivdep
             for (int i = 0; i < half; i++) {
                 float a = x[i], b = x[i + half];
                 x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i + half] + a * sin[i + half];
             }
         }
-    }
+    });
 }
 
 float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 
 // dst = act(src) * other, or act(src); mode 0 is SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU
-void activate(const Op &op, const Run &run) {
+void activate(const Op &op, const Run &run, Shared &shared) {
     size_t size = size_t(run.rows) * run.widths[op.src];
     const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
     float *y = run.slots[op.dst];
     int blocks = int((size + 255) / 256);
-#pragma omp for schedule(static)
-    for (int block = 0; block < blocks; block++) {
+    shared.threads->each(blocks, 1024, [&](int block) { // an exponential takes as long as four other numbers
         size_t i = size_t(block) * 256, end = std::min(size, i + 256);
         for (; op.mode == 0 && i + 16 <= end; i += 16) {
             f32x16 v = load<f32x16>(x + i);
@@ -93,16 +88,28 @@ void activate(const Op &op, const Run &run) {
             else v = std::max(v, 0.0f);
             y[i] = up ? v * up[i] : v;
         }
-    }
+    });
 }
 
 // dst += scale * src
-void add(const Op &op, const Run &run) {
-    size_t size = size_t(run.rows) * run.widths[op.src];
-    const float *x = run.slots[op.src];
-    float *y = run.slots[op.dst];
-#pragma omp for schedule(static)
-    for (size_t i = 0; i < size; i++) y[i] += op.scale * x[i];
+void add(const Op &op, const Run &run, Shared &shared) {
+    size_t width = run.widths[op.src];
+    shared.threads->each(run.rows, width, [&](int r) {
+        const float *x = run.slots[op.src] + r * width;
+        float *y = run.slots[op.dst] + r * width;
+        for (size_t i = 0; i < width; i++) y[i] += op.scale * x[i];
+    });
+}
+
+Shared &shared_here() {
+    static std::atomic<Shared *> current{nullptr};
+    Shared *shared = current.load();
+    if (shared && shared->process == getpid()) return *shared;
+    auto *fresh = new Shared; // what a forked process was born with is left alone: its threads are the parent's
+    fresh->process = getpid();
+    if (current.compare_exchange_strong(shared, fresh)) return *fresh;
+    delete fresh; // another thread was faster
+    return *shared;
 }
 
 } // namespace
@@ -110,17 +117,18 @@ void add(const Op &op, const Run &run) {
 extern "C" {
 
 void kvgen_run(const Run *run, int threads) {
-    static Shared shared; // one run at a time: the caller holds a lock
+    Shared &shared = shared_here();
+    std::lock_guard<std::mutex> lock(shared.busy);
+    shared.use(threads);
     shared.owners.resize(run->rows);
     for (int s = 0; s < run->sequence_count; s++)
         std::fill_n(shared.owners.begin() + run->sequences[s].row, run->sequences[s].tokens, s);
-#pragma omp parallel num_threads(threads)
     for (int i = 0; i < run->count; i++) {
         const Op &op = run->ops[i];
         switch (op.kind) {
-        case NORM: norm(op, *run); break;
+        case NORM: norm(op, *run, shared); break;
         case LINEAR: linear(op, *run, shared); break;
-        case ROTATE: rotate(op, *run); break;
+        case ROTATE: rotate(op, *run, shared); break;
         case ATTEND:
             switch (run->sequences[0].layers[op.layer].stored) {
             case STORED_F32: attend<float>(op, *run, shared); break;
@@ -128,48 +136,18 @@ void kvgen_run(const Run *run, int threads) {
             default: attend<int8_t>(op, *run, shared);
             }
             break;
-        case ACTIVATE: activate(op, *run); break;
-        default: add(op, *run);
+        case ACTIVATE: activate(op, *run, shared); break;
+        default: add(op, *run, shared);
         }
     }
 }
 
 // out[i] = row ids[i] of a weight, as fp32: (count, cols)
 void kvgen_rows(const Weight *w, const int64_t *ids, int64_t count, float *out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > 64)
-    for (int64_t i = 0; i < count; i++) {
-        int panel = int(ids[i] / PANEL), lane = int(ids[i] % PANEL);
-        size_t start = size_t(panel) * w->cols * PANEL;
-        float *to = out + i * w->cols;
-        if (w->kind < INT4) {
-            for (int k = 0; k < w->cols; k++) {
-                size_t at = start + size_t(k) * PANEL + lane;
-                u16x16 half{};
-                if (w->kind != F32) half[0] = ((const uint16_t *)w->codes)[at];
-                to[k] = w->kind == F32    ? ((const float *)w->codes)[at]
-                        : w->kind == BF16 ? bfloat_to_float(half)[0]
-                                          : half_to_float(half)[0];
-            }
-            continue;
-        }
-        Scales scales(w->scales, *w, panel), mins(w->mins, *w, panel);
-        int pairs = w->group / 2;
-        for (int g = 0; g < w->cols / w->group; g++) {
-            float scale = scales.of(g, lane / 16)[lane % 16], min = mins.at ? mins.of(g, lane / 16)[lane % 16] : 0;
-            for (int p = 0; p < pairs; p++)
-                for (int half = 0; half < 2; half++) {
-                    int code;
-                    if (w->kind == INT8)
-                        code = ((const int8_t *)w->codes)[start + ((size_t(g) * pairs + p) * PANEL + lane) * 2 + half];
-                    else {
-                        const uint32_t *words = (const uint32_t *)w->codes + start / 8;
-                        uint32_t word = words[(size_t(g) * (pairs / 4) + p / 4) * PANEL + lane];
-                        code = word >> (4 * (p % 4) + 16 * half) & 15;
-                    }
-                    to[g * w->group + column_of(Kind(w->kind), w->group, p, half)] = float(code) * scale + min;
-                }
-        }
-    }
+    Shared &shared = shared_here();
+    std::lock_guard<std::mutex> lock(shared.busy);
+    shared.use(threads);
+    shared.threads->each(int(count), w->cols, [&](int i) { unpack_row(*w, ids[i], out + size_t(i) * w->cols); });
 }
 
 } // extern "C"

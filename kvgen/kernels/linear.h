@@ -158,6 +158,40 @@ const float *unpack_panel(const Weight &w, int panel) {
     return panel_room.data();
 }
 
+// A row of a weight, as fp32.
+void unpack_row(const Weight &w, int64_t row, float *to) {
+    int panel = int(row / PANEL), lane = int(row % PANEL);
+    size_t start = size_t(panel) * w.cols * PANEL;
+    if (w.kind < INT4) {
+        for (int k = 0; k < w.cols; k++) {
+            size_t at = start + size_t(k) * PANEL + lane;
+            u16x16 half{};
+            if (w.kind != F32) half[0] = ((const uint16_t *)w.codes)[at];
+            to[k] = w.kind == F32    ? ((const float *)w.codes)[at]
+                    : w.kind == BF16 ? bfloat_to_float(half)[0]
+                                     : half_to_float(half)[0];
+        }
+        return;
+    }
+    Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
+    int pairs = w.group / 2;
+    for (int g = 0; g < w.cols / w.group; g++) {
+        float scale = scales.of(g, lane / 16)[lane % 16], min = mins.at ? mins.of(g, lane / 16)[lane % 16] : 0;
+        for (int p = 0; p < pairs; p++)
+            for (int half = 0; half < 2; half++) {
+                int code;
+                if (w.kind == INT8)
+                    code = ((const int8_t *)w.codes)[start + ((size_t(g) * pairs + p) * PANEL + lane) * 2 + half];
+                else {
+                    const uint32_t *words = (const uint32_t *)w.codes + start / 8;
+                    uint32_t word = words[(size_t(g) * (pairs / 4) + p / 4) * PANEL + lane];
+                    code = word >> (4 * (p % 4) + 16 * half) & 15;
+                }
+                to[g * w.group + column_of(Kind(w.kind), w.group, p, half)] = float(code) * scale + min;
+            }
+    }
+}
+
 // One panel of x W^T for `count` rows of x from `first`: out is (count, PANEL).
 void linear_panel(const Weight &w, int panel, const float *x, const Shared &shared, int first, int count, float *out) {
     size_t numbers = size_t(panel) * w.cols * PANEL;
@@ -206,31 +240,25 @@ void linear(const Op &op, const Run &run, Shared &shared) {
     int rows = run.rows, panels = (w.rows + PANEL - 1) / PANEL, width = run.widths[op.dst];
     if (w.kind >= INT4 && !(op.flags & SAME_INPUT)) {
         int groups = w.cols / w.group;
-#pragma omp single
-        {
-            resize(shared.pairs, size_t(rows) * w.cols / 2);
-            resize(shared.scales, size_t(rows) * groups), resize(shared.sums, size_t(rows) * groups);
-        }
-#pragma omp for schedule(static)
-        for (int r = 0; r < rows; r++) {
+        resize(shared.pairs, size_t(rows) * w.cols / 2);
+        resize(shared.scales, size_t(rows) * groups), resize(shared.sums, size_t(rows) * groups);
+        shared.threads->each(rows, w.cols, [&](int r) {
             Rounded to{&shared.pairs[size_t(r) * w.cols / 2], &shared.scales[size_t(r) * groups],
                        &shared.sums[size_t(r) * groups]};
             round_row(x + size_t(r) * w.cols, Kind(w.kind), w.group, groups, to);
-        }
+        });
     }
-    resize(tile_room, size_t(TOKENS) * PANEL);
-    float *tile = tile_room.data();
     for (int first = 0; first < rows; first += TOKENS) {
         int count = std::min(TOKENS, rows - first);
-#pragma omp for schedule(static) nowait
-        for (int panel = 0; panel < panels; panel++) {
+        shared.threads->each(panels, int64_t(count) * w.cols * PANEL, [&](int panel) {
+            resize(tile_room, size_t(TOKENS) * PANEL);
+            float *tile = tile_room.data();
             linear_panel(w, panel, x, shared, first, count, tile);
             int start = panel * PANEL, end = std::min(PANEL, w.rows - start);
             for (int t = 0; t < count; t++)
                 write_panel(op, tile + t * PANEL, start, end, y + size_t(first + t) * width + start);
-        }
+        });
     }
-#pragma omp barrier
 }
 
 } // namespace

@@ -1,10 +1,14 @@
-// What the kernels are told, mirrored by program.py, packed.py and fused.py; and what threads keep between operations.
+// What the kernels are told, mirrored by program.py, packed.py and fused.py; and what they keep between operations.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -78,8 +82,14 @@ struct Task {
     size_t room;
 };
 
-// What threads share during a run.
+// What there is once in a process: threads, and what they share during a run.
 struct Shared {
+    int process;
+    std::mutex busy; // one run at a time
+    std::unique_ptr<Threads> threads;
+    void use(int count) {
+        if (!threads || threads->asked != count) threads.reset(), threads = std::make_unique<Threads>(count);
+    }
     std::vector<int32_t> pairs, owners; // owners: the sequence of each row
     std::vector<float> scales, sums, parts;
     std::vector<Task> split, whole; // tasks whose chunks threads divide, and those that one thread does

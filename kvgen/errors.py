@@ -12,6 +12,11 @@ class KvgenError(Exception):
     exit_code = 1
 
 
+def of_item(error: Exception) -> KvgenError:
+    """The error of one item among many, whatever was raised while it was handled, so that the others can go on."""
+    return error if isinstance(error, KvgenError) else KvgenError(f"{type(error).__name__}: {in_one_line(error)}")
+
+
 class UsageError(KvgenError):
     """A value that the caller passed cannot be used: an empty prompt, a setting out of its range."""
 

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvgen
 from kvgen import KvgenError, Sampling, UsageError
 from kvgen.generation.settings import Request
+from kvgen.generation.stream import complete
 from kvgen.pipeline.results import InOrder, ResultsFile
 from kvgen.pipeline.rows import SAMPLING_FIELDS, Row, read_row, read_rows
+from tests.odd_rows import odd_rows
 from tests.test_cli import KVGEN, run, run_on_terminal
 
 WORDS = ("red", "green", "blue", "stone", "river", "cloud")
@@ -29,7 +32,7 @@ WORDS = ("red", "green", "blue", "stone", "river", "cloud")
 def tiny(tiny_llama) -> list[str]:
     """`batch` with a tiny model."""
     folder, _ = tiny_llama()
-    return ["batch", "-m", str(folder), "-t", "0", "-n", "6"]
+    return ["batch", "-m", str(folder), "-t", "0"]
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -40,7 +43,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 def results_of(text: str) -> list[dict[str, Any]]:
     assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------------
@@ -91,6 +94,12 @@ def test_rows_are_strings_prompts_or_conversations() -> None:
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "`logit_bias` must map"),
         (b'{"prompt": "a", "stop": [1]}', "`stop` must be"),
         (b"[" * 5000, "more than 100 levels"),
+        (b'{"prompt": "a", "metadata": [1e400]}', "the number 1e400 is too large"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "`temperature` is too large a number"),
+        (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "a token id of 5000 digits"),
+        (b'{"prompt": "a", "logit_bias": {"1": 1' + b"0" * 400 + b"}}", "`logit_bias` is too large a number"),
+        (b'{"prompt": "a", "regex": "\\ud800"}', "the regex is not valid Unicode"),
+        (b'{"prompt": "a", "grammar": "\\ud800"}', "the grammar is not valid Unicode"),
     ],
 )
 def test_a_bad_row_says_what_is_wrong_with_it(line: bytes, message: str) -> None:
@@ -212,6 +221,41 @@ def test_a_bad_row_gives_a_line_with_its_error(tiny: list[str]) -> None:
     strict = run(*tiny, "--strict", input=rows)
     assert strict.returncode == 1
     assert "row 'x': " in strict.stderr
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_row_ends_a_run_and_those_beside_odd_ones_are_what_they_are_alone(
+    tiny: list[str], tmp_path: Path, count: int
+) -> None:
+    lines, plain = zip(*odd_rows(count, seed=count), strict=True)
+    rows = tmp_path / "rows"
+    rows.write_bytes(b"".join(line + b"\n" for line in lines))
+    found = run(*tiny, str(rows), "-n", "8", "--seed", "1", "--max-batch", "16")
+    assert (found.returncode, len(found.stderr.splitlines())) == (1, 1)
+    values = results_of(found.stdout)
+    assert [value["index"] for value in values] == list(range(count))
+    assert not any("error" in value for value, expected in zip(values, plain, strict=True) if expected)
+    loaded = kvgen.load(tiny[2])
+    for value, line in zip(values, lines, strict=True):
+        if "error" in value:
+            assert value["error"]
+            continue
+        row = read_row(value["index"], line)
+        request = row.request(Request((), Sampling(temperature=0, seed=1), 8), most_tokens=8)
+        chunks = list(complete(loaded, replace(request, prompt=loaded.tokenizer.encode(row.prompt))))
+        assert value["completion"] == "".join(chunk.text for chunk in chunks)
+        assert (value["completion_tokens"], value["finish_reason"]) == (len(chunks), chunks[-1].finish_reason)
+
+
+def test_max_tokens_bounds_rows_where_it_is_given(tiny: list[str], tmp_path: Path) -> None:
+    rows = '{"prompt": "a", "max_tokens": 5}\n{"prompt": "a", "max_tokens": 2}\n'
+    for arguments, environment, counts in (
+        ([], {}, [5, 2]),
+        (["-n", "3"], {}, [3, 2]),
+        ([], {"KVGEN_MAX_TOKENS": "4"}, [4, 2]),
+    ):
+        found = run(*tiny, *arguments, input=rows, env=os.environ | environment)
+        assert [value["completion_tokens"] for value in results_of(found.stdout)] == counts
 
 
 def test_unordered_results_are_the_same_ones(tiny: list[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
-from kvgen import Sampling, UsageError
+from kvgen import ModelError, Sampling, UsageError
 from kvgen.generation import sampling
 
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60)
@@ -119,8 +119,9 @@ def test_presence_and_frequency_penalties_count_the_completion_alone() -> None:
     assert draw(Sampling(frequency_penalty=0.6, **greedy), logits, [0, 0], prompt_length=0) == [1]
 
 
-def test_a_tiny_temperature_is_greedy() -> None:
-    assert draw(Sampling(temperature=1e-40, top_p=1), torch.tensor([1.0, 3.0, 2.9]), n=5) == [1] * 5
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    assert draw(Sampling(temperature=temperature, top_p=1), torch.tensor([1.0, 3.0, 2.9]), n=5) == [1] * 5
 
 
 def test_logit_bias_comes_first() -> None:
@@ -145,6 +146,7 @@ def test_logit_bias_comes_first() -> None:
         {"min_p": 1.1},
         {"typical_p": 0.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-45},
         {"presence_penalty": math.nan},
         {"frequency_penalty": math.inf},
         {"logit_bias": {1: math.nan}},
@@ -166,6 +168,12 @@ def test_values_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> Non
 def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(seed: int, p: float, spread: float) -> None:
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * spread
     assert torch.equal(sampling.top_p(logits, p), reference.TopPLogitsWarper(p)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_where_no_token_has_a_probability_none_is_drawn(value: float) -> None:
+    with pytest.raises(ModelError, match="no token can be chosen"):
+        sampling.draw(torch.full((3,), value), torch.Generator())
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Exit, Option
+from typer import Argument, Context, Exit, Option
 
 from kvgen.cli import options
 from kvgen.cli.completion import CompletionOptions, PromptOptions
@@ -42,6 +42,7 @@ _ROWS = "Rows"
 @takes_groups()
 def batch(
     *,
+    context: Context,
     rows: Annotated[
         Path | None, Argument(metavar="FILE", help="The rows, in JSONL; - is stdin.", show_default="stdin")
     ] = None,
@@ -94,7 +95,8 @@ def batch(
 
     A row is a string, or an object with "prompt" or "messages", and if it likes with "id", with "metadata" that is
     passed through, and with settings of its own, such as "max_tokens" or "temperature". It gets the tokens that it
-    gets alone. Without a seed of its own it has --seed plus its index.
+    gets alone. Without a seed of its own it has --seed plus its index. --max-tokens, where it is given, bounds every
+    row: one that asks for more gets so many.
 
     A row that cannot be completed gives a line with an error, and the others go on; the exit code is then 1. Ctrl-C
     lets the rows that are under way end, a second one stops at once; --resume goes on after either.
@@ -107,6 +109,7 @@ def batch(
     how = _How(
         reading,
         completion.request(),
+        completion.max_tokens if _is_given(context, "max_tokens") else None,
         max_batch,
         physical_memory() // 2 if max_cache_memory is None else parse_bytes(max_cache_memory),
     )
@@ -142,12 +145,19 @@ def batch(
         raise KvgenError(f"{totals.failed} of {totals.rows} rows could not be completed: their lines have an `error`")
 
 
+def _is_given(context: Context, name: str) -> bool:
+    """Whether an option was chosen, on the command line or in the configuration."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 @dataclass(frozen=True)
 class _How:
-    """How rows are to be completed, wherever that is."""
+    """How rows are to be completed, wherever that is. most_tokens: that a row may ask for; None for any."""
 
     reading: PromptOptions
     defaults: Request
+    most_tokens: int | None
     max_rows: int
     max_cache_bytes: int
 
@@ -164,7 +174,9 @@ def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Pa
     engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=how.max_cache_bytes, cache=cache)
 
     def complete(going_on: Callable[[], bool]) -> Iterator[Result]:
-        yield from complete_rows(engine, loaded.tokenizer, rows, how.defaults, how.reading.format, going_on)
+        yield from complete_rows(
+            engine, loaded.tokenizer, rows, how.defaults, how.reading.format, going_on, how.most_tokens
+        )
         if prompt_cache is not None and engine.cache is not None:
             save_prompt_cache(prompt_cache, engine.cache, loaded)
 
@@ -178,7 +190,8 @@ def _on_ray(
     from kvgen.pipeline.ray import Work, complete_on_ray
 
     arguments, reading = source.arguments(), how.reading
-    work = Work(arguments, how.defaults, reading.format, reading.template, how.max_rows, how.max_cache_bytes)
+    sizes = how.max_rows, how.max_cache_bytes, how.most_tokens
+    work = Work(arguments, how.defaults, reading.format, reading.template, *sizes)
     notify = (lambda text: None) if quiet else print_note
     results = complete_on_ray(rows, work, address, workers, notify)
     return lambda going_on: takewhile(lambda result: going_on(), results)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from kvgen.errors import KvgenError, ModelError, UsageError
+from kvgen.errors import KvgenError, ModelError, UsageError, of_item
 from kvgen.generation.decode import Decoding, check_judge, check_prompt, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
@@ -134,8 +134,8 @@ class Batch:
                     break
                 try:
                     row = self._begin(number, waiting, begun)
-                except KvgenError as error:
-                    yield number, error
+                except Exception as error:  # noqa: BLE001 (whatever it is, it is this row's: samplers meet odd settings)
+                    yield number, of_item(error)
                 else:
                     if row is None:
                         break
@@ -196,7 +196,12 @@ class Batch:
         rows = self._rows
         sequences = [row.decoding.ahead() for row in rows]
         caches = [row.cache if self._use_cache else None for row in rows]
-        logits, written = self._loaded.model.together(sequences, caches, [row.decoding.count for row in rows])
+        try:
+            logits, written = self._loaded.model.together(sequences, caches, [row.decoding.count for row in rows])
+        except ModelError as error:
+            self._rows = []
+            yield from ((row.number, error) for row in rows)
+            return
         going_on = []
         for row, given, cache in zip(rows, logits, written, strict=True):
             row.cache = cache
@@ -209,9 +214,9 @@ class Batch:
                     yield row.number, chunk
                     if ended:
                         break
-            except ModelError as error:
+            except Exception as error:  # noqa: BLE001 (as in `run`: the other rows are not to end with this one)
                 ended = True
-                yield row.number, error
+                yield row.number, of_item(error)
             if ended:
                 self.cache = cache
             else:

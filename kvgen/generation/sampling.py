@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvgen.errors import UsageError
+from kvgen.errors import ModelError, UsageError
 from kvgen.generation.settings import Sampling
 
 Sampler = Callable[[Tensor, Tensor, int], int]
@@ -92,9 +92,12 @@ def most_likely(logits: Tensor) -> int:
 def draw(logits: Tensor, generator: torch.Generator) -> int:
     """A token by its probability: where a random number falls among the sums of those before it.
 
-    Ten times as fast as torch.multinomial, which draws a number for each token of the vocabulary.
+    Ten times as fast as torch.multinomial, which draws a number for each token of the vocabulary. Raises ModelError
+    where no token has a probability.
     """
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    if not float(sums[-1]) > 0:
+        raise ModelError("no token can be chosen: the settings leave none a probability")
     point = torch.rand(1, dtype=torch.float64, generator=generator) * sums[-1]
     last = torch.searchsorted(sums, sums[-1:])  # of those with a probability
     return int(torch.minimum(torch.searchsorted(sums, point, right=True), last))
@@ -104,7 +107,7 @@ def scale(logits: Tensor, temperature: float) -> Tensor:
     """Divide by the temperature."""
     scaled: Tensor = logits / temperature
     # A tiny temperature would overflow; only differences matter, so the largest logit can be 0.
-    return scaled if scaled.max().isfinite() else (logits - logits.max()) / temperature
+    return scaled if scaled.max().isfinite() else ((logits - logits.max()).double() / temperature).float()
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

@@ -54,7 +54,8 @@ class Sampling:
         self._check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self._check(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         self._check(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1")
-        self._check(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
+        penalty_fits = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
+        self._check(penalty_fits, "repetition_penalty", f"from {1 / _LARGEST:g} to {_LARGEST:g}")
         self._check(abs(self.presence_penalty) <= _LARGEST, "presence_penalty", f"at most {_LARGEST:g} in size")
         self._check(abs(self.frequency_penalty) <= _LARGEST, "frequency_penalty", f"at most {_LARGEST:g} in size")
         bias_fits = all(0 <= id_ < 2**31 and abs(value) <= _LARGEST for id_, value in self.logit_bias.items())
@@ -63,7 +64,7 @@ class Sampling:
 
     def _check(self, valid: bool, name: str, wanted: str) -> None:
         if not valid:
-            raise UsageError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+            raise UsageError(f"{name} is {getattr(self, name)!s:.80}; it must be {wanted}")
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -73,10 +74,18 @@ DEFAULT_SAMPLING = Sampling()
 class Constraint:
     """What a completion has to be. kind: `json-schema`, a JSON Schema; `regex`, a regular expression; `grammar`, in the
     syntax of Lark that llguidance documents. text: the constraint itself.
+
+    Raises UsageError for a text that is not valid Unicode.
     """
 
     kind: Literal["json-schema", "regex", "grammar"]
     text: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the {self.kind} is not valid Unicode at character {error.start}") from None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvgen.counts import total
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
@@ -58,8 +58,12 @@ def complete_rows(
     defaults: Request,
     format: PromptFormat,
     admit: Callable[[], bool] = lambda: True,
+    most_tokens: int | None = None,
 ) -> Iterator[Result]:
-    """The result of each row as soon as it is there. defaults: for what a row does not set. admit: see `Batch.run`."""
+    """The result of each row as soon as it is there.
+
+    defaults: for what a row does not set. admit: see `Batch.run`. most_tokens: that a row may ask for; None for any.
+    """
     under_way: dict[int, _Open] = {}
 
     def requests() -> Iterator[Request | KvgenError]:
@@ -68,9 +72,10 @@ def complete_rows(
             error: KvgenError | None = None if row.error is None else UsageError(row.error)
             if error is None:
                 try:
-                    request = replace(row.request(defaults), prompt=format.encode(tokenizer, row.prompt))
-                except KvgenError as found:
-                    error = found
+                    asked = row.request(defaults, most_tokens)
+                    request = replace(asked, prompt=format.encode(tokenizer, row.prompt))
+                except Exception as found:  # noqa: BLE001 (whatever it is, it is this row's)
+                    error = of_item(found)
             under_way[number] = _Open(row, request)
             yield error or request
 

@@ -43,6 +43,7 @@ class Work:
     chat_template: str | None
     max_rows: int
     max_cache_bytes: int | None
+    most_tokens: int | None
 
 
 class Worker:
@@ -59,7 +60,11 @@ class Worker:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         given = [read_row(int(index), line) for index, line in zip(rows["index"], rows["line"], strict=True)]
-        found = list(complete_rows(self._batch, self._tokenizer, given, self._work.defaults, self._work.format))
+        work = self._work
+        results = complete_rows(
+            self._batch, self._tokenizer, given, work.defaults, work.format, most_tokens=work.most_tokens
+        )
+        found = list(results)
         return {
             "index": [result.row.index for result in found],
             "value": [json.dumps(result.value) for result in found],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvgen.errors import UsageError
+from kvgen.errors import UsageError, of_item
 from kvgen.generation.settings import Constraint, Request
 from kvgen.tokenizer.chat import check_messages
 
@@ -24,6 +25,7 @@ _OTHERS: Mapping[str, tuple[type, ...]] = {"max_tokens": (int,), "stop": (str, l
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {"json_schema": (dict,), "regex": (str,), "grammar": (str,)}
 _FIELDS = {"id", "prompt", "messages", "metadata", *SAMPLING_FIELDS, *_OTHERS, *_CONSTRAINTS}
 _DEEPEST = 100  # levels of a row's JSON
+_ID_DIGITS = 20  # of a token id
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,17 @@ class Row:
     error: str | None = None
     line: bytes = field(default=b"", repr=False)
 
-    def request(self, defaults: Request) -> Request:
+    def request(self, defaults: Request, most_tokens: int | None = None) -> Request:
         """The request, without its prompt's ids. defaults: what it sets nothing else for.
 
+        most_tokens: a row that asks for more gets so many.
         A row without a seed has the default's plus its index. Raises UsageError for a value out of its range.
         """
         assert self.error is None
         sampling = defaults.sampling
         seed = None if sampling.seed is None else (sampling.seed + self.index) % 2**63
-        return replace(defaults, sampling=replace(sampling, **{"seed": seed, **self.sampling}), **self.others)
+        request = replace(defaults, sampling=replace(sampling, **{"seed": seed, **self.sampling}), **self.others)
+        return request if most_tokens is None else replace(request, max_tokens=min(request.max_tokens, most_tokens))
 
     def labels(self) -> dict[str, Any]:
         """What a result says of the row that it is for."""
@@ -96,8 +100,8 @@ def read_row(index: int, line: bytes) -> Row:
         row = Row(index, id_, digest, prompt, sampling, others, value.get("metadata"), line=line)
         row.request(Request(()))  # raises for values out of range
         return row
-    except UsageError as error:
-        return Row(index, id_, digest, error=str(error), line=line)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is this row's, and the others go on)
+        return Row(index, id_, digest, error=str(of_item(error)), line=line)
 
 
 def _parsed(line: bytes) -> Any:
@@ -105,7 +109,7 @@ def _parsed(line: bytes) -> Any:
         text = line.decode("utf-8").removeprefix("\ufeff")
         if max(text.count("["), text.count("{")) > _DEEPEST:
             _check_depth(text)
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8 text (byte {error.start})") from None
     except ValueError as error:
@@ -123,6 +127,14 @@ def _check_depth(text: str) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise UsageError(f"not valid JSON ({name} is no number)")
+
+
+def _finite(digits: str) -> float:
+    """A number that can be written again: JSON has no infinity."""
+    number = float(digits)
+    if not math.isfinite(number):
+        raise UsageError(f"the number {digits:.40} is too large")
+    return number
 
 
 def _id(value: Mapping[str, Any], index: int) -> str | int:
@@ -148,7 +160,15 @@ def _chosen(value: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> 
         if isinstance(given, bool) or not isinstance(given, types[name]):
             wanted = " or ".join(_WORDS[type_] for type_ in types[name] if type_ is not int or len(types[name]) == 1)
             raise UsageError(f"`{name}` must be {wanted}")
-    return chosen
+    return {name: _number(name, given) if types[name] is _NUMBER else given for name, given in chosen.items()}
+
+
+def _number(name: str, given: float) -> float:
+    """Torch takes no whole number beyond 64 bits."""
+    try:
+        return given if type(given) is int and given.bit_length() < 64 else float(given)
+    except OverflowError:
+        raise UsageError(f"`{name}` is too large a number") from None
 
 
 _WORDS = {int: "a whole number", float: "a number", dict: "an object", str: "a string", list: "a list of strings"}
@@ -157,7 +177,10 @@ _WORDS = {int: "a whole number", float: "a number", dict: "an object", str: "a s
 def _logit_bias(given: Mapping[str, Any]) -> dict[int, float]:
     if not all(key.isdecimal() and type(bias) in _NUMBER for key, bias in given.items()):
         raise UsageError("`logit_bias` must map token ids to numbers")
-    return {int(key): float(bias) for key, bias in given.items()}
+    longest = max(map(len, given), default=0)
+    if longest > _ID_DIGITS:
+        raise UsageError(f"`logit_bias` has a token id of {longest} digits")
+    return {int(key): _number("logit_bias", bias) for key, bias in given.items()}
 
 
 def _constraint(given: Mapping[str, Any]) -> Constraint | None:

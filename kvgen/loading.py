@@ -18,6 +18,7 @@ from kvgen.backends.reading import Arithmetic
 from kvgen.backends.xtransformers import load_xtransformers
 from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint
+from kvgen.checkpoint.digest import SourceFile
 from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.families import runs_natively
@@ -45,12 +46,14 @@ class Loaded:
     source: the file or folder that it was read from, or the reference of a model in Python.
     config: what the model is made of: a DecoderConfig for the native decoder, the library's arguments for
         x-transformers, None for a model in Python.
+    files: what config and weights were read from; none for a model in Python.
     """
 
     model: Backend
     tokenizer: Tokenizer
     source: str
     config: Any = None
+    files: tuple[SourceFile, ...] = ()
 
 
 def load(
@@ -113,7 +116,7 @@ def load(
             model = native = load_native(raw, arithmetic, pool)
             config = native.decoder.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
-    return Loaded(model, chosen, str(raw.path), config)
+    return Loaded(model, chosen, str(raw.path), config, raw.files)
 
 
 def _runs_in_library(raw: RawCheckpoint, backend: str) -> bool:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvgen.backends.native import NativeBackend
+from kvgen.checkpoint.digest import digest_of
 from kvgen.checkpoint.raw import check_file
 from kvgen.contract import Backend
 from kvgen.errors import CacheError, KvgenError, UsageError
@@ -29,7 +29,6 @@ from kvgen.model.cache import KVCache
 from kvgen.model.stores import Room
 
 _FORMAT = "1"
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -167,24 +166,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def _identity(loaded: Loaded) -> str:
     """Weights and arithmetic. The tokenizer does not matter: token ids are compared, not text."""
-    digest = hashlib.sha256(_native(loaded.model).numerics.encode())
-    for file in _files(Path(loaded.source)):
-        digest.update(f"{file.name} {file.stat().st_size}\0".encode())
-        for sample in _samples(file):
-            digest.update(sample)
-    return digest.hexdigest()
-
-
-def _files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    return [source / "config.json", *sorted(source.glob("*.safetensors"))]
-
-
-def _samples(file: Path) -> Iterable[bytes]:
-    """Blocks from all over a file: other weights differ nearly everywhere, and reading all takes too long."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        for number in range(_SAMPLES):
-            data.seek(max(0, size - _SAMPLE_BYTES) * number // max(1, _SAMPLES - 1))
-            yield data.read(_SAMPLE_BYTES)
+    numerics = _native(loaded.model).numerics
+    if not loaded.files:
+        raise UsageError("a prompt cache needs a model that was read from files, as `kvgen.load` does")
+    return hashlib.sha256(f"{numerics}\0{digest_of(loaded.files)}".encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import kvgen
-from kvgen import CacheError, KvgenError, UsageError
+from kvgen import CacheError, CheckpointError, KvgenError, UsageError
+from kvgen.checkpoint import digest
 from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
 
@@ -87,6 +89,56 @@ def test_caches_of_other_weights_or_arithmetic_are_refused(tiny_llama, tmp_path:
         with pytest.raises(CacheError, match=r"x\.cache: a prompt cache of .*name another file"):
             load_prompt_cache(path, other)
     assert load_prompt_cache(path, kvgen.load(folder)).length == 20
+
+
+def test_another_model_pt_is_other_weights(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one", "two"):
+        paths.append(folder := tmp_path / name)
+        subprocess.run([sys.executable, "docs/examples/random_model.py", "rotary", str(folder)], check=True)
+    state = torch.load(paths[1] / "model.pt", weights_only=True)
+    next(iter(state.values())).view(-1)[5] += 1
+    torch.save(state, paths[1] / "model.pt")
+    one, two = map(kvgen.load, paths)
+    path = saved(one, torch.randint(2, 256, (1, 20)), tmp_path / "x.cache")
+    with pytest.raises(CacheError, match="name another file"):
+        load_prompt_cache(path, two)
+    assert load_prompt_cache(path, kvgen.load(paths[0])).length == 20
+
+
+def test_one_changed_byte_anywhere_is_other_weights(tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kvgen.checkpoint.digest._SETTLED", 0)
+    folder, _ = tiny_llama(hidden_size=256, intermediate_size=512)
+    path = saved(kvgen.load(folder), torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    weights = folder / "model.safetensors"
+    content, changed = weights.read_bytes(), random.Random(0).sample(range(10000, weights.stat().st_size), 3)
+    for place in changed:
+        weights.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(CacheError, match="name another file"):
+            load_prompt_cache(path, kvgen.load(folder))
+    weights.write_bytes(content)
+    assert load_prompt_cache(path, kvgen.load(folder)).length == 20
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KVGEN_CACHE_DIR", str(tmp_path / "kvgen"))
+    monkeypatch.setattr(digest, "_SETTLED", 0)
+    read: list[str] = []
+    whole = digest._digest
+    monkeypatch.setattr(digest, "_digest", lambda file: read.append(file.path.name) or whole(file))
+    folder, _ = tiny_llama()
+    loaded = kvgen.load(folder)
+    first = digest.digest_of(loaded.files)
+    assert sorted(read) == ["config.json", "model.safetensors"]
+    assert digest.digest_of(kvgen.load(folder).files) == first
+    assert len(read) == 2
+    for note in (tmp_path / "kvgen" / "digests").iterdir():
+        note.write_text("damaged")
+    assert digest.digest_of(loaded.files) == first
+    assert len(read) == 4
+    (folder / "model.safetensors").write_bytes(bytes(10))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has changed since it was read"):
+        digest.digest_of(loaded.files)
 
 
 def rewritten(path: Path, change: Any) -> None:

@@ -18,6 +18,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
+from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
@@ -77,6 +78,7 @@ class _Header:
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.path = path
+        self.source = source_file(path)
         self.file = file
         self.data = file.data
         self.offset = 0
@@ -98,7 +100,7 @@ class _Header:
             metadata[key] = self.value(self.value_type())
         if metadata.get("split.count", 0) not in (0, 1):
             raise UnsupportedError(f"{self.path}: one of several split files; merge them with gguf-split --merge")
-        return RawCheckpoint(self.path, "gguf", metadata, self.tensors(tensor_count, metadata))
+        return RawCheckpoint(self.path, "gguf", metadata, self.tensors(tensor_count, metadata), (self.source,))
 
     def fail(self, what: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: damaged GGUF header at byte {self.offset}: {what}")

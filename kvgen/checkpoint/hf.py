@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
@@ -35,9 +36,11 @@ def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(f"{folder / 'config.json'}: quantization_config ({method}) is not supported")
     tensors: dict[str, RawTensor] = {}
-    for shard in _shards(folder):
+    shards = _shards(folder)
+    files = tuple(source_file(file) for file in (folder / "config.json", *shards))
+    for shard in shards:
         add_shard(tensors, shard)
-    return RawCheckpoint(folder, "hf", config, tensors)
+    return RawCheckpoint(folder, "hf", config, tensors, files)
 
 
 def _shards(folder: Path) -> list[Path]:

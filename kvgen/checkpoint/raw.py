@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kvgen.checkpoint.digest import SourceFile
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
 
@@ -50,12 +51,14 @@ class RawCheckpoint:
 
     path: the GGUF file or the folder.
     metadata: a GGUF's key-value pairs, or the content of a folder's config.json.
+    files: all that metadata and tensors were read from.
     """
 
     path: Path
     format: Format
     metadata: Mapping[str, Any]
     tensors: Mapping[str, RawTensor]
+    files: tuple[SourceFile, ...] = ()
 
 
 def check_file(path: Path, *, most: int | None = None) -> None:

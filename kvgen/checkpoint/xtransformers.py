@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.hf import add_shard
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
 from kvgen.errors import CheckpointError, in_one_line
@@ -34,20 +35,26 @@ def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
             raise CheckpointError(f"{path}: {key} must be an object with the library's arguments")
     if config.get("tokenizer", "bytes") != "bytes":
         raise CheckpointError(f'{path}: tokenizer is {config["tokenizer"]!r}; it can be "bytes", or a tokenizer.json')
-    tensors = _tensors(folder)
+    weights = _weights(folder)
+    files = source_file(path), source_file(weights)
+    tensors = _tensors(weights)
     if tensors and all(name.startswith(_PREFIX) for name in tensors):
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    return RawCheckpoint(folder, "x-transformers", config, tensors)
+    return RawCheckpoint(folder, "x-transformers", config, tensors, files)
 
 
-def _tensors(folder: Path) -> dict[str, RawTensor]:
+def _weights(folder: Path) -> Path:
+    for name in ("model.safetensors", "model.pt"):
+        if (folder / name).exists():
+            return folder / name
+    raise CheckpointError(f"{folder}: has neither model.safetensors nor model.pt")
+
+
+def _tensors(path: Path) -> dict[str, RawTensor]:
     tensors: dict[str, RawTensor] = {}
-    if (folder / "model.safetensors").exists():
-        add_shard(tensors, folder / "model.safetensors")
+    if path.suffix == ".safetensors":
+        add_shard(tensors, path)
         return tensors
-    path = folder / "model.pt"
-    if not path.exists():
-        raise CheckpointError(f"{folder}: has neither model.safetensors nor model.pt")
     check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

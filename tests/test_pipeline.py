@@ -141,6 +141,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
     file = ResultsFile(path, resume=False)
     for index in range(3):
         file.write(result(index))
+    file.close()
     path.write_bytes(path.read_bytes()[:-cut])
     again = ResultsFile(path, resume=True)
     assert again.done == {0: "d0", 1: "d1"}
@@ -268,7 +269,8 @@ def test_unordered_results_are_the_same_ones(tiny: list[str], tmp_path: Path) ->
 
 def test_resume_goes_on_and_checks_that_the_rows_are_the_same(tiny: list[str], tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows", 10), tmp_path / "out"
-    whole = run(*tiny, str(rows), "--seed", "1").stdout
+    assert run(*tiny, str(rows), "--seed", "1", "-o", str(out)).returncode == 0
+    whole = out.read_text()
     out.write_text("".join(line + "\n" for line in whole.splitlines()[:4]) + '{"index": 4, "di')
     assert run(*tiny, str(rows), "-o", str(out)).returncode == 2
     resumed = run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--stats")
@@ -276,9 +278,87 @@ def test_resume_goes_on_and_checks_that_the_rows_are_the_same(tiny: list[str], t
     assert "6 rows, 0 of them failed" in resumed.stderr
     assert out.read_text() == whole
     rows.write_text(rows.read_text().replace("red", "pink"))
-    changed = run(*tiny, str(rows), "-o", str(out), "--resume")
+    changed = run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1")
     assert changed.returncode == 2
     assert "row 0 is not the one whose result is in" in changed.stderr
+
+
+def test_resume_goes_on_with_the_model_and_settings_of_before_or_says_what_differs(
+    tiny: list[str], tiny_llama, tmp_path: Path
+) -> None:
+    rows, out = write_rows(tmp_path / "rows", 8), tmp_path / "out"
+    other, _ = tiny_llama(seed=1, name="other")
+    assert run(*tiny, str(rows), "-o", str(out), "-t", "1").returncode == 0
+    whole = out.read_text()
+    half = "".join(line + "\n" for line in whole.splitlines()[:4])
+    out.write_text(half)
+    for arguments, message in (
+        (["-m", str(other)], f'model is "{other}", was "{tiny[2]}"'),
+        (["-n", "3"], "max_tokens is 3, was 256; max_tokens_bounds_rows is true, was false"),
+        (["--seed", "5"], "seed is 5, was "),
+        (["-t", "0.5", "--chat"], "chat is true, was false; temperature is 0.5, was 1.0"),
+        (["--dtype", "bfloat16"], 'dtype is "bfloat16", was "auto"'),
+        (["--regex", "a" * 200], 'constraint is {"kind": "regex", "text": "aaa'),
+    ):
+        refused = run(*tiny, str(rows), "-o", str(out), "--resume", "-t", "1", *arguments)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+        assert f"{out}: made otherwise: " in refused.stderr
+        assert message in refused.stderr
+        assert out.read_text() == half
+    Path(tiny[2]).rename(tmp_path / "moved")
+    resumed = run(*tiny, "-m", str(tmp_path / "moved"), str(rows), "-o", str(out), "--resume", "-t", "1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert out.read_text() == whole  # with the seed of before, which nobody chose
+    (tmp_path / "out.run.json").unlink()
+    unknown = run(*tiny, "-m", str(tmp_path / "moved"), str(rows), "-o", str(out), "--resume", "-t", "1")
+    assert unknown.returncode == 2
+    assert "out.run.json is not beside it" in unknown.stderr
+
+
+def test_two_runs_do_not_write_to_one_file(tiny: list[str], tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows", 4), tmp_path / "out"
+    command = [*tiny, "-o", str(out), "--resume", "--seed", "1"]
+    first = started(command, stdin=subprocess.PIPE)
+    assert first.stdin is not None
+    first.stdin.write(rows.read_text())
+    first.stdin.flush()
+    lines_in(out, 4, first)
+    (tmp_path / "link").symlink_to(out)
+    for path in (out, tmp_path / "link"):
+        second = run(*tiny, str(rows), "-o", str(path), "--resume", "--seed", "1")
+        assert (second.returncode, second.stderr) == (
+            2,
+            f"kvgen: error: {path}: another kvgen batch is writing to it\n",
+        )
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert [value["index"] for value in results_of(out.read_text())] == list(range(4))
+
+
+def test_rows_that_failed_are_reported_on_resume_and_completed_again_when_asked(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    rows.write_text('"a"\n"b" "c"\n"d"\nnonsense\n')
+    command = [*tiny, str(rows), "-o", str(out), "--seed", "1"]
+    assert run(*command).returncode == 1
+    before = out.read_text()
+    for _ in range(2):
+        again = run(*command, "--resume")
+        assert again.returncode == 1
+        assert again.stderr == (
+            "kvgen: error: 2 of 4 rows could not be completed: their lines have an `error`; "
+            "--resume --retry-errors completes them again\n"
+        )
+        assert out.read_text() == before
+    rows.write_text('"a"\n"b"\n"d"\nnonsense\n')
+    retried = run(*command, "--resume", "--retry-errors")
+    assert retried.returncode == 1
+    assert "1 of 4 rows could not be completed" in retried.stderr
+    found = results_of(out.read_text())
+    assert [value["index"] for value in found] == [0, 2, 1, 3]
+    assert ["error" in value for value in found] == [False, False, False, True]
+    assert run(*command, "--retry-errors").returncode == 2
 
 
 def started(arguments: list[str], **options: Any) -> subprocess.Popen[str]:

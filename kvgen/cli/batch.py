@@ -10,7 +10,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,9 @@ from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
 from kvgen.memory import physical_memory
 
 if TYPE_CHECKING:
+    from kvgen import Loaded
     from kvgen.pipeline.complete import Result
+    from kvgen.pipeline.results import ResultsFile
     from kvgen.pipeline.rows import Row
 
     _Complete = Callable[[Callable[[], bool]], Iterator[Result]]
@@ -55,6 +57,14 @@ def batch(
     resume: Annotated[
         bool,
         Option("--resume", help="Go on with --output: complete the rows that are not in it.", rich_help_panel=_ROWS),
+    ] = False,
+    retry_errors: Annotated[
+        bool,
+        Option(
+            "--retry-errors",
+            help="With --resume: complete rows again whose lines have an error; their new lines come last.",
+            rich_help_panel=_ROWS,
+        ),
     ] = False,
     unordered: Annotated[
         bool, Option("--unordered", help="Results as they come, not in the order of rows.", rich_help_panel=_ROWS)
@@ -99,11 +109,14 @@ def batch(
     row: one that asks for more gets so many.
 
     A row that cannot be completed gives a line with an error, and the others go on; the exit code is then 1. Ctrl-C
-    lets the rows that are under way end, a second one stops at once; --resume goes on after either.
+    lets the rows that are under way end, a second one stops at once; --resume goes on after either, with the model and
+    the settings of before, which stand in FILE.run.json.
     """
     reading.check(conversations=True)
     if resume and output is None:
         raise UsageError("--resume goes with --output FILE")
+    if retry_errors and not resume:
+        raise UsageError("--retry-errors goes with --resume")
     if ray is not None and prompt_cache is not None:
         raise UsageError("--prompt-cache does not go with --ray")
     how = _How(
@@ -118,14 +131,16 @@ def batch(
     from kvgen.pipeline.rows import read_rows
 
     lines = open_lines(rows)
-    file = None if output is None else ResultsFile(output, resume=resume)
+    file = None if output is None else ResultsFile(output, resume=resume, retry_errors=retry_errors)
+    if file is not None and file.record is not None and completion.seed is None:
+        how = how.with_seed(file.record.get("seed"))
     write = file.write if file else write_json if sys.stdout.isatty() else Lines(sys.stdout.fileno()).write
-    done = {} if file is None else file.done
+    done, before = ({}, 0) if file is None else (file.done, file.failed)
     wanted = not_done(read_rows(lines), done, output)
     if ray is not None:
-        complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers, quiet=quiet)
+        complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers, file, quiet=quiet)
     else:
-        complete = _here(wanted, how, source, prompt_cache, quiet=quiet)
+        complete = _here(wanted, how, source, prompt_cache, file, quiet=quiet)
     with _interruptible(quiet=quiet) as going_on:
         totals = _write_all(
             complete(going_on),
@@ -141,8 +156,10 @@ def batch(
         print_note(str(totals))
     if interrupted:
         raise Exit(EXIT_INTERRUPTED)
-    if totals.failed:
-        raise KvgenError(f"{totals.failed} of {totals.rows} rows could not be completed: their lines have an `error`")
+    if failed := totals.failed + before:
+        hint = "" if file is None else "; --resume --retry-errors completes them again"
+        count = totals.rows + len(done)
+        raise KvgenError(f"{failed} of {count} rows could not be completed: their lines have an `error`{hint}")
 
 
 def _is_given(context: Context, name: str) -> bool:
@@ -161,10 +178,31 @@ class _How:
     max_rows: int
     max_cache_bytes: int
 
+    def with_seed(self, seed: int | None) -> _How:
+        return replace(self, defaults=replace(self.defaults, sampling=replace(self.defaults.sampling, seed=seed)))
 
-def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Path | None, *, quiet: bool) -> _Complete:
+    def claim(self, file: ResultsFile | None, source: ModelOptions, loaded: Loaded | None) -> None:
+        """See `ResultsFile.claim`. loaded: None where the model is loaded elsewhere."""
+        from kvgen.pipeline.record import run_record
+
+        if file is not None:
+            bounds = self.most_tokens is not None
+            settings = self.defaults, self.reading.format, self.reading.template
+            file.claim(run_record(source.arguments(), loaded, *settings, max_tokens_bounds_rows=bounds))
+
+
+def _here(
+    rows: Iterable[Row],
+    how: _How,
+    source: ModelOptions,
+    prompt_cache: Path | None,
+    file: ResultsFile | None,
+    *,
+    quiet: bool,
+) -> _Complete:
     """On this machine, in this process."""
     loaded = how.reading.prepared(source.load(quiet=quiet))
+    how.claim(file, source, loaded)
 
     from kvgen import Batch
     from kvgen.pipeline.complete import complete_rows
@@ -184,9 +222,18 @@ def _here(rows: Iterable[Row], how: _How, source: ModelOptions, prompt_cache: Pa
 
 
 def _on_ray(
-    rows: Iterable[Row], how: _How, source: ModelOptions, address: str | None, workers: int | None, *, quiet: bool
+    rows: Iterable[Row],
+    how: _How,
+    source: ModelOptions,
+    address: str | None,
+    workers: int | None,
+    file: ResultsFile | None,
+    *,
+    quiet: bool,
 ) -> _Complete:
     """On a Ray cluster, each worker with the model."""
+    how.claim(file, source, None)
+
     from kvgen.pipeline.ray import Work, complete_on_ray
 
     arguments, reading = source.arguments(), how.reading

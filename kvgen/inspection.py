@@ -54,7 +54,7 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     Raises NotFoundError, CheckpointError for damaged files, UnsupportedError for what is no checkpoint.
     """
     name = str(reference or default_reference())
-    if ".py:" in name:
+    if ".py:" in name or name.endswith(".py"):
         raise UsageError(
             f"model {name!r} is a program, not a checkpoint: there is nothing to inspect without running it"
         )

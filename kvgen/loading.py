@@ -95,6 +95,8 @@ def load(
     name = str(reference or default_reference())
     if re.search(r"\.py:\w+$", name):
         return _load_from_python(name, tokenizer)
+    if name.endswith(".py"):
+        raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:make")
     chosen_device = _device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
     arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)

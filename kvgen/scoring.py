@@ -13,6 +13,9 @@ from torch import Tensor
 from kvgen.contract import Backend
 from kvgen.errors import ModelError, UsageError
 from kvgen.generation.decode import ids_tensor
+from kvgen.generation.settings import is_whole
+from kvgen.generation.stream import text_ids
+from kvgen.loading import Loaded
 
 DEFAULT_WINDOW = 2048
 _ROWS = 256  # of logits that are normalized at once: in float32 a large vocabulary takes a megabyte each
@@ -60,8 +63,8 @@ class Score:
 
 
 def score(
-    model: Backend,
-    ids: Sequence[int],
+    loaded: Loaded,
+    text: str | Sequence[int],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -69,7 +72,7 @@ def score(
 ) -> Score:
     """Score a text in windows, as in the guide "Perplexity of fixed-length models" of transformers.
 
-    ids: of the whole text, BOS and EOS included.
+    text: as for `generate`; or the token ids of the whole text, BOS and EOS included.
     window: tokens that the model sees at once; None for its context, at most 2048. stride: tokens from the start of one
     window to that of the next; None for half a window. A token is scored in the first window that holds it, so it has
     at least window - stride tokens before it, beyond the first window. With stride = window, windows are independent,
@@ -79,6 +82,22 @@ def score(
     Raises UsageError for a text of one token, for ids outside the vocabulary, or for sizes that do not fit, ModelError
     for logits that are not numbers.
     """
+    for name, size in (("window", window), ("stride", stride)):
+        if size is not None and not is_whole(size):
+            raise UsageError(f"{name} is {size!r}; it must be a whole number of tokens, or None")
+    ids = text_ids(loaded, text)
+    return score_ids(loaded.model, ids, window=window, stride=stride, progress=progress)
+
+
+def score_ids(
+    model: Backend,
+    ids: Sequence[int],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Score:
+    """`score` of token ids, with a model that need not have a tokenizer."""
     longest = model.context_length  # None: any window fits
     if window is None:
         window = DEFAULT_WINDOW if longest is None else min(longest, DEFAULT_WINDOW)

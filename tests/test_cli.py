@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from kvgen.cli.stdin import has_text
+
 KVGEN = [sys.executable, "-m", "kvgen"]
 GREEDY = ["-t", "0", "-n", "8"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -62,7 +64,11 @@ def test_the_default_model_answers_and_stops(smollm2_path: Path) -> None:
     ("arguments", "stdin", "prompt"),
     [
         (["-p", "abc"], None, "abc"),
-        (["-p", "abc"], "never read", "abc"),
+        (["-p", "abc"], "piped\n", "piped\nabc"),
+        (["-p", "abc"], "", "abc"),
+        (["abc"], None, "abc"),
+        (["abc"], "piped", "piped\nabc"),
+        (["-f", "{file}", "-p", "and more"], "not read", "in a file\nand more"),
         (["-p", "-"], "from stdin\n", "from stdin"),
         (["-f", "-"], "from stdin\r\n", "from stdin"),
         ([], "piped\n\n", "piped\n"),
@@ -80,13 +86,54 @@ def test_prompts_come_from_where_the_options_say(tiny, tmp_path: Path, arguments
     assert json.loads(result.stdout)["prompt"] == prompt
 
 
-def test_prompt_alone_does_not_wait_for_an_idle_stdin(tiny) -> None:
+def test_what_is_piped_in_beside_a_prompt_is_said(tiny) -> None:
+    assert "stdin, 5 characters, goes before the prompt" in run(*tiny, "-p", "abc", input="piped").stderr
+    for result in (run(*tiny, "-p", "abc", "-q", input="piped"), run(*tiny, "-p", "abc", input="")):
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_idle_pipe_is_given_up_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     read_end, write_end = os.pipe()  # open and silent, as a script's stdin can be
     try:
-        assert run(*tiny, "-p", "abc", stdin=read_end).returncode == 0
+        with os.fdopen(read_end) as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            said: list[str] = []
+            assert not has_text(said.append, patience=0.1)
+            assert ["waiting for stdin" in said[0], "goes without it" in said[1]] == [True, True]
+            os.write(write_end, b"x")
+            assert has_text(said.append, patience=0.1)
+            assert len(said) == 2
+    finally:
+        os.close(write_end)
+
+
+def test_a_prompt_goes_on_without_an_idle_pipe(tiny) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        result = run(*tiny, "-p", "abc", "--json", stdin=read_end)
     finally:
         os.close(read_end)
         os.close(write_end)
+    assert (result.returncode, json.loads(result.stdout)["prompt"]) == (0, "abc")
+
+
+def test_a_loop_keeps_the_file_that_it_reads(tiny, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    loop = 'while read -r line; do "$@" --json -p "$line"; done < "$FILE"'
+    result = subprocess.run(
+        ["bash", "-c", loop, "bash", *KVGEN, *tiny],
+        env={**os.environ, "FILE": str(tmp_path / "prompts.txt")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["one", "two", "three"]
+    assert result.stderr.count("is left alone") == 2  # at the third prompt, nothing of the file is left
+
+
+def test_no_limit_of_tokens_is_that_of_the_context(tiny) -> None:
+    value = json.loads(run(*tiny, "-n", "-1", "-p", "abc", "--json", "--logit-bias", "1=-100").stdout)
+    assert (value["finish_reason"], value["prompt_tokens"] + value["completion_tokens"]) == ("context", 512)
 
 
 def test_lines_are_prompts_and_share_what_they_share(tiny) -> None:
@@ -126,6 +173,12 @@ def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
         (["-p", "x", "--system", "y"], 2, "--system"),
         (["-p", "x", "--logprobs", "2"], 2, "--logprobs"),
         (["-p", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["x", "-p", "y"], 2, "give the prompt once"),
+        (["-p", "x", "--temp", "0"], 2, "no option --temp: here it is --temperature"),
+        (["-p", "x", "--ctx-size", "9"], 2, "here it is --max-context"),
+        (["-p", "x", "--n-predict", "9"], 2, "here it is --max-tokens"),
+        (["-p", "x", "--profile", "y"], 2, "kvgen --profile NAME generate"),
+        (["-p", "x", "-m", "model.py"], 2, "as in model.py:make"),
         (["-p", "x", "--top-p", "1.5"], 2, "top_p is 1.5"),
         (["-p", "x", "--dtype", "float8"], 2, "--dtype"),
         (["-p", "x", "--device", "toaster"], 2, "toaster"),
@@ -197,7 +250,8 @@ def test_bare_command_shows_help_and_version_is_told() -> None:
 
 def test_help_shows_groups_and_examples() -> None:
     text = run("generate", "--help", env={**os.environ, "COLUMNS": "120"}).stdout
-    for part in ("Prompt", "Model", "Sampling", "When to stop", "Output", "Examples:", 'kvgen generate -p "Once'):
+    groups = ("Prompt", "Model", "Sampling", "When to stop", "Cache and speed", "Output")
+    for part in (*groups, "Examples:", 'kvgen generate "Once upon'):
         assert part in text
     assert "\x1b" not in text
 
@@ -403,9 +457,16 @@ def test_a_terminal_without_a_prompt_is_wrong_usage(tiny) -> None:
 
 def test_a_terminal_shows_the_same_text_as_a_pipe(smollm2_path: Path) -> None:
     arguments = ["generate", "-p", "Once upon a time,", "-t", "0", "-n", "40"]
-    code, output = run_on_terminal(*arguments)
+    code, output = run_on_terminal(*arguments, "--quiet")
     assert code == 0
     assert output.replace("\r\n", "\n") == run(*arguments).stdout
+
+
+def test_a_terminal_is_told_of_a_chat_template_that_is_not_used(smollm2_path: Path) -> None:
+    arguments = ["generate", "-p", "Hi", "-t", "0", "-n", "2"]
+    assert "this model has a chat template: --chat" in run_on_terminal(*arguments)[1]
+    assert "chat template" not in run_on_terminal(*arguments, "--chat")[1]
+    assert run(*arguments).stderr == ""
 
 
 def test_ctrl_c_on_a_terminal_keeps_the_text_and_exits_130(smollm2_path: Path) -> None:

@@ -52,6 +52,16 @@ def test_the_verdict_comes_first_and_decides_the_exit_code(model_file: str) -> N
     assert wrong.stderr == ""
 
 
+def test_a_model_that_cannot_be_made_says_where(model_file: str) -> None:
+    place = f"model.py, line {MODEL_FILE[: MODEL_FILE.index('raise')].count(chr(10)) + 1}"
+    result = compare("-m", f"{model_file}:broken")
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"RuntimeError: no weights here ({place})" in result.stderr
+    shown = run("--traceback", "compare", "-m", f"{model_file}:broken", "--ids", "-p", "5").stderr
+    assert "Traceback" in shown and "in broken" in shown
+    assert shown.splitlines()[-1].startswith("kvgen: error: ")
+
+
 def test_wrong_patterns_do_not_change_the_exit_code(smollm2_path: Path) -> None:
     result = run("compare", "--wrong-pattern", "-n", "8")
     assert result.returncode == 0, result.stderr

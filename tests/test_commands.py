@@ -132,6 +132,10 @@ def test_a_command_explains_itself_and_refuses_what_it_does_not_know(name: str) 
     assert shown.returncode == 0
     assert f"Usage: kvgen {' '.join(words)}" in shown.stdout
     assert "Example" in shown.stdout
+    assert "<bool>" not in shown.stdout
+    assert "other commands" not in shown.stdout
+    if "--chat " not in shown.stdout:
+        assert "--chat:" not in shown.stdout
     wrong = run(*words, "--no-such-option")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert len(wrong.stderr.splitlines()) == 1

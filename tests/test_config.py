@@ -94,6 +94,11 @@ def test_without_anything_chosen_it_says_where_to_choose(tmp_path: Path) -> None
     assert str(tmp_path / "kvgen" / "config.toml") in found.stderr
 
 
+def test_help_names_the_tables_of_the_file() -> None:
+    shown = " ".join(run("config", "--help").stdout.split())
+    assert "for one command alone under [generate], for `kvgen --profile NAME` under [profile.NAME]. In the" in shown
+
+
 def test_the_shell_completes_names_of_models() -> None:
     completing = {
         **os.environ,

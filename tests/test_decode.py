@@ -219,3 +219,47 @@ def test_a_prompt_longer_than_may_be_seen_loses_its_middle_at_once() -> None:
 def test_what_may_be_seen_must_fit(most: int, keep: int) -> None:
     with pytest.raises(UsageError, match="max_context is"):
         Limits(1, (), 8, most, keep)
+
+
+# --- What a caller in Python passes ------------------------------------------------------------------------------
+
+
+def test_one_stop_text_is_one(smollm2: kvgen.Loaded) -> None:
+    text = kvgen.generate(smollm2, "The capital of France is", GREEDY, max_tokens=12, stop="Paris")
+    assert text == kvgen.generate(smollm2, "The capital of France is", GREEDY, max_tokens=12, stop=["Paris"]) == " "
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 2.5},
+        {"max_tokens": "3"},
+        {"max_tokens": True},
+        {"max_tokens": 0},
+        {"stop": 5},
+        {"stop": [b"x"]},
+        {"top_logprobs": -1},
+        {"max_context": 1.0},
+        {"keep_first": None},
+        {"constraint": "[0-9]+"},
+        {"sampling": {"temperature": 0}},
+        {"prompt": "text"},
+        {"prompt": b"text"},
+        {"prompt": ["5", "17"]},
+    ],
+    ids=str,
+)
+def test_a_request_refuses_wrong_types_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))} is "):
+        kvgen.Request(**({"prompt": (1,)} | wrong))
+
+
+@pytest.mark.parametrize("function", [kvgen.generate, kvgen.score], ids=["generate", "score"])
+def test_functions_refuse_wrong_types_at_once(smollm2: kvgen.Loaded, function: Any) -> None:
+    with pytest.raises(UsageError, match="loaded is of type str; give what kvgen.load returns"):
+        function("smollm2", "text")
+    for text in (b"text", 5, ["text"], None):
+        with pytest.raises(UsageError, match=f"the text is of type {type(text).__name__}"):
+            function(smollm2, text)
+    with pytest.raises(UsageError, match="max_tokens is 2.5"):
+        kvgen.stream(smollm2, "text", max_tokens=2.5)  # before the first chunk is asked for

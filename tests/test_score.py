@@ -20,7 +20,7 @@ from kvgen import ModelError, Score, Tokenizer, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
 from kvgen.cli.surprise import heat_map, pieces, table
-from kvgen.scoring import score, windows
+from kvgen.scoring import score_ids, windows
 from tests.conftest import CORPUS
 from tests.test_cache import make_decoder
 
@@ -58,7 +58,7 @@ def test_log_likelihood_equals_transformers(
 ) -> None:
     reference, _ = smollm2_reference
     ids = smollm2_on_torch.tokenizer.encode(STORY)[:300]
-    result = score(smollm2_on_torch.model, ids, window=window, stride=stride)
+    result = score_ids(smollm2_on_torch.model, ids, window=window, stride=stride)
     total, count = guide(reference, ids, window, stride)
     assert result.count == count
     assert result.total == pytest.approx(total, abs=1e-3)
@@ -70,7 +70,7 @@ def test_each_tokens_log_probability_equals_transformers(
 ) -> None:
     reference, _ = smollm2_reference
     ids = smollm2_on_torch.tokenizer.encode(STORY)[:200]
-    result = score(smollm2_on_torch.model, ids)
+    result = score_ids(smollm2_on_torch.model, ids)
     assert result.logprobs[0] is None
     assert result.logprobs[1:] == pytest.approx(each(reference, ids), abs=1e-4)
 
@@ -82,7 +82,7 @@ def test_a_tiny_model_scores_as_in_transformers(
     folder, reference = tiny_llama()
     loaded = kvgen.load(folder)
     ids = loaded.tokenizer.encode(STORY)[:400]
-    result = score(loaded.model, ids, window=window, stride=stride)
+    result = score_ids(loaded.model, ids, window=window, stride=stride)
     total, count = guide(reference, ids, window or 512, stride or (window or 512) // 2)
     assert (result.count, result.window) == (count, window or 512)
     assert result.total == pytest.approx(total, abs=1e-3)
@@ -110,12 +110,12 @@ IDS = torch.randint(0, 50, (90,), generator=torch.Generator().manual_seed(2)).to
 def test_one_window_is_one_pass() -> None:
     rows = torch.log_softmax(MODEL.all_logits(torch.tensor([IDS]))[0], -1)
     expected = [float(rows[index, id_]) for index, id_ in enumerate(IDS[1:])]
-    assert score(MODEL, IDS, window=90).logprobs[1:] == pytest.approx(expected, abs=1e-5)
+    assert score_ids(MODEL, IDS, window=90).logprobs[1:] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_stride_of_a_window_scores_windows_apart() -> None:
-    result = score(MODEL, IDS, window=30, stride=30)
-    parts = [score(MODEL, IDS[start : start + 30], window=30).logprobs for start in (0, 30, 60)]
+    result = score_ids(MODEL, IDS, window=30, stride=30)
+    parts = [score_ids(MODEL, IDS[start : start + 30], window=30).logprobs for start in (0, 30, 60)]
     assert [value is None for value in result.logprobs] == [index % 30 == 0 for index in range(90)]
     assert result.logprobs == tuple(value for part in parts for value in part)
 
@@ -129,8 +129,8 @@ class LastOnly(NativeBackend):
 
 @pytest.mark.parametrize(("window", "stride"), [(90, 45), (30, 10)])
 def test_a_model_that_gives_one_position_at_a_time_scores_the_same(window: int, stride: int) -> None:
-    expected = score(MODEL, IDS, window=window, stride=stride)
-    actual = score(LastOnly(MODEL.module), IDS, window=window, stride=stride)
+    expected = score_ids(MODEL, IDS, window=window, stride=stride)
+    actual = score_ids(LastOnly(MODEL.module), IDS, window=window, stride=stride)
     assert actual.logprobs[0] is expected.logprobs[0] is None
     assert actual.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-4)
 
@@ -146,9 +146,9 @@ def test_a_model_that_gives_one_position_at_a_time_scores_the_same(window: int, 
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        score(MODEL, IDS, **options)
+        score_ids(MODEL, IDS, **options)
     with pytest.raises(UsageError, match="at least two tokens"):
-        score(MODEL, IDS[:1])
+        score_ids(MODEL, IDS[:1])
 
 
 def flat(**changes: float) -> PythonBackend:
@@ -165,34 +165,34 @@ def flat(**changes: float) -> PythonBackend:
 
 def test_what_is_not_a_number_is_an_error_and_no_score() -> None:
     with pytest.raises(ModelError, match="not finite"):
-        score(flat(t3=math.nan), [1, 2])
+        score_ids(flat(t3=math.nan), [1, 2])
     with pytest.raises(ModelError, match="8 logits, too few for token id 8"):
-        score(flat(), [1, 8])
+        score_ids(flat(), [1, 8])
 
 
 def test_what_a_model_rules_out_is_infinitely_surprising() -> None:
-    result = score(flat(t3=-math.inf), [1, 2, 3])
+    result = score_ids(flat(t3=-math.inf), [1, 2, 3])
     assert result.logprobs == (None, pytest.approx(-math.log(7)), -math.inf)
     assert (result.total, result.perplexity) == (-math.inf, math.inf)
-    assert score(flat(t3=-1000.0), [1, 3]).perplexity == math.inf  # beyond float64
+    assert score_ids(flat(t3=-1000.0), [1, 3]).perplexity == math.inf  # beyond float64
 
 
 def test_bits_per_byte_count_the_tokens_that_are_not_scored_too() -> None:
-    result = score(flat(), [1, 2, 3, 4], window=2)
+    result = score_ids(flat(), [1, 2, 3, 4], window=2)
     assert result.perplexity == pytest.approx(8)
     assert result.bits_per_byte(4, 6) == pytest.approx(4 * 3 / 6)
 
 
 def test_a_model_without_bounds_takes_any_window() -> None:
-    assert score(flat(), [1, 2]).window == 2048
-    assert score(flat(), [1, 2], window=10**6).stride == 500_000
+    assert score_ids(flat(), [1, 2]).window == 2048
+    assert score_ids(flat(), [1, 2], window=10**6).stride == 500_000
     with pytest.raises(UsageError, match="2 or more"):
-        score(flat(), [1, 2], window=1)
+        score_ids(flat(), [1, 2], window=1)
 
 
 def test_progress_is_told_after_each_window() -> None:
     told: list[tuple[int, int]] = []
-    score(MODEL, IDS, window=40, stride=20, progress=lambda done, total: told.append((done, total)))
+    score_ids(MODEL, IDS, window=40, stride=20, progress=lambda done, total: told.append((done, total)))
     assert told == [(40, 90), (60, 90), (80, 90), (90, 90)]
 
 
@@ -268,3 +268,10 @@ def test_a_character_is_as_surprising_as_its_tokens_together() -> None:
     lines = [line.split(maxsplit=3) for line in table(result, vocabulary)]
     assert [line[1] for line in lines] == ["-", "0.14", "3.00", "3.00", "3.00", "0.50", "-"]
     assert [line[3] for line in lines[1:]] == ["a", "日 (1/3)", "日 (2/3)", "日 (3/3)", "\\n", "b"]
+
+
+def test_text_and_its_ids_are_scored_alike(smollm2: kvgen.Loaded) -> None:
+    text = "The capital of France is Paris."
+    assert kvgen.score(smollm2, text) == kvgen.score(smollm2, smollm2.tokenizer.encode(text))
+    with pytest.raises(UsageError, match="window is '9'"):
+        kvgen.score(smollm2, text, window="9")

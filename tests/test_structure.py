@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,11 @@ def test_the_library_keeps_off_the_terminal() -> None:
         text = path.read_text()
         assert "import rich" not in text and "from rich" not in text, path
         assert "sys.stdout" not in text and "sys.stderr" not in text, path
+
+
+def test_the_package_shows_what_it_has() -> None:
+    code = "import pydoc, kvgen; shown = pydoc.plain(pydoc.render_doc(kvgen)); print(shown, *dir(kvgen))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(kvgen.__all__) <= set(dir(kvgen))
+    for name in ("generate", "load", "score", "stream"):
+        assert f"\n    {name}(" in shown

@@ -55,9 +55,7 @@ class PythonBackend(Backend):
         except KvgenError:
             raise
         except Exception as error:  # the user's code may raise anything
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}, line {frame.lineno}"
-            raise ModelError(f"the model failed with {type(error).__name__}: {error} ({where})") from error
+            raise ModelError(f"the model failed with {_described(error)}") from error
 
     def count_vocabulary(self) -> int:
         """The width of the logits, for a model that does not say its vocab_size."""
@@ -71,6 +69,16 @@ class PythonBackend(Backend):
         twin = PythonBackend(copy.deepcopy(self.module).to(torch.float64))
         logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
         return twin if logits.dtype == torch.float64 else None
+
+
+def _described(error: Exception) -> str:
+    """What the user's code raised, and where in it: not in a library that it called."""
+    if isinstance(error, SyntaxError):  # its place is not that of a call
+        place = f"{Path(error.filename or '').name}, line {error.lineno}"
+        return f"{type(error).__name__}: {error.msg} ({place})"
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _checked(ids: Tensor, result: Any) -> tuple[Tensor, Any]:
@@ -116,7 +124,9 @@ def load_python(reference: str) -> PythonBackend:
     except KvgenError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise UnsupportedError(f"--model {reference}: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(
+            f"--model {reference}: {_described(error)}; kvgen --traceback shows what led there"
+        ) from error
     if not callable(model):
         raise UsageError(f"--model {reference}: {factory_name}() returned {type(model).__name__}, not a model to call")
     return PythonBackend(model)

@@ -23,7 +23,7 @@ from kvgen.cli.errors import EXIT_INTERRUPTED
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import open_lines
-from kvgen.cli.render import parse_bytes, print_note, row_progress, write_json
+from kvgen.cli.render import notes, parse_bytes, print_note, row_progress, write_json
 from kvgen.cli.stats import format_count
 from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError
@@ -119,10 +119,11 @@ def batch(
         raise UsageError("--retry-errors goes with --resume")
     if ray is not None and prompt_cache is not None:
         raise UsageError("--prompt-cache does not go with --ray")
+    defaults = completion.request()
     how = _How(
         reading,
-        completion.request(),
-        completion.max_tokens if _is_given(context, "max_tokens") else None,
+        defaults,
+        defaults.max_tokens if _is_given(context, "max_tokens") else None,
         max_batch,
         physical_memory() // 2 if max_cache_memory is None else parse_bytes(max_cache_memory),
     )
@@ -239,8 +240,7 @@ def _on_ray(
     arguments, reading = source.arguments(), how.reading
     sizes = how.max_rows, how.max_cache_bytes, how.most_tokens
     work = Work(arguments, how.defaults, reading.format, reading.template, *sizes)
-    notify = (lambda text: None) if quiet else print_note
-    results = complete_on_ray(rows, work, address, workers, notify)
+    results = complete_on_ray(rows, work, address, workers, notes(quiet=quiet))
     return lambda going_on: takewhile(lambda result: going_on(), results)
 
 

@@ -14,6 +14,7 @@ from typer import Argument
 from kvgen.cli import options
 from kvgen.cli.errors import Group
 from kvgen.cli.escape import escape_controls
+from kvgen.cli.help import Command
 from kvgen.cli.render import format_bytes, terminal, write_json
 
 cache = typer.Typer(
@@ -28,7 +29,7 @@ def _commands() -> None:
     """Keeps `inspect` a command of its own."""
 
 
-@cache.command(epilog="Example:\n\nkvgen cache inspect article.cache --json")
+@cache.command(cls=Command, epilog="Example:\n\nkvgen cache inspect article.cache --json")
 def inspect(
     file: Annotated[Path, Argument(metavar="FILE", help="What --prompt-cache wrote.")], json: options.Json = False
 ) -> None:

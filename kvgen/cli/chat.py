@@ -17,7 +17,8 @@ from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.render import TextWriter, print_note, terminal
+from kvgen.cli.prompts import with_piped_text
+from kvgen.cli.render import TextWriter, notes, print_note, terminal
 from kvgen.cli.stats import Meter, format_count
 from kvgen.errors import KvgenError, UsageError
 
@@ -59,6 +60,7 @@ def chat(
     on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if prompt is None and not on_terminal:
         raise UsageError("chat needs a terminal; give --prompt for one question, or see `kvgen generate --chat`")
+    prompt = with_piped_text(prompt, None, notes(quiet=quiet))
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
     reading, request = PromptOptions(chat=True, chat_template=chat_template), completion.request()

@@ -56,13 +56,19 @@ class CompletionOptions:
         return Request(
             (),
             sampling,
-            self.max_tokens,
+            self._most_tokens(),
             tuple(self.stop or ()),
             top_logprobs,
             self.max_context,
             self.keep_first,
             self._constraint(),
         )
+
+    def _most_tokens(self) -> int | None:
+        """None for as many as fit."""
+        if self.max_tokens == 0:
+            raise UsageError(f"--max-tokens is 0; it must be at least 1, or {options.NO_LIMIT} for no limit")
+        return None if self.max_tokens == options.NO_LIMIT else self.max_tokens
 
     def _constraint(self) -> Constraint | None:
         if sum(value is not None for value in (self.json_schema, self.regex, self.grammar)) > 1:

@@ -14,7 +14,7 @@ from kvgen.errors import UnsupportedError
 
 
 def convert(
-    model: Annotated[str, Argument(metavar="MODEL", help="As --model of the other commands.")],
+    model: Annotated[str, Argument(metavar="MODEL", help=options.CHECKPOINT)],
     folder: Annotated[Path, Argument(metavar="DIR", help="The folder to write; it must not exist.")],
     to: Annotated[Literal["x-transformers"], Option("--to", help="The library that is to run it.")],
     quiet: options.Quiet = False,

@@ -6,16 +6,18 @@ import errno
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer import Exit
-from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from kvgen.cli.escape import escape_controls
+from kvgen.cli.help import HelpfulGroup
+from kvgen.cli.hints import hint
 from kvgen.errors import KvgenError
 
 EXIT_INTERRUPTED = 130
@@ -23,7 +25,7 @@ EXIT_INTERRUPTED = 130
 _OPTIONAL_VALUES = {"--verify-cache": "--verify-cache=1", "--ray": "--ray=here"}
 
 
-class Group(TyperGroup):
+class Group(HelpfulGroup):
     """A command group whose commands may raise KvgenError, be interrupted, or lose their reader."""
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -33,17 +35,29 @@ class Group(TyperGroup):
                 _prepare_stdout()
                 code = super().main(given, *args, **{**options, "standalone_mode": False})
         except TyperException as error:  # the command line itself could not be understood
-            context = getattr(error, "ctx", None)
-            where = context.command_path if context else "kvgen"
-            _print_error(f"{error.format_message()} (see '{where} --help')")
+            _print_error(_explain(error))
             code = error.exit_code
         except Exit as exit_:
             code = exit_.exit_code
         sys.exit(_flushed(code if isinstance(code, int) else 0))
 
     def invoke(self, ctx: Any) -> Any:
-        with _exit_codes():
+        with _exit_codes(show_traceback=bool(ctx.find_root().params.get("traceback"))):
             return super().invoke(ctx)
+
+
+def _explain(error: TyperException) -> str:
+    """What is wrong with a command line, and where to look."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return error.format_message()
+    option = getattr(error, "option_name", None)
+    if option is not None and hasattr(error, "possibilities"):  # one that the command does not have
+        known = {name for parameter in context.command.params for name in parameter.opts}
+        found = hint(option, context.command_path, known)
+        if found is not None:
+            return f"no option {option}: {found}"
+    return f"{error.format_message()} (see '{context.command_path} --help')"
 
 
 def _prepare_stdout() -> None:
@@ -66,14 +80,20 @@ def exiting_with(code: int) -> Iterator[None]:
 
 
 @contextmanager
-def _exit_codes(reader_left: int = 0) -> Iterator[None]:
-    """Turn errors into a line and an exit code. reader_left: the code where the reader of stdout leaves early."""
+def _exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterator[None]:
+    """Turn errors into a line and an exit code.
+
+    reader_left: the code where the reader of stdout leaves early. show_traceback: whether what led to an error comes
+    before its line.
+    """
     try:
         with _broken_pipes():
             yield
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KvgenError as error:
+        if show_traceback:
+            typer.echo(escape_controls("".join(traceback.format_exception(error.__cause__ or error))), err=True)
         _print_error(str(error))
         raise Exit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):  # the latter from a question that was not answered

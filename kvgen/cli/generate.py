@@ -14,8 +14,8 @@ from kvgen.cli import options
 from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.prompts import read_prompts
-from kvgen.cli.render import TextWriter, print_note, write_json
+from kvgen.cli.prompts import read_prompts, with_piped_text
+from kvgen.cli.render import TextWriter, notes, print_note, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.settings import Request
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @takes_groups()
 def generate(
     *,
+    text: options.PromptArgument = None,
     prompt: options.Prompt = None,
     prompt_file: options.PromptFile = None,
     lines: options.Lines = False,
@@ -48,9 +49,14 @@ def generate(
 ) -> None:
     """Complete prompts, streaming the text to stdout.
 
-    With neither --prompt nor --prompt-file, the prompt is read from stdin, unless that is a terminal.
+    Text that is piped in is the prompt, or goes before the one that is given, with a line break between. That is said
+    on stderr, for a loop like `while read` may have meant its stdin for itself. A pipe that stays silent for ten
+    seconds is left alone, and so is a file that a loop has begun to read. `-f -` reads stdin in any case, and
+    `< /dev/null` leaves it out.
     """
     reading.check()
+    if text is not None and prompt is not None:
+        raise UsageError("give the prompt once: as PROMPT or with --prompt")
     if draft is not None and speculate != "off":
         raise UsageError("--draft and --speculate do not go together")
     if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
@@ -60,6 +66,9 @@ def generate(
     if logprobs is not None and not json:
         raise UsageError("--logprobs goes with --json")
     wanted = completion.request(logprobs)
+    prompt = text if prompt is None else prompt
+    if not lines:
+        prompt = with_piped_text(prompt, prompt_file, notes(quiet=quiet))
     prompts = read_prompts(prompt, prompt_file, lines=lines)
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:
@@ -68,6 +77,8 @@ def generate(
     loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
     loaded = reading.prepared(loaded)
+    if not quiet and not reading.chat and loaded.tokenizer.chat_template is not None and _is_watched():
+        print_note("this model has a chat template: --chat puts the prompt into it, and so does kvgen chat")
     if not no_cache:
         loaded = _verified(loaded, verify_cache)
 
@@ -117,6 +128,11 @@ def generate(
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
     if prompt_cache is not None:
         save_prompt_cache(prompt_cache, batch.cache, loaded)
+
+
+def _is_watched() -> bool:
+    """Whether someone reads the completion, and what is said of it, on a terminal."""
+    return sys.stdout.isatty() and sys.stderr is not None and sys.stderr.isatty()
 
 
 def _metered(

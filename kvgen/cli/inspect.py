@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[
-        str | None, Argument(metavar="[MODEL]", help="As --model of the other commands.", show_default="smollm2")
-    ] = None,
+    model: Annotated[str | None, Argument(metavar="MODEL", help=options.CHECKPOINT, show_default="smollm2")] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -15,6 +15,7 @@ from typer import Argument, Exit, Option
 from kvgen.cli import options
 from kvgen.cli.errors import Group
 from kvgen.cli.escape import escape_controls
+from kvgen.cli.help import Command
 from kvgen.cli.render import download_progress, format_bytes, print_note, terminal, write_json
 from kvgen.errors import UsageError
 
@@ -35,7 +36,7 @@ def _list_by_default(context: typer.Context) -> None:
         list_(json=False)
 
 
-@models.command("list", epilog="Example:\n\nkvgen models list --json")
+@models.command("list", cls=Command, epilog="Example:\n\nkvgen models list --json")
 def list_(json: options.Json = False) -> None:
     """List them: name, state, size, licence, and where they are."""
     from kvgen.inventory import list_models
@@ -61,7 +62,9 @@ def list_(json: options.Json = False) -> None:
     _print_table(("name", "from", "state", "size", "licence", "path"), rows)
 
 
-@models.command(epilog="Examples:\n\nkvgen models pull smollm2\n\nkvgen models pull HuggingFaceTB/SmolLM2-135M")
+@models.command(
+    cls=Command, epilog="Examples:\n\nkvgen models pull smollm2\n\nkvgen models pull HuggingFaceTB/SmolLM2-135M"
+)
 def pull(name: _Name, quiet: options.Quiet = False) -> None:
     """Fetch a model into the cache, unless it is there."""
     from kvgen.catalogue import CATALOGUE
@@ -76,7 +79,7 @@ def pull(name: _Name, quiet: options.Quiet = False) -> None:
     sys.stdout.write(f"{escape_controls(str(path))}\n")
 
 
-@models.command(epilog="Example:\n\nkvgen models rm smollm2 --yes")
+@models.command(cls=Command, epilog="Example:\n\nkvgen models rm smollm2 --yes")
 def rm(
     name: _Name,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,

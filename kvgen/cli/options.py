@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Option
+from typer import Argument, Option
 
 from kvgen.errors import UsageError
 
@@ -17,20 +17,25 @@ def complete_model(incomplete: str) -> list[str]:
     return [entry.name for entry in list_models() if entry.name.startswith(incomplete)]
 
 
+CHECKPOINT = "A .gguf file, a Hugging Face or x-transformers folder, a name of the catalogue, or a hub id owner/name."
+NO_LIMIT = -1  # of --max-tokens
+
 _MODEL = "Model"
 _SAMPLING = "Sampling"
 _STOP = "When to stop"
 _OUTPUT = "Output"
 _PROMPT = "Prompt"
 _STRUCTURE = "Structure"
+_CACHE = "Cache and speed"
 
 Model = Annotated[
     str | None,
     Option(
         "--model",
         "-m",
-        help="A .gguf file, a Hugging Face or x-transformers folder, a name of the catalogue, a hub id owner/name, or "
-        "file.py:factory. The last RUNS that file; factory() returns model(ids, cache) -> logits, cache.",
+        help="A .gguf file, a Hugging Face or x-transformers folder, a name of the catalogue (see kvgen models), a hub "
+        "id owner/name; or file.py:factory, a model of your own: this RUNS the file, and its function factory() "
+        "returns what is called as model(ids, cache) -> logits, cache.",
         envvar="KVGEN_MODEL",
         show_default="smollm2",
         autocompletion=complete_model,
@@ -56,8 +61,8 @@ Dtype = Annotated[
 Backend = Annotated[
     Literal["auto", "own", "native", "x-transformers"],
     Option(
-        help="What runs the model. auto: kvgen's own decoder, or the library for x-transformers folders that need it. "
-        "own: the library that the checkpoint was written for.",
+        help="What runs the model. native: kvgen's decoder. x-transformers: that library, for its checkpoints. own: "
+        "the library that a checkpoint was written for, if kvgen can use it. auto: native wherever that can.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -90,9 +95,17 @@ Threads = Annotated[
     int | None, Option(min=1, max=1024, help="CPU threads.", show_default="one a core", rich_help_panel=_MODEL)
 ]
 
+PromptArgument = Annotated[
+    str | None, Argument(metavar="PROMPT", help="The prompt; the same as --prompt.", show_default=False)
+]
 Prompt = Annotated[
     str | None,
-    Option("--prompt", "-p", help="The prompt; - reads it from stdin.", rich_help_panel=_PROMPT),
+    Option(
+        "--prompt",
+        "-p",
+        help="The prompt; - reads it from stdin.",
+        rich_help_panel=_PROMPT,
+    ),
 ]
 PromptFile = Annotated[
     Path | None,
@@ -111,13 +124,13 @@ Chat = Annotated[
     bool,
     Option("--chat", help="Put the prompt into the checkpoint's chat template.", rich_help_panel=_PROMPT),
 ]
-System = Annotated[str | None, Option(help="A system message, with --chat.", rich_help_panel=_PROMPT)]
+System = Annotated[str | None, Option(help="A system message for the chat template.", rich_help_panel=_PROMPT)]
 ChatTemplateFile = Annotated[
     Path | None,
     Option(
         "--chat-template",
         metavar="FILE",
-        help="With --chat: a Jinja template instead of the checkpoint's.",
+        help="A chat template, in Jinja, instead of the checkpoint's.",
         rich_help_panel=_PROMPT,
     ),
 ]
@@ -152,10 +165,10 @@ RepetitionPenalty = Annotated[
     Option(help="Above 1: tokens of prompt and completion become less likely.", rich_help_panel=_SAMPLING),
 ]
 PresencePenalty = Annotated[
-    float, Option(help="Off the logit of each token in the completion.", rich_help_panel=_SAMPLING)
+    float, Option(help="Subtracted from the logits of tokens already generated.", rich_help_panel=_SAMPLING)
 ]
 FrequencyPenalty = Annotated[
-    float, Option(help="Off the logit for each time that the token occurs there.", rich_help_panel=_SAMPLING)
+    float, Option(help="Subtracted once for each time that a token was generated.", rich_help_panel=_SAMPLING)
 ]
 LogitBias = Annotated[
     list[str] | None,
@@ -171,7 +184,14 @@ Seed = Annotated[
 ]
 
 MaxTokens = Annotated[
-    int, Option("--max-tokens", "-n", min=1, help="The most tokens to generate.", rich_help_panel=_STOP)
+    int,
+    Option(
+        "--max-tokens",
+        "-n",
+        min=NO_LIMIT,
+        help=f"The most tokens to generate; {NO_LIMIT} for as many as the context has room for.",
+        rich_help_panel=_STOP,
+    ),
 ]
 Stop = Annotated[
     list[str] | None,
@@ -215,7 +235,7 @@ Speculate = Annotated[
     Option(
         help="lookup: guess that text goes on as it did before, and check guesses many at once. Faster where the "
         "completion quotes the prompt; the completion is the same.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=_CACHE,
     ),
 ]
 DraftModel = Annotated[
@@ -224,7 +244,7 @@ DraftModel = Annotated[
         "--draft",
         metavar="MODEL",
         help="Let a smaller model with the same vocabulary guess. The completion is the same.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=_CACHE,
     ),
 ]
 NoCache = Annotated[
@@ -232,7 +252,7 @@ NoCache = Annotated[
     Option(
         "--no-cache",
         help="Decode uncached: compute every position anew for each token.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=_CACHE,
     ),
 ]
 PromptCache = Annotated[
@@ -242,7 +262,7 @@ PromptCache = Annotated[
         metavar="FILE",
         help="Go on from the keys and values in this file, if it exists, as far as the prompt begins like its text, "
         "and write them there at the end.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=_CACHE,
     ),
 ]
 VerifyCache = Annotated[
@@ -252,14 +272,14 @@ VerifyCache = Annotated[
         min=1,
         metavar="[=N]",
         help="Compute one cached step in N (1 if not given) uncached as well, and stop if they differ.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=_CACHE,
     ),
 ]
 Html = Annotated[
     Path | None,
     Option(metavar="FILE", help="Write a page with plots (extra: report).", rich_help_panel=_OUTPUT),
 ]
-Json = Annotated[bool, Option("--json", help="One JSON object for each prompt.", rich_help_panel=_OUTPUT)]
+Json = Annotated[bool, Option("--json", help="JSON instead of text, one object a line.", rich_help_panel=_OUTPUT)]
 Logprobs = Annotated[
     int | None,
     Option(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from kvgen.cli.stdin import has_text
 from kvgen.errors import NotFoundError, UsageError
 
 _STDIN = Path("-")
@@ -31,6 +32,19 @@ def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Itera
             raise UsageError("--lines takes the prompts from --prompt-file or stdin; leave --prompt out")
         return _lines(file)
     return iter([_whole(prompt, file)])
+
+
+def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str], None]) -> str | None:
+    """A prompt that was given as an option, behind the text that is piped in, if there is any and nothing else says
+    where text comes from. What is done is said by `notify`.
+    """
+    if prompt in (None, "-") or file is not None or not has_text(notify):
+        return prompt
+    piped = read_file(_STDIN)
+    if not piped:
+        return prompt
+    notify(f"stdin, {len(piped):,} characters, goes before the prompt (`< /dev/null` leaves it out)")
+    return f"{piped}\n{prompt}"
 
 
 def read_file(file: Path) -> str:

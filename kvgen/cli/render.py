@@ -103,6 +103,11 @@ def print_note(text: str, style: str = "dim") -> None:
         sys.stderr.flush()
 
 
+def notes(*, quiet: bool) -> Callable[[str], None]:
+    """`print_note`, or nothing."""
+    return (lambda text: None) if quiet else print_note
+
+
 @contextmanager
 def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """A callback for `kvgen.load` that shows a bar on a terminal, a line elsewhere, nothing if `quiet`."""

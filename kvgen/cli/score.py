@@ -30,7 +30,7 @@ _WHAT = "What to score"
 @takes_groups()
 def score(
     *,
-    text: Annotated[Path | None, Argument(metavar="[FILE]", help="The text; - is stdin.", show_default="stdin")] = None,
+    text: Annotated[Path | None, Argument(metavar="FILE", help="The text; - is stdin.", show_default="stdin")] = None,
     prompt: Annotated[str | None, Option("--prompt", "-p", help="The text itself.", rich_help_panel=_WHAT)] = None,
     jsonl: Annotated[
         bool,
@@ -113,10 +113,10 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *, quiet: bool) -> Score:
-    from kvgen import score as score_ids
+    from kvgen.scoring import score
 
     with count_progress("scoring", quiet=quiet) as progress:
-        return score_ids(loaded.model, loaded.tokenizer.encode(text), window=window, stride=stride, progress=progress)
+        return score(loaded, text, window=window, stride=stride, progress=progress)
 
 
 def _as_data(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool) -> dict[str, Any]:

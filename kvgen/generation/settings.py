@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard
 
 from kvgen.errors import UsageError
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_ROWS = 64  # that are decoded side by side; more gain little on a CPU
 DEFAULT_KEEP_FIRST = 4  # attention sinks (Xiao et al. 2023, arXiv:2309.17453)
+_UNLIMITED = 2**40  # tokens: centuries
 _LARGEST = 1e6  # of a bias or a penalty: far beyond any logit, far below where float32 ends
+
+
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number: an int, or one of numpy's; True and False are not meant as such."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number, whole or not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def are_ids(value: Any) -> TypeGuard[Sequence[int]]:
+    """Whether they can be token ids; bytes are not."""
+    return (
+        not isinstance(value, str | bytes)
+        and isinstance(value, Iterable)
+        and all(type(id_) is int or is_whole(id_) for id_ in value)
+    )
+
+
+def _check(settings: Any, name: str, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise UsageError(f"{name} is {getattr(settings, name)!r:.80}; it must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +63,7 @@ class Sampling:
     seed: of the random generator; None for a new one each time. The same seed on the same machine gives the same
         text.
 
-    Raises UsageError for a value out of its range.
+    Raises UsageError for a value of a wrong type or out of its range.
     """
 
     temperature: float = 0.7
@@ -49,22 +78,26 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._check(0 <= self.temperature < math.inf, "temperature", "0 or more")
-        self._check(self.top_k >= 0, "top_k", "0 or more")
-        self._check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        self._check(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
-        self._check(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1")
+        for name in ("temperature", "top_p", "min_p", "typical_p", *_PENALTIES):
+            _check(self, name, is_number(getattr(self, name)), "a number")
+        _check(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
+        _check(self, "top_k", is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more")
+        _check(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check(self, "min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        _check(self, "typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
         penalty_fits = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
-        self._check(penalty_fits, "repetition_penalty", f"from {1 / _LARGEST:g} to {_LARGEST:g}")
-        self._check(abs(self.presence_penalty) <= _LARGEST, "presence_penalty", f"at most {_LARGEST:g} in size")
-        self._check(abs(self.frequency_penalty) <= _LARGEST, "frequency_penalty", f"at most {_LARGEST:g} in size")
-        bias_fits = all(0 <= id_ < 2**31 and abs(value) <= _LARGEST for id_, value in self.logit_bias.items())
-        self._check(bias_fits, "logit_bias", f"token ids with numbers of at most {_LARGEST:g} in size")
-        self._check(self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
+        _check(self, "repetition_penalty", penalty_fits, f"from {1 / _LARGEST:g} to {_LARGEST:g}")
+        _check(self, "presence_penalty", abs(self.presence_penalty) <= _LARGEST, f"at most {_LARGEST:g} in size")
+        _check(self, "frequency_penalty", abs(self.frequency_penalty) <= _LARGEST, f"at most {_LARGEST:g} in size")
+        _check(self, "logit_bias", self._bias_fits(), f"token ids with numbers of at most {_LARGEST:g} in size")
+        seed_fits = self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 2**63)
+        _check(self, "seed", seed_fits, "a whole number from 0 to 2^63 - 1, or None")
 
-    def _check(self, valid: bool, name: str, wanted: str) -> None:
-        if not valid:
-            raise UsageError(f"{name} is {getattr(self, name)!s:.80}; it must be {wanted}")
+    def _bias_fits(self) -> bool:
+        return isinstance(self.logit_bias, Mapping) and all(
+            is_whole(id_) and 0 <= id_ < 2**31 and is_number(value) and abs(value) <= _LARGEST
+            for id_, value in self.logit_bias.items()
+        )
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -93,8 +126,8 @@ class Request:
     """What is asked of one completion.
 
     prompt: token ids, from `Tokenizer.encode` or `encode_chat`.
-    max_tokens: the most tokens to generate.
-    stop: texts that end the completion; they are not part of it.
+    max_tokens: the most tokens to generate; None for as many as the model's context has room for.
+    stop: a text that ends the completion, or several; they are not part of it.
     top_logprobs: how many of the most likely tokens to report with each step, besides the chosen one; None for no
         log-probabilities.
     max_context: the most positions to hand to the model, which bounds cache and time: a longer sequence loses its
@@ -102,23 +135,38 @@ class Request:
     constraint: what the completion has to be; None for any text. It is that unless it ends early, which its
         finish_reason says: `length`, `stop` or `context`.
 
-    Raises UsageError for max_tokens below 1.
+    Raises UsageError for a value of a wrong type or out of its range.
     """
 
     prompt: Sequence[int]
     sampling: Sampling = DEFAULT_SAMPLING
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    stop: Sequence[str] = ()
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    stop: str | Sequence[str] = ()
     top_logprobs: int | None = None
     max_context: int | None = None
     keep_first: int = DEFAULT_KEEP_FIRST
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _check(self, "prompt", are_ids(self.prompt), "token ids")
+        _check(self, "sampling", isinstance(self.sampling, Sampling), "a Sampling")
+        stops_fit = isinstance(self.stop, Iterable) and all(isinstance(text, str) for text in self.stop)
+        _check(self, "stop", stops_fit, "a text, or several")
+        _check(self, "constraint", isinstance(self.constraint, Constraint | None), "a Constraint or None")
+        for name, least in (("max_tokens", 1), ("top_logprobs", 0), ("max_context", 2)):
+            value = getattr(self, name)
+            fits = value is None or (is_whole(value) and value >= least)
+            _check(self, name, fits, f"a whole number, at least {least}, or None")
+        _check(self, "keep_first", is_whole(self.keep_first) and self.keep_first >= 0, "a whole number, 0 or more")
+
+    @property
+    def most_tokens(self) -> int:
+        """`max_tokens` as a number."""
+        return _UNLIMITED if self.max_tokens is None else self.max_tokens
 
     def most_positions(self, context_length: int | None) -> int:
         """How many positions its cache may come to hold, with a model of this context."""
-        positions = len(self.prompt) + self.max_tokens
+        positions = len(self.prompt) + self.most_tokens
         return min(positions, self.max_context or context_length or positions)

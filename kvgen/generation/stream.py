@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kvgen.errors import UsageError
 from kvgen.generation.decode import Limits, decode, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import Sampler, make_sampler
@@ -15,6 +16,7 @@ from kvgen.generation.settings import (
     Constraint,
     Request,
     Sampling,
+    are_ids,
 )
 from kvgen.generation.text import Chunk, to_chunks
 from kvgen.loading import Loaded
@@ -25,8 +27,8 @@ def stream(
     prompt: str | Sequence[int],
     sampling: Sampling = DEFAULT_SAMPLING,
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    stop: Sequence[str] = (),
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    stop: str | Sequence[str] = (),
     use_cache: bool = True,
     cache: Any = None,
     on_cache: Callable[[Any], None] = lambda cache: None,
@@ -51,9 +53,20 @@ def stream(
     Raises UsageError for a prompt or a setting that cannot be used. Nothing is computed before the first chunk
     is asked for.
     """
-    ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = text_ids(loaded, prompt)
     request = Request(ids, sampling, max_tokens, stop, top_logprobs, max_context, keep_first, constraint)
     return complete(loaded, request, use_cache=use_cache, cache=cache, on_cache=on_cache, drafter=drafter)
+
+
+def text_ids(loaded: Loaded, text: str | Sequence[int]) -> list[int]:
+    """The token ids of a text, in which nothing counts as a special token; ids as they are. Raises UsageError."""
+    if not isinstance(loaded, Loaded):
+        raise UsageError(f"loaded is of type {type(loaded).__name__}; give what kvgen.load returns")
+    if isinstance(text, str):
+        return loaded.tokenizer.encode(text)
+    if not are_ids(text):
+        raise UsageError(f"the text is of type {type(text).__name__}; give a str, or token ids")
+    return list(text)
 
 
 def complete(
@@ -93,7 +106,7 @@ def sampler_for(loaded: Loaded, request: Request) -> Sampler:
 def limits(loaded: Loaded, request: Request) -> Limits:
     """When the loop is to end."""
     eos_ids, context_length = loaded.tokenizer.eos_ids, loaded.model.context_length
-    return Limits(request.max_tokens, eos_ids, context_length, request.max_context, request.keep_first)
+    return Limits(request.most_tokens, eos_ids, context_length, request.max_context, request.keep_first)
 
 
 def generate(loaded: Loaded, prompt: str | Sequence[int], sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> str:

@@ -58,7 +58,7 @@ class Row:
         sampling = defaults.sampling
         seed = None if sampling.seed is None else (sampling.seed + self.index) % 2**63
         request = replace(defaults, sampling=replace(sampling, **{"seed": seed, **self.sampling}), **self.others)
-        return request if most_tokens is None else replace(request, max_tokens=min(request.max_tokens, most_tokens))
+        return request if most_tokens is None else replace(request, max_tokens=min(request.most_tokens, most_tokens))
 
     def labels(self) -> dict[str, Any]:
         """What a result says of the row that it is for."""

@@ -14,7 +14,11 @@ class KvgenError(Exception):
 
 def of_item(error: Exception) -> KvgenError:
     """The error of one item among many, whatever was raised while it was handled, so that the others can go on."""
-    return error if isinstance(error, KvgenError) else KvgenError(f"{type(error).__name__}: {in_one_line(error)}")
+    if isinstance(error, KvgenError):
+        return error
+    found = KvgenError(f"{type(error).__name__}: {in_one_line(error)}")
+    found.__cause__ = error
+    return found
 
 
 class UsageError(KvgenError):

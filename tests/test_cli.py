@@ -212,11 +212,26 @@ def test_text_that_is_not_utf8_is_refused(tiny, tmp_path: Path) -> None:
     assert "not UTF-8 text (byte 3)" in result.stderr
 
 
-def test_an_empty_line_is_refused_by_its_number_after_the_lines_before_it(tiny) -> None:
-    result = run(*tiny, "--lines", "--json", input="one\n\ntwo\n")
-    assert result.returncode == 2
-    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["one"]
-    assert "stdin, line 2" in result.stderr
+def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny) -> None:
+    blank = run(*tiny, "--lines", "--json", input="one\n\n  \ntwo\n\n")
+    assert (blank.returncode, blank.stderr) == (0, "")
+    assert [json.loads(line)["prompt"] for line in blank.stdout.splitlines()] == ["one", "two"]
+    lines = f"one\n{'abc ' * 600}\ntwo\n".encode() + b"caf\xe9\nthree"
+    found = subprocess.run([*KVGEN, *tiny, "--lines", "--json"], input=lines, capture_output=True, timeout=120)
+    assert found.returncode == 1
+    assert found.stderr == b"kvgen: error: 2 of 5 lines could not be completed\n"
+    values = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [value["prompt"][:5] for value in values] == ["one", "abc a", "two", "caf\ufffd", "three"]
+    errors = [value["error"] for value in values if "error" in value]
+    assert errors[0].startswith("stdin, line 2: the prompt has ")
+    assert errors[1] == "stdin, line 4: not UTF-8 text (byte 3)"
+    text = subprocess.run([*KVGEN, *tiny, "--lines"], input=lines, capture_output=True, timeout=120)
+    assert text.returncode == 1
+    assert [line.partition(b" line ")[0] for line in text.stderr.splitlines()] == [
+        b"kvgen: error: stdin,",
+        b"kvgen: error: stdin,",
+        b"kvgen: error: 2 of 5 lines could not be completed",
+    ]
 
 
 def test_a_closed_stdin_is_no_prompt(tiny) -> None:

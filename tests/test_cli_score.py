@@ -61,12 +61,6 @@ def test_lines_of_json_are_scored_in_order_with_their_fields(tiny: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "code", "message"),
     [
-        (["--jsonl"], "not json", 2, "stdin, line 1: not JSON"),
-        (["--jsonl"], '{"text": "fine", "n": NaN}', 2, "line 1: not JSON"),
-        (["--jsonl"], '{"text": "fine", "n": 1e999}', 2, "line 1: not JSON"),
-        (["--jsonl"], '{"text": "fine", "name": "\\ud800"}', 2, "line 1: not JSON"),
-        (["--jsonl"], '"a"', 2, "stdin, line 1: a text needs at least two tokens"),
-        (["--jsonl"], '{"txt": "x"}', 2, 'line 1: give {"text": "..."} or a string'),
         (["-p", "a", "file"], "", 2, "not both"),
         (["no-such-file"], "", 1, "no-such-file: cannot be read"),
         (["-p", "a"], "", 2, "at least two tokens"),
@@ -79,6 +73,27 @@ def test_errors_are_one_line(tiny: str, arguments: list[str], stdin: str, code: 
     assert (result.returncode, result.stdout) == (code, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "stdin, line 3: not JSON"),
+        ('{"text": "fine", "n": NaN}', "line 3: not JSON"),
+        ('{"text": "fine", "n": 1e999}', "line 3: not JSON"),
+        ('{"text": "fine", "name": "\\ud800"}', "line 3: not JSON"),
+        ('{"text": "a", "id": 7}', "stdin, line 3: a text needs at least two tokens"),
+        ('{"txt": "x"}', 'line 3: give {"text": "..."} or a string'),
+    ],
+)
+def test_a_line_that_cannot_be_scored_has_an_error_and_the_others_go_on(tiny: str, line: str, message: str) -> None:
+    result = run("-m", tiny, "--jsonl", input=f'"Hello, world!"\n\n{line}\n"The quick brown fox"\n')
+    assert result.returncode == 1
+    assert result.stderr == "kvgen: error: 1 of 3 lines could not be scored: theirs have an `error`\n"
+    first, bad, last = [json.loads(line) for line in result.stdout.splitlines()]
+    assert first["tokens"] > 0 < last["tokens"]
+    assert message in bad["error"]
+    assert bad.get("id") == (7 if "id" in line else None)
 
 
 def test_a_line_is_answered_before_the_next_one_is_there(tiny: str, tmp_path: Path) -> None:
@@ -98,9 +113,8 @@ def test_a_line_is_answered_before_the_next_one_is_there(tiny: str, tmp_path: Pa
         assert json.loads(process.stdout.readline())["text"] == "Hello, world!"
         process.stdin.write("{\n")
         process.stdin.close()
-        assert process.wait(60) == 2
-        assert process.stdout.read() == ""
-        assert process.stderr.read().startswith("kvgen: error: stdin, line 2: not JSON")
+        assert process.wait(60) == 1
+        assert json.loads(process.stdout.read())["error"].startswith("stdin, line 2: not JSON")
 
 
 def test_infinity_is_null_in_json_and_not_a_number_an_error(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Group(HelpfulGroup):
                 _prepare_stdout()
                 code = super().main(given, *args, **{**options, "standalone_mode": False})
         except TyperException as error:  # the command line itself could not be understood
-            _print_error(_explain(error))
+            print_error(_explain(error))
             code = error.exit_code
         except Exit as exit_:
             code = exit_.exit_code
@@ -94,7 +94,7 @@ def _exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterat
     except KvgenError as error:
         if show_traceback:
             typer.echo(escape_controls("".join(traceback.format_exception(error.__cause__ or error))), err=True)
-        _print_error(str(error))
+        print_error(str(error))
         raise Exit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):  # the latter from a question that was not answered
         raise Exit(EXIT_INTERRUPTED) from None
@@ -105,7 +105,7 @@ def _exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterat
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
             raise
         _discard_stdout()
-        _print_error(f"stdout cannot be written ({error.strerror})")
+        print_error(f"stdout cannot be written ({error.strerror})")
         raise Exit(1) from None
 
 
@@ -135,6 +135,6 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _print_error(message: str) -> None:
+def print_error(message: str) -> None:
     one_line = " ".join(message.split())
     typer.echo(f"kvgen: error: {escape_controls(one_line)}", err=True)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
 from kvgen.cli.completion import CompletionOptions, PromptOptions
+from kvgen.cli.errors import print_error
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.prompts import read_prompts, with_piped_text
+from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
 from kvgen.cli.render import TextWriter, notes, print_note, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.settings import Request
 from kvgen.memory import physical_memory
 
@@ -98,36 +99,62 @@ def generate(
         cache=cache,
         make_drafter=drafter,
     )
-    asked: dict[int, tuple[str, Request]] = {}
+    asked: dict[int, tuple[GivenPrompt, Request]] = {}
 
-    def requests() -> Iterator[Request]:
-        for number, text in enumerate(chain(first, prompts)):
-            request = replace(wanted, prompt=reading.format.encode(loaded.tokenizer, text))
-            asked[number] = text, request
-            yield request
+    def requests() -> Iterator[Request | KvgenError]:
+        for number, given in enumerate(chain(first, prompts)):
+            asked[number] = given, wanted
+            try:
+                if given.error is not None:
+                    raise given.error
+                request = replace(wanted, prompt=reading.format.encode(loaded.tokenizer, given.text))
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is this prompt's; alone, it ends the command)
+                yield of_item(error)
+            else:
+                asked[number] = given, request
+                yield request
 
+    failed, number = 0, 0
     events = in_order(batch.run(requests()))
     for number, event in events:
-        text, request = asked.pop(number)
-        if lines and not quiet and sys.stderr.isatty():
-            print_note(f"[{number + 1}] {text}")
+        given, request = asked.pop(number)
+        if lines and not quiet and sys.stderr is not None and sys.stderr.isatty():
+            print_note(f"[{number + 1}] {given.text}")
         if stats and not quiet:
             print_note(format_cache(loaded.model, request))
         meter = Meter()
         chunks = _metered(event, events, meter, batch)
-        if json:
-            whole = "".join(chunk.text for chunk in chunks)
-            write_json(_as_json(loaded, text, request, whole, meter))
-        else:
-            with TextWriter(raw=raw) as writer:
-                for chunk in chunks:
-                    writer.write(chunk.text)
+        try:
+            if json:
+                whole = "".join(chunk.text for chunk in chunks)
+                write_json(_as_json(loaded, given.text, request, whole, meter))
+            else:
+                with TextWriter(raw=raw) as writer:
+                    for chunk in chunks:
+                        writer.write(chunk.text)
+        except KvgenError as error:
+            if not lines:
+                raise
+            failed += 1
+            _tell(given, error, json=json)
+            continue
         if prompt_cache is not None and number == 0 and not quiet:
             print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
-    if prompt_cache is not None:
+    if prompt_cache is not None and batch.cache is not None:
         save_prompt_cache(prompt_cache, batch.cache, loaded)
+    if failed:
+        raise KvgenError(f"{failed} of {number + 1} lines could not be completed")
+
+
+def _tell(given: GivenPrompt, error: KvgenError, *, json: bool) -> None:
+    """Say why a line could not be completed, where its completion would stand in JSON, else on stderr."""
+    message = f"{given.where}: {error}"
+    if json:
+        write_json({"prompt": given.text, "error": message})
+    else:
+        print_error(message)
 
 
 def _is_watched() -> bool:

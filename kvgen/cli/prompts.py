@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +14,20 @@ from kvgen.errors import NotFoundError, UsageError
 _STDIN = Path("-")
 
 
-def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Iterator[str]:
-    """The prompts that the options mean, read as they are asked for.
+@dataclass(frozen=True)
+class GivenPrompt:
+    """A prompt. where: the line that it is, for messages; empty for the only one. error: why it cannot be read."""
 
-    Raises UsageError, at once for options that contradict each other and when it comes to it for an empty
-    prompt; NotFoundError for a file that cannot be read.
+    text: str
+    where: str = ""
+    error: UsageError | None = None
+
+
+def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Iterator[GivenPrompt]:
+    """The prompts that the options mean, read as they are asked for. Blank lines are none.
+
+    Raises UsageError for options that contradict each other or an only prompt that is empty; NotFoundError for a file
+    that cannot be read.
     """
     if prompt == "-":
         if file is not None:
@@ -31,7 +41,7 @@ def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Itera
         if prompt is not None or file is None:
             raise UsageError("--lines takes the prompts from --prompt-file or stdin; leave --prompt out")
         return _lines(file)
-    return iter([_whole(prompt, file)])
+    return iter([GivenPrompt(_whole(prompt, file))])
 
 
 def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str], None]) -> str | None:
@@ -50,7 +60,7 @@ def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str
 def read_file(file: Path) -> str:
     """A whole file, or stdin for `-`, without its last line break. Raises as `read_prompts` does."""
     with _open(file) as source:
-        return _without_line_break(_decode(source.read(), file))
+        return _without_line_break(_decode(source.read(), f"{_name(file)}: "))
 
 
 def read_option_file(option: str, file: Path) -> str:
@@ -58,7 +68,7 @@ def read_option_file(option: str, file: Path) -> str:
     if file == _STDIN:
         raise UsageError(f"{option} takes a file, not stdin")
     with _open(file) as source:
-        text = _decode(source.read(), file)
+        text = _decode(source.read(), f"{_name(file)}: ")
     if not text.strip():
         raise UsageError(f"{option} {file}: the file is empty")
     return text
@@ -88,13 +98,16 @@ def _whole(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path) -> Iterator[GivenPrompt]:
     with _open(file) as source:
         for number, line in enumerate(source, start=1):
-            text = _without_line_break(_decode(line, file))
-            if not text:
-                raise UsageError(f"{_name(file)}, line {number}: the prompt is empty")
-            yield text
+            if not line.strip():
+                continue
+            where = f"{_name(file)}, line {number}"
+            try:
+                yield GivenPrompt(_without_line_break(_decode(line, "")), where)
+            except UsageError as error:
+                yield GivenPrompt(_without_line_break(line.decode("utf-8", "replace")), where, error)
 
 
 def _open(file: Path) -> BinaryIO:
@@ -109,11 +122,11 @@ def _open(file: Path) -> BinaryIO:
         raise NotFoundError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _decode(data: bytes, file: Path) -> str:
+def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put in front
     except UnicodeDecodeError as error:
-        raise UsageError(f"{_name(file)}: not UTF-8 text (byte {error.start})") from None
+        raise UsageError(f"{where}not UTF-8 text (byte {error.start})") from None
 
 
 def _without_line_break(text: str) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json as json_library
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +14,10 @@ from typer import Argument, Option
 from kvgen.cli import options
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.prompts import read_file, read_prompts
+from kvgen.cli.prompts import GivenPrompt, read_file, read_prompts
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.surprise import heat_map, legend, table
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import KvgenError, UsageError, of_item
 
 if TYPE_CHECKING:
     from kvgen import Loaded, Score, Tokenizer
@@ -62,54 +60,63 @@ def score(
         raise UsageError("give --prompt, or a file, not both; --jsonl reads a file")
     if prompt is None and text is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("no text: give a FILE or --prompt TEXT, or pipe text in")
-    texts = _lines_of_json(text) if jsonl else iter([("", _whole(prompt, text))])
-    first = next(texts, None)  # what is wrong with it shows before a model is loaded
+    if jsonl:
+        _score_lines(text, source, window, stride, tokens=tokens, quiet=quiet)
+        return
+    whole = _whole(prompt, text)  # what is wrong with it shows before a model is loaded
+    loaded = source.load(quiet=quiet)
+    result = _score(loaded, whole, window, stride, quiet=quiet)
+    size = None if source.ids else len(whole.encode())
+    if json:
+        write_json({"text": whole} | _as_data(result, loaded.tokenizer, size, tokens=tokens))
+    else:
+        _print(result, loaded.tokenizer, size, tokens=tokens)
+
+
+def _score_lines(
+    file: Path | None, source: ModelOptions, window: int | None, stride: int | None, *, tokens: bool, quiet: bool
+) -> None:
+    """A line of JSON for each; one that cannot be scored has an error in it, and the others go on."""
+    lines = read_prompts(None, file, lines=True)
+    first = next(lines, None)
     if first is None:
         return
     loaded = source.load(quiet=quiet)
-    for where, fields in itertools.chain([first], texts):
-        with _naming(where):
-            result = _score(loaded, fields["text"], window, stride, quiet=quiet)
-        size = None if source.ids else len(fields["text"].encode())
-        if json or jsonl:
-            write_json(fields | _as_data(result, loaded.tokenizer, size, tokens=tokens))
-        else:
-            _print(result, loaded.tokenizer, size, tokens=tokens)
-
-
-def _whole(prompt: str | None, file: Path | None) -> dict[str, Any]:
-    return {"text": read_file(file) if file is not None else next(read_prompts(prompt, None, lines=False))}
-
-
-def _lines_of_json(file: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For each line its place, for messages, and an object with at least a `text`, as soon as the line is there.
-
-    Raises UsageError for a line that is none.
-    """
-    source = "stdin" if file in (None, Path("-")) else str(file)
-    for number, line in enumerate(read_prompts(None, file, lines=True), start=1):
-        where = f"{source}, line {number}"
+    failed, count = 0, 0
+    for line in itertools.chain([first], lines):
+        fields: dict[str, Any] = {}
+        count += 1
         try:
-            value = json_library.loads(line)
-            # Numbers that JSON does not have and halves of characters get in, but could not go out again.
-            json_library.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: not JSON ({error})") from None
-        fields = {"text": value} if isinstance(value, str) else value
-        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-            raise UsageError(f'{where}: give {{"text": "..."}} or a string')
-        yield where, fields
+            fields = _fields(line)
+            result = _score(loaded, fields["text"], window, stride, quiet=quiet)
+            size = None if source.ids else len(fields["text"].encode())
+            found = _as_data(result, loaded.tokenizer, size, tokens=tokens)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this line's, and the others go on)
+            failed += 1
+            found = {"error": f"{line.where}: {of_item(error)}"}
+        write_json(fields | found)
+    if failed:
+        raise KvgenError(f"{failed} of {count} lines could not be scored: theirs have an `error`")
 
 
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Errors inside say which line they are about."""
+def _whole(prompt: str | None, file: Path | None) -> str:
+    return read_file(file) if file is not None else next(read_prompts(prompt, None, lines=False)).text
+
+
+def _fields(line: GivenPrompt) -> dict[str, Any]:
+    """The object of a line, with at least a `text`. Raises UsageError for a line that is none."""
+    if line.error is not None:
+        raise line.error
     try:
-        yield
-    except KvgenError as error:
-        if not where:
-            raise
-        raise type(error)(f"{where}: {error}") from None
+        value = json_library.loads(line.text)
+        # Numbers that JSON does not have and halves of characters get in, but could not go out again.
+        json_library.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not JSON ({error})") from None
+    fields = {"text": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise UsageError('give {"text": "..."} or a string')
+    return fields
 
 
 def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *, quiet: bool) -> Score:

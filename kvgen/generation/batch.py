@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from kvgen.errors import KvgenError, ModelError, UsageError, of_item
+from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.decode import Decoding, check_judge, check_prompt, ids_tensor
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
@@ -198,7 +198,7 @@ class Batch:
         caches = [row.cache if self._use_cache else None for row in rows]
         try:
             logits, written = self._loaded.model.together(sequences, caches, [row.decoding.count for row in rows])
-        except ModelError as error:
+        except KvgenError as error:
             self._rows = []
             yield from ((row.number, error) for row in rows)
             return

@@ -261,6 +261,77 @@ def test_a_model_in_float64_is_that_of_the_packed_weights(small: dict[str, Nativ
         assert (twin.all_logits(ids) - model.all_logits(ids)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("stored", ["auto", "bfloat16", "int8"])
+def test_a_score_that_is_no_number_is_not_lost(tiny_llama, stored: str) -> None:
+    folder, _ = tiny_llama()
+    model = on_kernels(folder, kv_dtype=stored)
+    ids = torch.randint(2, 96, (1, 150))
+    for where in (0, 70, 127):
+        _, cache = model(ids[:, :149], None)
+        keys = cache.held()[1].keys[0, 1, where]
+        with torch.inference_mode():
+            if stored == "int8":
+                keys[-4:] = torch.tensor([torch.nan]).view(torch.int8)
+            else:
+                keys[3] = torch.nan
+        logits, _ = model(ids, cache)
+        assert logits.isnan().all(), where
+
+
+@pytest.mark.parametrize("stored", ["auto", "bfloat16", "int8"])
+@pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"])
+def test_a_weight_that_is_no_number_is_not_rounded_away(tiny_llama, part: str, stored: str) -> None:
+    folder, reference = tiny_llama(hidden_size=64, intermediate_size=96)
+    reference.get_submodule(f"model.layers.1.{part}").weight.data[7] = torch.nan
+    reference.save_pretrained(folder)
+    loaded = kvgen.load(folder, tokenizer="ids", compile="on", quantize="int8", kv_dtype=stored)
+    assert loaded.model(torch.randint(2, 96, (1, 20)), None)[0].isnan().all()
+    request = kvgen.Request([5, 6, 7])
+    for use in (
+        lambda: kvgen.generate(loaded, [5, 6, 7]),
+        lambda: kvgen.score(loaded, [5, 6, 7]),
+    ):
+        with pytest.raises(kvgen.ModelError, match="not finite numbers"):
+            use()
+    [(_, error)] = kvgen.Batch(loaded).run([request])
+    assert isinstance(error, kvgen.ModelError)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[5, 6]], dtype=torch.int32), "int64 tensor, .batch, n., not int32 of shape .1, 2."),
+        (torch.tensor([[5.0, 6.0]]), "not float32"),
+        (torch.tensor([[5.0, 6.0]], dtype=torch.float64), "not float64"),
+        (torch.tensor([[True, False]]), "not bool"),
+        (torch.tensor([5, 6]), "not int64 of shape .2,."),
+        ([[5, 6]], "not list"),
+        (torch.empty(2, 0, dtype=torch.int64), "at least one token"),
+        (torch.tensor([[5, 6, -1]]), "token id -1 is outside the model's vocabulary of 96"),
+        (torch.tensor([[5, 6, 96]]), "token id 96 is outside"),
+        (torch.tensor([[5, 6, 99_999_999]]), "token id 99999999 is outside"),
+        (torch.tensor([[5, 6], [7, 96]]), "token id 96 is outside"),
+    ],
+)
+def test_what_is_no_text_is_refused_on_every_path(small: dict[str, NativeBackend], ids, message: str) -> None:
+    model = small["llama"]
+    good = torch.tensor([[5, 6]])
+    _, cache = model(good, None)
+    for use in (
+        lambda: model(ids, None),
+        lambda: model(ids, cache),
+        lambda: model.all_logits(ids),
+        lambda: model.speculate(ids, None, 1),
+        lambda: model.together([good, ids], [None, None], [1, 1]),
+        lambda: model.trusting(ids, None),
+    ):
+        with pytest.raises(kvgen.UsageError, match=message):
+            use()
+    expected, _ = model(torch.tensor([[5, 6, 7]]), None)
+    if isinstance(ids, Tensor) and ids.shape[0] == 1:
+        assert torch.equal(model(torch.tensor([[5, 6, 7]]), cache)[0], expected)
+
+
 # --- Where they cannot be -----------------------------------------------------------------------------------------
 
 

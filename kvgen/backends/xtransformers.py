@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
+from kvgen.model.cached import check_form, check_range
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class XTransformersBackend(Backend):
     @torch.no_grad()
     def by_default(self, ids: Tensor, cache: XTransformersCache | None = None) -> tuple[Tensor, Any]:
         """The library's own call with its defaults: of several new positions it computes the last alone."""
+        self._check(ids)
         known = None if cache is None else cache.intermediates
         logits, intermediates = self.module(ids, cache=known, return_intermediates=True)
         reused = 0 if known is None else known.cache_length
@@ -83,7 +85,12 @@ class XTransformersBackend(Backend):
             return None
         return twin if logits.dtype == torch.float64 else None
 
+    def _check(self, ids: Tensor) -> None:
+        check_form(ids)
+        check_range(ids, self.module.num_tokens)
+
     def _call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
+        self._check(ids)
         n = ids.shape[1]
         if self.context_length is not None and n > self.context_length:
             raise UsageError(f"the sequence has {n} positions, but the model has {self.context_length} (max_seq_len)")

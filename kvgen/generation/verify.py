@@ -36,6 +36,8 @@ class VerifiedBackend(Backend):
         if cache is None or not self._is_due():
             return logits, new_cache
         uncached, _ = self._inner(ids, None)
+        if uncached[:, -1].isnan().any():
+            return uncached, None  # the model's fault, not the cache's: the decoding loop says so
         distance = float(rms(logits[:, -1] - uncached[:, -1]).max())
         floor = typical_floor(uncached[:, -1], self.dtype)
         if distance <= LIMIT * floor:

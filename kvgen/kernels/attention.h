@@ -30,14 +30,14 @@ void write_row(uint16_t *row, const float *from, int dims) { // to nearest, ties
     for (int d = 0; d < dims; d++) {
         uint32_t bits;
         std::memcpy(&bits, from + d, 4);
-        row[d] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        row[d] = from[d] == from[d] ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
     }
 }
 void write_row(int8_t *row, const float *from, int dims) { // the largest is 127 scales
     float most = 0;
-    for (int d = 0; d < dims; d++) most = std::max(most, std::fabs(from[d]));
+    for (int d = 0; d < dims; d++) most = std::fabs(from[d]) <= most || most != most ? most : std::fabs(from[d]);
     float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
-    for (int d = 0; d < dims; d++) row[d] = int8_t(std::nearbyint(from[d] * inverse));
+    for (int d = 0; d < dims; d++) row[d] = most == most ? int8_t(std::nearbyint(from[d] * inverse)) : 0;
     std::memcpy(row + dims, &scale, sizeof scale);
 }
 
@@ -172,13 +172,14 @@ void attend_part(const Op &op, const Run &run, const Task &task, int64_t start, 
             most = larger(most, s);
         }
         float peak = largest(most);
-        part.most[r] = peak;
         for (int j = chunk.low / 16 * 16; j < chunk.end; j += 16) {
-            f32x16 p = peak == -INFINITY ? f32x16{} : exp_of(load<f32x16>(score + j) - peak);
+            f32x16 s = load<f32x16>(score + j), p = peak == -INFINITY ? f32x16{} : exp_of(s - peak);
+            p = s == s ? p : s; // what is not a number makes the sum none: a comparison would lose it
             store(score + j, p);
             total += p;
         }
         part.total[r] = sum(total);
+        part.most[r] = part.total[r] == part.total[r] ? peak : 0;
     }
     for (int r = 0; r < rows; r += TILE) {
         int n = std::min(TILE, rows - r);

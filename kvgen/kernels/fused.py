@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvgen.errors import UsageError
 from kvgen.kernels.build import library
 from kvgen.kernels.packed import Packed
 from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
@@ -130,6 +131,8 @@ class FusedDecoder(CachedModel):
     def token_rows(self, ids: Tensor) -> Tensor:
         table = self.weights["token_embd.weight"]
         assert isinstance(table, Packed)
+        if ids.device.type != "cpu":
+            raise UsageError(f"token ids are on {ids.device}; this model computes on the CPU")
         return table.rows(ids)
 
     def position_rows(self, positions: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ void round_row(const float *x, Kind kind, int group, int groups, Rounded to) {
     for (int p = 0; p < pairs; p++) low[p] = column_of(kind, group, p, 0), high[p] = column_of(kind, group, p, 1);
     for (int g = 0; g < groups; g++, x += group) {
         f32x16 a = load<f32x16>(x), b = group == 32 ? load<f32x16>(x + 16) : f32x16{};
-        float most = largest(larger(larger(a, -a), larger(b, -b))), inverse = most > 0 ? 32767 / most : 0;
+        float most = largest_magnitude(a, b), inverse = most > 0 ? 32767 / most : 0;
         // Added to 1.5 * 2^23, a number is rounded to a whole one.
         i32x16 c = __builtin_convertvector(a * inverse + 12582912.0f - 12582912.0f, i32x16);
         i32x16 d = __builtin_convertvector(b * inverse + 12582912.0f - 12582912.0f, i32x16);

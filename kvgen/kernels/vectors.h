@@ -89,6 +89,17 @@ float largest(f32x16 v) {
     return most;
 }
 
+// Compared as integers, in which what is not a number is the largest of all.
+float largest_magnitude(f32x16 a, f32x16 b) {
+    i32x16 x = (i32x16)a & 0x7fffffff, y = (i32x16)b & 0x7fffffff;
+    x = x > y ? x : y;
+    int32_t most = 0;
+    for (int i = 0; i < 16; i++) most = std::max(most, x[i]);
+    float magnitude;
+    std::memcpy(&magnitude, &most, sizeof magnitude);
+    return magnitude;
+}
+
 // exp to about 2 units in the last place (Cephes' polynomial); 0 below -87
 f32x16 exp_of(f32x16 x) {
     f32x16 low = splat(-87.3f), high = splat(88.3f);

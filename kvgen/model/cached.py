@@ -36,6 +36,26 @@ def positions_of(spans: Sequence[Span]) -> Tensor:
     return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
 
 
+def check_form(ids: Tensor) -> None:
+    """Raises UsageError for what is no (B, n) int64 tensor of at least one token."""
+    if not isinstance(ids, Tensor):
+        raise UsageError(f"token ids must be an int64 tensor, (batch, n), not {type(ids).__name__}")
+    if ids.dtype != torch.int64 or ids.ndim != 2:
+        raise UsageError(
+            f"token ids must be an int64 tensor, (batch, n), not {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        raise UsageError("cannot decode an empty sequence: give at least one token")
+
+
+def check_range(ids: Tensor, vocabulary: int) -> None:
+    """Raises UsageError for an id outside the vocabulary."""
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= vocabulary:
+        outside = least if least < 0 else most
+        raise UsageError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
+
+
 class CachedModel(ABC):
     """What makes a forward pass the contract: the cache, and what of a sequence is new. How to compute is left open."""
 
@@ -72,7 +92,7 @@ class CachedModel(ABC):
         already seen are not computed again. last: of how many positions the logits are wanted. Returns fp32 (or fp64)
         logits, (B, last, vocab), and the cache, which is `cache` itself, brought up to date, or a new one for None.
 
-        Raises CacheError for a cache that another model wrote, UsageError for an empty sequence.
+        Raises CacheError for a cache that another model wrote, UsageError for ids that are none.
         """
         span = self._span(ids, cache, last)
         return self._logits(self._extend_one(span)[:, -last:]), span.cache
@@ -121,6 +141,7 @@ class CachedModel(ABC):
         They are those of step-by-step decoding. So a text that grows out of LongRoPE's short length is passed over
         twice, for the positions that a short text rotates otherwise than a long one does.
         """
+        check_form(ids)
         n = ids.shape[1]
         cuts = sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n})
         passes = [self._extend_one(Span(ids[:, :cut], self._checked(ids, None), start=0)) for cut in cuts]
@@ -128,8 +149,13 @@ class CachedModel(ABC):
         return self._logits(torch.cat(parts, dim=1))
 
     def embed(self, spans: Sequence[Span], positions: Tensor) -> Tensor:
-        """What the first block reads, (rows, dim). positions: as `positions_of` gives them."""
-        x = self.token_rows(torch.cat([span.new.flatten() for span in spans]))
+        """What the first block reads, (rows, dim). positions: as `positions_of` gives them.
+
+        Every id passes here before it is computed, and only once. Raises UsageError for one outside the vocabulary.
+        """
+        ids = torch.cat([span.new.flatten() for span in spans])
+        check_range(ids, self.config.vocab_size)
+        x = self.token_rows(ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.config.learned_positions:
@@ -163,8 +189,7 @@ class CachedModel(ABC):
         return self.extend([span]).view(*span.new.shape, -1)
 
     def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
-        if ids.shape[1] == 0:
-            raise UsageError("cannot decode an empty sequence: give at least one token")
+        check_form(ids)
         if cache is not None and cache.owner is None and cache.length == 0:
             cache.owner = self
         if cache is not None and cache.owner is not self:

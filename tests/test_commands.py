@@ -85,6 +85,25 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dic
     assert piped.split()[0] in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
 
 
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "<&- 2>&-"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("config")
+def test_a_stderr_that_takes_nothing_costs_no_output(commands: dict[str, list[str]], name: str, stderr: str) -> None:
+    words = [*commands[name], *(["--stats"] if name in ("generate", "batch") else [])]
+
+    def called(way: str) -> list[str]:
+        return [word.replace("WAY", f"{way} {stderr}".replace("/", "")) for word in words]
+
+    whole = run(*called("whole"), input="")
+    shell = ["bash", "-c", f'exec "$@" {stderr}', "bash", *KVGEN, *called("nowhere")]
+    found = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert found.returncode == whole.returncode == 0
+    if name in TIMED:
+        assert len(found.stdout.splitlines()) == len(whole.stdout.splitlines())
+    else:
+        assert found.stdout == whole.stdout
+
+
 def run_without_reader(*arguments: str) -> tuple[int, str]:
     """Run with a pipe for stdout whose reader has left; returns the exit code and stderr."""
     read_end, write_end = os.pipe()

@@ -298,7 +298,7 @@ def _interruptible(*, quiet: bool) -> Iterator[Callable[[], bool]]:
         if interrupted:
             raise KeyboardInterrupt
         interrupted = True
-        if not quiet and sys.stderr is not None:  # not print_note: a handler may come in the middle of another write
+        if not quiet:  # not print_note: a handler may come in the middle of another write
             with contextlib.suppress(OSError):
                 os.write(sys.stderr.fileno(), b"\nending the rows under way; Ctrl-C again to stop at once\n")
 

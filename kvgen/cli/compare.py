@@ -123,7 +123,7 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
 
 @contextlib.contextmanager
 def _waiting(*, quiet: bool) -> Iterator[None]:
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield
     else:
         with terminal(sys.stderr).status("comparing"):

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.help import HelpfulGroup
 from kvgen.cli.hints import hint
+from kvgen.cli.stderr import prepare_stderr
 from kvgen.errors import KvgenError
 
 EXIT_INTERRUPTED = 130
@@ -29,6 +30,7 @@ class Group(HelpfulGroup):
     """A command group whose commands may raise KvgenError, be interrupted, or lose their reader."""
 
     def main(self, *args: Any, **options: Any) -> Any:
+        prepare_stderr()
         given = [_OPTIONAL_VALUES.get(word, word) for word in sys.argv[1:]]
         try:
             with _exit_codes():

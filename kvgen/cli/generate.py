@@ -118,7 +118,7 @@ def generate(
     events = in_order(batch.run(requests()))
     for number, event in events:
         given, request = asked.pop(number)
-        if lines and not quiet and sys.stderr is not None and sys.stderr.isatty():
+        if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number + 1}] {given.text}")
         if stats and not quiet:
             print_note(format_cache(loaded.model, request))
@@ -159,7 +159,7 @@ def _tell(given: GivenPrompt, error: KvgenError, *, json: bool) -> None:
 
 def _is_watched() -> bool:
     """Whether someone reads the completion, and what is said of it, on a terminal."""
-    return sys.stdout.isatty() and sys.stderr is not None and sys.stderr.isatty()
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def _metered(

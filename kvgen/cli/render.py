@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
@@ -92,15 +91,12 @@ def parse_bytes(text: str) -> int:
 
 
 def print_note(text: str, style: str = "dim") -> None:
-    """A line on stderr. That its reader has left is no reason to stop."""
-    if sys.stderr is None:
-        return
+    """A line on stderr."""
     if sys.stderr.isatty():
         terminal(sys.stderr).print(Text(escape_controls(text), style=style))
         return
-    with contextlib.suppress(BrokenPipeError):
-        sys.stderr.write(f"{escape_controls(text)}\n")
-        sys.stderr.flush()
+    sys.stderr.write(f"{escape_controls(text)}\n")
+    sys.stderr.flush()
 
 
 def notes(*, quiet: bool) -> Callable[[str], None]:
@@ -139,7 +135,7 @@ def write_page(path: Path, page: str) -> None:
 @contextmanager
 def count_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal for what is done, of how much; it shows once something is done and something left."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     columns = TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
@@ -160,7 +156,7 @@ def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], 
 
     total: how many rows there are; None if that is not known.
     """
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield lambda tokens: None
         return
     columns = TextColumn("rows"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")

@@ -39,6 +39,8 @@ class Backend(ABC):
     module: the torch module inside, if there is one.
     engine: what does the arithmetic, for people.
     weight_bytes: what the weights take in memory. step_bytes: how much of them one step reads. None if unknown.
+    changes_at: lengths of a text at which the model goes on otherwise: its windows, where a rotation changes;
+        None if unknown.
     position_bytes: what one more position takes in the cache, while no window is full; None if unknown.
     """
 
@@ -56,6 +58,7 @@ class Backend(ABC):
     weight_bytes: int | None = None
     step_bytes: int | None = None
     position_bytes: int | None = None
+    changes_at: tuple[int, ...] | None = None
 
     @abstractmethod
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
@@ -65,6 +68,14 @@ class Backend(ABC):
         """Logits after every position of `ids` in one uncached pass, (B, n, vocab); None if it gives fewer."""
         logits, _ = self(ids, None)
         return logits if logits.shape[1] == ids.shape[1] else None
+
+    def logits_at(self, ids: Tensor, positions: Sequence[int]) -> Tensor | None:
+        """Logits after some positions of `ids`, (1, n), in one uncached pass: (len(positions), vocab).
+
+        None if the model gives those of the last position alone.
+        """
+        logits, _ = self(ids, None)
+        return logits[0, list(positions)] if logits.shape[1] == ids.shape[1] else None
 
     def most_drafts(self, length: int) -> int:
         """How many drafted tokens may stand behind a sequence of `length` for `speculate`; 0 if it is not offered."""
@@ -119,6 +130,6 @@ class Backend(ABC):
         """
         raise UnsupportedError(f"the {self.name} backend does not let positions be chosen")
 
-    def in_float64(self) -> Backend | None:
-        """The same model computing in float64, a copy; None where it cannot."""
+    def in_wider(self, dtype: torch.dtype) -> Backend | None:
+        """The same model computing in a wider dtype; None where it cannot. It shares what weights it can."""
         return None

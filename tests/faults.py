@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-# fault -> the findings that name it rightly. "lookup wrong" is a class of causes, not one of
-# them.
+# fault -> the findings that name it rightly; `unexplained` is never wrong, and never a name. "lookup wrong" is a class
+# of causes, not one of them.
 FAULTS: dict[str, set[str]] = {
     "offset one too far": {"offset wrong"},
     "offset one too short": {"offset wrong"},
@@ -25,7 +25,7 @@ FAULTS: dict[str, set[str]] = {
     "key-value heads swapped": {"values wrong"},
     "keys and values of another layer": {"values wrong"},
     "newest token never stored": {"stale context", "short context"},
-    "a row not updated": {"stale context", "short context"},
+    "a row not updated": {"stale context", "short context", "beyond a length"},
     "one layer not cached": {"lookup wrong"},
     "context dropped": {"context lost"},
     "window of 8": {"beyond a length"},
@@ -34,8 +34,8 @@ FAULTS: dict[str, set[str]] = {
     "only the last of several stored": {"multi-token calls"},
     "edit keeps the old suffix": {"edits not noticed"},
     "rows of a batch rolled": {"rows mixed"},
-    "float16 accumulation": {"precision"},
-    "8-bit cache": {"precision"},
+    "float16 accumulation": set(),
+    "8-bit cache": set(),
     "dropout on in cached calls": {"not deterministic"},
     "logits of the position before": {"stale context"},
     "ring buffer of 24 wraps": {"beyond a length"},

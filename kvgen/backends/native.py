@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvgen.backends.reading import Arithmetic, Reader, draw_blueprint
+from kvgen.backends.widened import widened
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CacheError
@@ -44,6 +44,8 @@ class NativeBackend(Backend):
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
+        shorts = {rotary.short_length + 1 for rotary in decoder.config.rotaries if rotary.long_frequencies}
+        self.changes_at = tuple(sorted(shorts | {window for window in decoder.config.windows if window}))
         self.position_bytes, _ = cache_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
     def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
@@ -54,6 +56,9 @@ class NativeBackend(Backend):
 
     def all_logits(self, ids: Tensor) -> Tensor:
         return self.decoder.all_logits(ids)
+
+    def logits_at(self, ids: Tensor, positions: Sequence[int]) -> Tensor:
+        return self.decoder.all_logits(ids, positions)[0]
 
     def restored(self, tokens: Tensor, rooms: Sequence[Room], variant: int) -> KVCache:
         """The cache that `KVCache.held` described, of these token ids. Raises CacheError where it does not fit."""
@@ -97,11 +102,11 @@ class NativeBackend(Backend):
         known = 0 if cache is None else cache.length
         return self.decoder.append(ids[:, known:], cache, start=int(positions[known]))
 
-    def in_float64(self) -> NativeBackend:
-        if isinstance(self.decoder, FusedDecoder):
-            twin = self.decoder.unfused(torch.float64)
-        else:
-            twin = copy.deepcopy(self.decoder).to(torch.float64)
+    def in_wider(self, dtype: torch.dtype) -> NativeBackend | None:
+        """None on the kernels, where equal texts give equal bits and nothing is left to be sharper about."""
+        if not isinstance(self.decoder, Decoder):
+            return None
+        twin: Decoder = widened(self.decoder, dtype)
         twin.kv_dtype = None
         return NativeBackend(twin)
 

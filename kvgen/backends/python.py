@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvgen.backends.widened import widened
 from kvgen.contract import Backend
 from kvgen.errors import KvgenError, ModelError, UnsupportedError, UsageError
 
@@ -21,8 +21,9 @@ from kvgen.errors import KvgenError, ModelError, UnsupportedError, UsageError
 class PythonBackend(Backend):
     """Any callable with the contract's signature. It may return logits for all positions, the new ones or the last.
 
-    The callable may say more of itself in attributes: `vocab_size`, `context_length`, and `rewinds = True` if its
-    cache may be handed any sequence, not only one that goes on from what it has seen. If it takes a keyword
+    The callable may say more of itself in attributes: `vocab_size`, `context_length`, `changes_at` (the lengths of its
+    windows, for example), and `rewinds = True` if its cache may be handed any sequence, not only one that goes on from
+    what it has seen. If it takes a keyword
     `positions`, (n,) int64 for the whole sequence, the diagnosis can tell wrong positions from other faults.
     """
 
@@ -38,6 +39,8 @@ class PythonBackend(Backend):
         self.context_length = getattr(model, "context_length", None)
         self._takes_positions = "positions" in _parameters(model)
         self.rewinds = bool(getattr(model, "rewinds", False))
+        changes_at = getattr(model, "changes_at", None)
+        self.changes_at = None if changes_at is None else tuple(changes_at)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
@@ -62,13 +65,17 @@ class PythonBackend(Backend):
         logits, _ = self(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
         return logits.shape[-1]
 
-    def in_float64(self) -> PythonBackend | None:
-        """A deep copy in float64, if the model is a torch module whose logits then are float64."""
+    def in_wider(self, dtype: torch.dtype) -> PythonBackend | None:
+        """For a torch module that follows the dtype of its weights, so that its logits have the wider one."""
         if self.module is None:
             return None
-        twin = PythonBackend(copy.deepcopy(self.module).to(torch.float64))
-        logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
-        return twin if logits.dtype == torch.float64 else None
+        try:
+            twin = PythonBackend(widened(self.module, dtype))
+            logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
+        except (ModelError, RuntimeError, TypeError):  # it cannot be copied, or insists on a dtype
+            return None
+        twin.dtype = dtype
+        return twin if logits.dtype == dtype else None
 
 
 def _described(error: Exception) -> str:

@@ -74,16 +74,16 @@ class XTransformersBackend(Backend):
         """Keys are cached before they are rotated, so the positions of all of them can be chosen."""
         return self._call(ids, cache, pos=positions)
 
-    def in_float64(self) -> XTransformersBackend | None:
-        """A copy in float64, built anew: with tied embeddings a deep copy's head still reads the first one's."""
+    def in_wider(self, dtype: torch.dtype) -> XTransformersBackend | None:
+        """A copy, built anew: with tied embeddings a deep copy's head still reads the first one's."""
         net = copy.deepcopy(self.module) if self._rebuild is None else self._rebuild()
         net.load_state_dict(self.module.state_dict())
-        twin = XTransformersBackend(net.to(device=self.device, dtype=torch.float64))
+        twin = XTransformersBackend(net.to(device=self.device, dtype=dtype))
         try:
             logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
         except RuntimeError:  # a part of it insists on another dtype
             return None
-        return twin if logits.dtype == torch.float64 else None
+        return twin if logits.dtype == dtype else None
 
     def _check(self, ids: Tensor) -> None:
         check_form(ids)

@@ -17,7 +17,7 @@ from kvgen.cli.chart import log_chart
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
-from kvgen.cli.render import count_progress, terminal, write_json, write_page
+from kvgen.cli.render import check_page, count_progress, terminal, write_json, write_page
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def bench(
         "contexts": _numbers("--contexts", contexts),
         "lengths": _numbers("--lengths", lengths),
     }
+    if html is not None:
+        check_page(html)
     loaded = source.load(quiet=quiet)
     from kvgen.bench.measure import measure
 

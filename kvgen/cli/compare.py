@@ -15,7 +15,7 @@ from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import terminal, write_json, write_page
+from kvgen.cli.render import check_page, terminal, write_json, write_page
 from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
@@ -57,7 +57,7 @@ def compare(
         Option(metavar="FILE", help="Force every pattern along this text, not the model's own.", rich_help_panel=_WHAT),
     ] = None,
     max_tokens: Annotated[
-        int, Option("--max-tokens", "-n", min=1, help="Steps to compare.", rich_help_panel=_WHAT)
+        int, Option("--max-tokens", "-n", min=2, help="Steps to compare.", rich_help_panel=_WHAT)
     ] = 32,
     source: ModelOptions,
     json: options.Json = False,
@@ -71,6 +71,8 @@ def compare(
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _texts(prompt, prompt_file, text, ids=source.ids)
+    if html is not None:
+        check_page(html)
     loaded = source.load(quiet=quiet)
     comparisons = [
         _compare(loaded, prompt_text, names, max_tokens, forced=text is not None, quiet=quiet) for prompt_text in texts
@@ -107,8 +109,8 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
     continuation = None
     if forced:
         cut = min(_TEXT_PROMPT_TOKENS, len(prompt) // 2)
-        if cut == 0:
-            raise UsageError("--text must hold at least two tokens")
+        if len(prompt) - cut < 2 or not cut:
+            raise UsageError("--text must hold at least three tokens")
         prompt, continuation = prompt[:cut], prompt[cut : cut + steps]
     with _waiting(quiet=quiet):
         return compare_patterns(
@@ -117,7 +119,7 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
             patterns=names,
             steps=steps if continuation is None else len(continuation),
             continuation=continuation,
-            eos_ids=loaded.tokenizer.eos_ids,
+            special_ids=loaded.tokenizer.special_ids | loaded.tokenizer.eos_ids,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import KvgenError, UnsupportedError, UsageError
 
 
 def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
@@ -122,6 +124,19 @@ def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
             bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
 
         yield show
+
+
+def check_page(path: Path) -> None:
+    """Refuse an --html that could not be drawn or written, before anything is computed.
+
+    Raises KvgenError, and UnsupportedError without matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("--html draws with matplotlib: pip install 'kvgen[report]'")
+    if not path.parent.is_dir():
+        raise KvgenError(f"--html {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise KvgenError(f"--html {path}: cannot be written")
 
 
 def write_page(path: Path, page: str) -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case
+from kvgen.compare.case import CALL_ERRORS, Case, make_case
 from kvgen.compare.diagnosis import diagnose, unreliable_reference
 from kvgen.compare.experiments import Finding
 from kvgen.compare.metrics import Gap, gap
-from kvgen.compare.noise import Noise, measure_noise
 from kvgen.compare.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
-from kvgen.compare.probes import Probe, run_probes
-from kvgen.compare.run import Forced, Free, run_forced, run_free
+from kvgen.compare.probes import Probe, run_probes, unseen
+from kvgen.compare.reference import Judgement, Reference
+from kvgen.compare.run import Run, run_forced, run_free
 from kvgen.compare.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
 from kvgen.generation.decode import ids_tensor
-from kvgen.rounding import LIMIT
+
+_DOUBTFUL = 3.0  # noise floors from which on a wider dtype has to decide, up to
+_BEYOND_DOUBT = 100.0
+_SHARP_STEPS = 12  # that are computed in a wider dtype, where each may take seconds
+_TIMED = 3  # uncached steps that are timed
 
 
 @dataclass(frozen=True)
@@ -28,17 +34,20 @@ class Row:
 
     verdict: on its logits. tokens_verdict: on the tokens that it chooses by itself.
     reason: why there are no numbers, where there are none.
-    ratio: how many noise floors its worst step is away from the exact logits.
-    first_difference: index of the first token that the pattern alone chooses otherwise; None if none.
-    probes: other ways to use the cache, for a right pattern. findings: what explains a difference.
+    exact: whether its logits are the uncached ones bit for bit. ratio: how many noise floors its worst step is away.
+    tokens: what it goes on with by itself. first_difference: index of the first token that it alone chooses otherwise;
+        None if none.
+    seconds: for all steps; of the reference, from a few of them.
+    probes: other ways to use the cache, for the right pattern. findings: what explains a difference.
     """
 
     pattern: Pattern
     verdict: Verdict
     reason: str = ""
     gap: Gap | None = None
+    exact: bool = False
     ratio: float | None = None
-    free: Free | None = None
+    tokens: tuple[int, ...] | None = None
     tokens_verdict: Verdict | None = None
     first_difference: int | None = None
     computed: int | None = None
@@ -52,15 +61,17 @@ class Comparison:
     """All patterns on one text. The first row is the reference.
 
     ids: the text, prompt and steps. start: how many of them are the prompt.
-    oracle_gap: the largest |difference| between step-by-step uncached logits and one parallel pass; None if the
-        model gives no logits for all positions.
+    floor: the noise floor of that text; 0 if every pattern gives the same bits, since then it was not measured.
+    reference_gap: the largest |difference| between one uncached pass over the text and passes over its beginnings.
+    unseen: what was not looked at, for people.
     """
 
     ids: tuple[int, ...]
     start: int
-    noise: Noise
-    oracle_gap: float | None
+    floor: float
+    reference_gap: float
     rows: tuple[Row, ...]
+    unseen: str
 
     @property
     def steps(self) -> int:
@@ -79,56 +90,107 @@ def compare(
     patterns: Sequence[str] = (FULL_SEQUENCE.name,),
     steps: int = 32,
     continuation: Sequence[int] | None = None,
-    eos_ids: frozenset[int] = frozenset(),
+    special_ids: frozenset[int] = frozenset(),
 ) -> Comparison:
     """Compare patterns with uncached decoding.
 
     prompt: the ids that are handed over at once. steps: how many tokens to go on for.
     continuation: the text to force every pattern along, after the prompt; None for what uncached decoding
-        chooses.
+        chooses. Texts go on behind tokens that end them.
+    special_ids: of tokens that ordinary text does not contain; the cache is tried on them too.
 
-    Raises UsageError for an unknown pattern or a text that does not fit the context.
+    Raises UsageError for an unknown pattern or a text that does not fit the context, ModelError for uncached logits
+    that are not numbers.
     """
     chosen = [_pattern(name) for name in patterns]
     start, steps = ids_tensor(backend, prompt), _steps_that_fit(backend, prompt, steps)
-    free = run_free(UNCACHED.call(backend), start, steps, eos_ids)
-    text = free.tokens if continuation is None else tuple(continuation)[:steps]
-    ids = torch.cat((start, ids_tensor(backend, text)), dim=1)
-    forced = run_forced(UNCACHED.call(backend), ids, len(prompt), use_cache=False)
-    twin = backend.in_float64()
-    noise = measure_noise(backend, twin, ids, len(prompt), forced.logits)
-    case = Case(backend, twin, ids, len(prompt), forced.logits, noise)
-    oracle_gap, findings = unreliable_reference(case)
-    rows = [_reference_row(case, forced, free, findings)]
+    reference = Reference(backend)
+    own = _reference_text(reference, start, steps)
+    case, cached = own.case, own.cached
+    if continuation is not None:
+        ids = torch.cat((start, ids_tensor(backend, tuple(continuation)[:steps])), dim=1)
+        case, cached = make_case(reference, ids, len(prompt)), None
+    case = replace(case, special_ids=special_ids)
+    seconds, alone = _timed(case)
+    reference_gap, findings = unreliable_reference(case, alone)
+    rows = [_reference_row(case, own.tokens, seconds, findings)]
+    floor = 0.0
     for pattern in chosen:
-        rows.append(
-            Row(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on")
-            if findings
-            else _compare_pattern(case, pattern, free, eos_ids)
-        )
-    return Comparison(tuple(ids[0].tolist()), len(prompt), noise, oracle_gap, tuple(rows))
+        if findings:
+            rows.append(Row(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on"))
+            continue
+        row, judged = _compare_pattern(case, pattern, own, cached if pattern is FULL_SEQUENCE else None)
+        rows.append(row)
+        floor = max(floor, judged.floor if judged else 0.0)
+    text = tuple(case.ids[0].tolist())
+    return Comparison(text, len(prompt), floor, reference_gap, tuple(rows), unseen(case))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What uncached decoding chooses by itself. cached: the right pattern on that text, if it was run already."""
+
+    case: Case
+    tokens: tuple[int, ...]
+    cached: Run | None
+
+
+def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Own:
+    """Decode greedily without a cache.
+
+    With the cache it is faster, and then one uncached pass over the text shows whether uncached decoding chooses the
+    same. Where it does not, or where the cache fails, every step is computed.
+    """
+    backend = reference.backend
+    if not backend.cannot_cache:
+        try:
+            run = run_free(FULL_SEQUENCE.call(backend), prompt, steps)
+        except CALL_ERRORS:
+            run = None
+        if run is not None:
+            case = _case_of(reference, prompt, run.tokens)
+            if tuple(case.expected.argmax(-1).tolist()) == run.tokens:
+                return _Own(case, run.tokens, run)
+    run = run_free(UNCACHED.call(backend), prompt, steps)
+    return _Own(_case_of(reference, prompt, run.tokens), run.tokens, None)
+
+
+def _case_of(reference: Reference, prompt: Tensor, tokens: tuple[int, ...]) -> Case:
+    ids = torch.cat((prompt, prompt.new_tensor([tokens])), dim=1)
+    return make_case(reference, ids, prompt.shape[1])
+
+
+def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
+    """Seconds of uncached decoding, estimated from a few of its steps, and the logits of these by their length."""
+    lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})[:_TIMED]
+    case.alone(case.ids[:, : lengths[0]])  # what is set up once is not counted
+    logits, began = {}, time.perf_counter()
+    for length in lengths:
+        logits[length] = case.backend(case.ids[:, :length], None)[0][0, -1].cpu()
+    return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits
 
 
 def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
-    if steps < 1 or not prompt:
-        raise UsageError("compare needs a prompt and at least one step")
+    if steps < 2 or not prompt:
+        raise UsageError("compare needs a prompt and at least two steps: the first has no cache to use")
     if backend.context_length is None:
         return steps
-    if len(prompt) >= backend.context_length:
+    if len(prompt) + 2 > backend.context_length:
         raise UsageError(f"the prompt has {len(prompt)} tokens; the model's context is {backend.context_length}")
     return min(steps, backend.context_length - len(prompt))
 
 
-def _reference_row(case: Case, forced: Forced, free: Free, findings: list[Finding]) -> Row:
+def _reference_row(case: Case, tokens: tuple[int, ...], seconds: float, findings: list[Finding]) -> Row:
     return Row(
         UNCACHED,
         Verdict.NOT_COMPARABLE if findings else Verdict.EQUIVALENT,
-        gap=gap(forced.logits, forced.logits, case.targets),
-        ratio=case.noise.ratio(forced.logits),
-        free=free,
+        gap=gap(case.expected, case.expected, case.targets),
+        exact=True,
+        ratio=0.0,
+        tokens=tokens,
         tokens_verdict=Verdict.EQUIVALENT,
-        computed=forced.computed,
-        seconds=forced.seconds,
+        computed=sum(case.lengths),
+        seconds=seconds,
         findings=tuple(findings),
     )
 
@@ -140,45 +202,76 @@ def _pattern(name: str) -> Pattern:
     return PATTERNS[name]
 
 
-def _compare_pattern(case: Case, pattern: Pattern, reference: Free, eos_ids: frozenset[int]) -> Row:
+def _compare_pattern(case: Case, pattern: Pattern, own: _Own, run: Run | None) -> tuple[Row, Judgement | None]:
+    """The result of a pattern, and how far its logits are. run: the pattern on the text, if it was run already."""
     backend = case.backend
     if backend.cannot_cache:
-        return Row(pattern, Verdict.UNSUPPORTED, reason=backend.cannot_cache)
+        return Row(pattern, Verdict.UNSUPPORTED, reason=backend.cannot_cache), None
     try:
-        forced = run_forced(pattern.call(backend), case.ids, case.start)
-        free = run_free(pattern.call(backend), case.ids[:, : case.start], len(reference.tokens), eos_ids)
+        run = run or run_forced(pattern.call(backend), case.ids, case.start)
     except CALL_ERRORS as error:
-        return Row(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error))
-    ratio = case.noise.ratio(forced.logits)
-    # In bf16 noise can hide a fault that is there; in float64 what is not rounding stays.
-    sharp = forced.logits if case.twin is None else run_forced(pattern.call(case.twin), case.ids, case.start).logits
-    wrong = ratio > LIMIT or case.sharp.noise.ratio(sharp) > LIMIT
+        return Row(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
+    judged = case.judge(run.logits)
+    wrong = _is_wrong(case, pattern, judged)
     probes = run_probes(case) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if backend.lossy else Verdict.DIFFERENT
-    first_difference, tokens_verdict = _compare_tokens(reference, free, case.noise, may_tie=right)
-    return Row(
+    tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, own, run)
+    row = Row(
         pattern,
         verdict,
         reason=backend.lossy or "" if verdict is Verdict.LOSSY else "",
-        gap=gap(case.reference, forced.logits, case.targets),
-        ratio=ratio,
-        free=free,
+        gap=gap(case.expected, run.logits, case.targets),
+        exact=judged.exact,
+        ratio=judged.ratio,
+        tokens=tokens,
         tokens_verdict=tokens_verdict,
         first_difference=first_difference,
-        computed=forced.computed,
-        seconds=forced.seconds,
+        computed=run.computed,
+        seconds=run.seconds,
         probes=probes,
-        findings=tuple(diagnose(case, pattern, sharp, probes, wrong=wrong)),
+        findings=tuple(diagnose(case, pattern, run.logits, judged, probes, wrong=wrong)),
     )
+    return row, judged
 
 
-def _compare_tokens(reference: Free, free: Free, noise: Noise, *, may_tie: bool) -> tuple[int | None, Verdict]:
-    """Where the tokens part, and whether that is a near-tie; it can be one only if the logits are equivalent."""
-    pairs = zip(reference.tokens, free.tokens, strict=False)
+def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
+    """Whether logits are further from the uncached ones than rounding.
+
+    16 bits hide faults, so there the pattern is run in 32 as well; and what is near the limit is decided in a wider
+    dtype, where rounding is all but gone and a fault is not.
+    """
+    if judged.exact or judged.ratio > _BEYOND_DOUBT:
+        return not judged.exact
+    doubtful = judged.ratio > _DOUBTFUL or case.sharp is not case
+    if not doubtful or case.wider is None:
+        return judged.wrong
+    steps = max(_SHARP_STEPS, judged.length - case.start + 1)
+    try:
+        run = run_forced(pattern.call(case.wider.backend), case.ids[:, : case.start + steps], case.start)
+    except CALL_ERRORS:
+        return judged.wrong
+    return case.wider.judge(run.logits).wrong
+
+
+def _tokens_of(
+    case: Case, pattern: Pattern, own: _Own, run: Run
+) -> tuple[tuple[int, ...] | None, int | None, Verdict | None]:
+    """What a pattern goes on with by itself, where that parts from the reference, and whether that is a near-tie."""
+    if case is own.case or torch.equal(case.ids, own.case.ids):
+        chosen = tuple(run.logits.argmax(-1).tolist())
+        if chosen == own.tokens:
+            return chosen, None, Verdict.EQUIVALENT
+    try:
+        free = run_free(pattern.call(case.backend), case.ids[:, : case.start], len(own.tokens))
+    except CALL_ERRORS:  # logits that are not numbers, for example
+        return None, None, None
+    pairs = zip(own.tokens, free.tokens, strict=False)
     first = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
     if first is None:
-        return None, Verdict.EQUIVALENT
-    # Both logits of a tie may be off by the worst rounding error, in opposite directions, in both computations.
-    is_tie = may_tie and reference.margins[first] <= 4 * noise.worst
-    return first, Verdict.NEAR_TIE if is_tie else Verdict.DIFFERENT
+        return free.tokens, None, Verdict.EQUIVALENT
+    # Up to here both have read the same text. Where their logits after it differ by rounding alone, it is a tie.
+    step = own.case.reference.judge(
+        free.logits[: first + 1], own.case.expected[: first + 1], own.case.ids, own.case.lengths[: first + 1]
+    )
+    return free.tokens, first, Verdict.DIFFERENT if step.wrong else Verdict.NEAR_TIE

@@ -2,102 +2,131 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from kvgen.compare.case import Case
-from kvgen.compare.experiments import EXPERIMENTS, LAST_RESORTS, Finding, Trial, attempt, nondeterministic
+from kvgen.compare.experiments import EXPERIMENTS, Finding, Trial, attempt, lookup_or_values, nondeterministic
 from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
-from kvgen.rounding import LIMIT, eps, rms, typical_floor
+from kvgen.compare.reference import Judgement
+from kvgen.compare.run import run_forced
+from kvgen.rounding import LIMIT, distance, size, typical_floor
+
+_LEAK = 64  # typical rounding errors: what leaks from the future is far more
+_SMALL = 2**-5  # of the size of the logits
 
 
-def unreliable_reference(case: Case) -> tuple[float | None, list[Finding]]:
-    """What forbids to compare: a reference that is not deterministic, or not causal.
+def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float, list[Finding]]:
+    """Find what forbids to compare: a reference that is not deterministic, or not causal.
 
-    Also returns the largest |difference| between uncached decoding step by step and one parallel pass over the
-    text, an independent oracle; None if the model gives no logits for all positions.
+    alone: uncached logits of a few beginnings of the text, by their length. Also returns the largest |difference|
+    between these and one pass over the whole text.
     """
-    findings = []
-    first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1] for _ in range(2))
+    gaps = [(logits, case.expected[length - case.start]) for length, logits in alone.items()]
+    largest = max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in gaps)
+    first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1].cpu() for _ in range(2))
     # Not held against the measured noise: where chance is at work, that is large.
-    if float(rms(first - second)) > LIMIT * typical_floor(first, case.backend.dtype):
-        findings.append(nondeterministic(case.backend, float((first - second).abs().max())))
-    parallel = case.backend.all_logits(case.ids)
-    if parallel is None:
-        return None, findings
-    rows = parallel[0, case.start - 1 : -1].cpu()
-    oracle_gap = float((rows.double() - case.reference.double()).abs().max())
-    exact = case.twin or case.backend
-    oracle = exact.all_logits(case.ids)
-    lengths = range(case.start, case.ids.shape[1], max(1, (case.ids.shape[1] - case.start) // 4))
-    if oracle is not None and not findings:
-        gaps = [float(rms(oracle[0, n - 1].cpu() - case.alone(case.ids[:, :n]))) for n in lengths]
-        size = float(rms(case.reference).max())
-        # A library may do a part in float32 even in the float64 twin; what leaks from the future is far larger.
-        if max(gaps) > 64 * max(eps(exact.dtype), eps(torch.float32)) * size:
-            findings.append(
-                Finding(
-                    "not causal",
-                    "The model is not causal: what comes after a position changes its logits. No cache can be right.",
-                    f"one pass over the text and a pass over its beginning differ by {max(gaps):.2g} (RMS) at the "
-                    "same position",
-                )
-            )
-    return oracle_gap, findings
+    if distance(first, second) > LIMIT * typical_floor(first, case.backend.dtype):
+        return largest, [nondeterministic(case.backend, float((first - second).abs().max()))]
+    sharp = case.sharp
+    if sharp is not case:
+        gaps = [(sharp.alone(case.ids[:, :length]), sharp.expected[length - case.start]) for length in alone]
+    leak = max(distance(a, b) for a, b in gaps)
+    if leak <= _LEAK * typical_floor(sharp.expected, sharp.backend.dtype):
+        return largest, []
+    finding = Finding(
+        "not causal",
+        "The model is not causal: what comes after a position changes its logits. No cache can be right.",
+        f"one pass over the text and a pass over its beginning differ by {leak:.2g} (RMS) at the same position",
+    )
+    return largest, [finding]
 
 
-def diagnose(case: Case, pattern: Pattern, logits: Tensor, probes: tuple[Probe, ...], *, wrong: bool) -> list[Finding]:
+def diagnose(
+    case: Case, pattern: Pattern, logits: Tensor, judged: Judgement, probes: tuple[Probe, ...], *, wrong: bool
+) -> list[Finding]:
     """The explanations that survive for a pattern on a case.
 
-    logits: what the pattern returns on the sharp case, (steps, vocab). wrong: the verdict on its step-by-step
-        logits.
+    logits: what the pattern returned, (steps, vocab). judged: how far they are from the reference's. wrong: the
+    verdict on them.
 
     Empty for a right pattern that is right; otherwise at least one, if only that nothing explains it.
     """
     if not wrong:
-        found = [] if pattern.right else [_harmless(case, pattern)]
-        return found + [_from_probe(probe) for probe in probes if probe.wrong]
+        found = [] if pattern.right else [_harmless(pattern, judged)]
+        return found + _from_probes([probe for probe in probes if probe.wrong])
+    broken = [
+        bool((row.isfinite() < expected.isfinite()).any()) for row, expected in zip(logits, case.expected, strict=True)
+    ]
+    if any(broken):
+        return [_not_numbers(case.lengths[broken.index(True)])]
     sharp = case.sharp
-    distances = rms(logits - sharp.noise.exact) / sharp.noise.floor
-    wrong_steps = (distances > LIMIT).nonzero()[:, 0].tolist()
-    if not wrong_steps:
-        return [_rounding(case, float(distances.max()))]
-    trial = Trial(sharp, pattern, pattern.call(sharp.backend), sharp.start + wrong_steps[0], logits[wrong_steps[0]])
+    if sharp is not case:
+        logits = run_forced(pattern.call(sharp.backend), sharp.ids, sharp.start).logits
+        judged = sharp.judge(logits)
+    step = next((i for i, apart in enumerate(judged.distances) if apart > LIMIT * judged.floor), None)
+    if step is None:
+        return [_unexplained(case, judged, "it vanishes in a wider dtype")]
+    trial = Trial(sharp, pattern, pattern.call(sharp.backend), sharp.lengths[step], logits[step])
     found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
-    lost = [finding for finding in found if finding.name == "context lost"]
-    if lost:  # then order and distance do not matter either, which says nothing more
-        return lost
-    for last_resort in LAST_RESORTS:
-        if not found and (finding := attempt(last_resort, trial)):
-            found = [finding]
-    return found or [Finding("unexplained", "None of the known explanations fits.", "no experiment favours one")]
+    for alone in ("not deterministic", "context lost"):
+        only = [finding for finding in found if finding.name == alone]
+        if only:  # then order and distance do not matter either, which says nothing more
+            return only
+    if found:
+        return found
+    if max(judged.distances) > _SMALL * size(sharp.expected):
+        return [attempt(lookup_or_values, trial) or _unexplained(sharp, judged)]
+    return [_unexplained(sharp, judged)]
 
 
-def _rounding(case: Case, distance: float) -> Finding:
-    evidence = "in float64 the difference vanishes" if case.twin else f"it is {distance:.0f} times the noise"
+def _unexplained(case: Case, judged: Judgement, more: str = "") -> Finding:
+    part = max(judged.distances) / size(case.expected)
+    evidence = f"{judged.ratio:.2g} noise floors, {part:.1e} of the size of the logits, at {judged.length} positions"
+    return Finding("unexplained", "None of the known explanations fits.", "; ".join(filter(None, (evidence, more))))
+
+
+def _not_numbers(length: int) -> Finding:
     return Finding(
-        "rounding",
-        "Rounding only: the pattern is right, but loses more precision than uncached decoding does.",
-        evidence,
+        "not a number",
+        "Calls with the cache return NaN or infinities where uncached ones return numbers.",
+        f"first after {length} positions",
     )
 
 
-def _from_probe(probe: Probe) -> Finding:
-    name, text = {
-        "several new tokens at once": (
-            "multi-token calls",
-            "Calls with several new tokens are wrong; one token at a time is not.",
-        ),
-        "rows of a batch": ("rows mixed", "The rows of a batch are mixed up: a row is not as if it were alone."),
-        "an edited text": (
-            "edits not noticed",
-            "The cache does not notice that the text was edited: it keeps what belongs to the old one.",
-        ),
-    }[probe.name]
-    return Finding(name, text, f"{probe.name}: {probe.ratio or 0:.0f} times the noise")
+_OF_PROBES = {
+    "several new tokens at once": ("multi-token calls", "Calls with several new tokens are wrong."),
+    "rows of a batch": ("rows mixed", "The rows of a batch are mixed up: a row is not as if it were alone."),
+    "two sequences in turn": (
+        "sequences mixed",
+        "Two sequences with a cache each are mixed up: one is not as if the other were not there.",
+    ),
+    "edits": ("edits not noticed", "The cache is wrong after the text was edited."),
+    "rewinds": ("edits not noticed", "The cache is wrong after the last tokens were taken back."),
+    "special tokens": ("special tokens", "Texts with special tokens in them are wrong."),
+    "more steps": ("longer texts", "The first steps are right, and further ones are wrong."),
+    "long texts": ("longer texts", "Long texts are wrong, and short ones are not."),
+    "past a window": ("longer texts", "Texts longer than a window are wrong, and short ones are not."),
+}
 
 
-def _harmless(case: Case, pattern: Pattern) -> Finding:
+def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
+    """One finding for each kind of use that is wrong. An edit leaves several tokens to compute: if these are wrong
+    without an edit, too, it says nothing more."""
+    names = {probe.name for probe in wrong}
+    found: dict[str, Finding] = {}
+    for probe in wrong:
+        if probe.name == "edits" and "several new tokens at once" in names:
+            continue
+        name, text = _OF_PROBES[probe.name]
+        far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
+        found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))
+    return list(found.values())
+
+
+def _harmless(pattern: Pattern, judged: Judgement) -> Finding:
     """Why a wrong pattern does no harm on this model."""
-    return Finding("harmless here", pattern.harmless, "its logits are no further from the exact ones than rounding")
+    evidence = "the same bits" if judged.exact else "no further from uncached decoding than rounding"
+    return Finding("harmless here", pattern.harmless, f"its logits: {evidence}")

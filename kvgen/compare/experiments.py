@@ -5,8 +5,10 @@ Each takes a trial and returns a finding if its explanation survives. None looks
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +17,12 @@ from torch import Tensor, nn
 from kvgen.compare.case import CALL_ERRORS, Case
 from kvgen.compare.patterns import Pattern
 from kvgen.contract import Backend, Model
-from kvgen.rounding import rms
+from kvgen.rounding import distance, size
 
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_FOREIGN = 8
 _MOST_INFLUENCES = 24
-_COARSE = 2**-5  # of the size of the logits: lower precision leaves less, structural faults ten times as much
+_VANISHED, _STAYED = 1 / 50, 1 / 4  # of a difference
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Trial:
     length: int
     wrong: Tensor
 
-    def is_like(self, logits: Tensor) -> bool:
-        return self.case.noise.same(self.wrong, logits)
+    def is_like(self, logits: Tensor, ids: Tensor) -> bool:
+        """Whether the pattern returned what is expected of a text, (1, n), but for rounding."""
+        return self.case.same(self.wrong, logits, ids)
 
     def run(self, ids: Tensor) -> Tensor:
         """What the pattern returns after `ids`, (1, length), handed over as the text was: (vocab,)."""
@@ -56,6 +59,18 @@ class Trial:
     def ids(self) -> Tensor:
         return self.case.ids[:, : self.length]
 
+    @cached_property
+    def places(self) -> bool:
+        """Whether positions can be chosen, and the right ones give the right logits: else they explain nothing."""
+        right = torch.arange(self.length, device=self.ids.device)
+        return self.case.same(self.placed(right), self.case.alone(self.ids), self.ids)
+
+    def placed(self, positions: Tensor) -> Tensor:
+        """The right cache after all but the newest token, and the newest with the given positions: (vocab,)."""
+        _, cache = self.case.backend(self.ids[:, :-1], None)
+        logits, _ = self.case.backend.placed(self.ids, cache, positions)
+        return logits[0, -1].cpu()
+
 
 def attempt(experiment: Callable[[Trial], Finding | None], trial: Trial) -> Finding | None:
     try:
@@ -66,13 +81,18 @@ def attempt(experiment: Callable[[Trial], Finding | None], trial: Trial) -> Find
 
 def _not_deterministic(trial: Trial) -> Finding | None:
     again = trial.run(trial.ids)
-    if trial.is_like(again):
+    if trial.is_like(again, trial.ids):
         return None
     return nondeterministic(trial.case.backend, float((again - trial.wrong).abs().max()))
 
 
+def _is_of_text(trial: Trial, ids: Tensor) -> bool:
+    """Whether the pattern returned what belongs to another text, (1, n)."""
+    return trial.is_like(trial.case.alone(ids), ids)
+
+
 def _context_lost(trial: Trial) -> Finding | None:
-    if not trial.is_like(trial.case.alone(trial.ids[:, -1:])):
+    if not _is_of_text(trial, trial.ids[:, -1:]):
         return None
     return Finding(
         "context lost",
@@ -83,7 +103,7 @@ def _context_lost(trial: Trial) -> Finding | None:
 
 def _newest_missing(trial: Trial) -> Finding | None:
     for missing in range(1, min(4, trial.length)):
-        if trial.is_like(trial.case.alone(trial.ids[:, :-missing])):
+        if _is_of_text(trial, trial.ids[:, :-missing]):
             return Finding(
                 "stale context",
                 "The context is stale: the newest tokens are not in it.",
@@ -94,7 +114,7 @@ def _newest_missing(trial: Trial) -> Finding | None:
 
 def _short_context(trial: Trial) -> Finding | None:
     for kept in range(2, trial.length):
-        if trial.is_like(trial.case.alone(trial.ids[:, -kept:])):
+        if _is_of_text(trial, trial.ids[:, -kept:]):
             return Finding(
                 "short context",
                 f"The context is short: only the last {kept} tokens count.",
@@ -106,7 +126,7 @@ def _short_context(trial: Trial) -> Finding | None:
 def _offset_lost(trial: Trial) -> Finding | None:
     positions = torch.arange(trial.length, device=trial.ids.device)
     positions[-1] = 0
-    if not trial.is_like(_placed(trial, positions)):
+    if not (trial.places and trial.is_like(trial.placed(positions), trial.ids)):
         return None
     return Finding(
         "offset lost",
@@ -118,9 +138,12 @@ def _offset_lost(trial: Trial) -> Finding | None:
 def _order_lost(trial: Trial) -> Finding | None:
     positions = torch.arange(trial.length, device=trial.ids.device)
     positions[-1] = 0
-    all_at_zero = _placed(trial, torch.zeros_like(positions))
+    if not trial.places:
+        return None
+    all_at_zero = trial.placed(torch.zeros_like(positions))
     # Where cached keys keep their positions, the experiment cannot tell this from a lost offset.
-    if trial.is_like(all_at_zero) and not trial.case.noise.same(all_at_zero, _placed(trial, positions)):
+    same_as_lost = trial.case.same(all_at_zero, trial.placed(positions), trial.ids)
+    if trial.is_like(all_at_zero, trial.ids) and not same_as_lost:
         return Finding(
             "order lost",
             "The order is lost: all keys, cached and new, share one position.",
@@ -133,8 +156,8 @@ def _order_ignored(trial: Trial) -> Finding | None:
     if trial.length < 4:
         return None
     shuffled = torch.cat((trial.ids[:, :-1].flip(1), trial.ids[:, -1:]), dim=1)
-    reference_moves = not trial.case.noise.same(trial.case.alone(shuffled), trial.case.alone(trial.ids))
-    if reference_moves and trial.is_like(trial.run(shuffled)):
+    reference_moves = not trial.case.same(trial.case.alone(shuffled), trial.case.alone(trial.ids), trial.ids)
+    if reference_moves and trial.is_like(trial.run(shuffled), shuffled):
         return Finding(
             "order lost",
             "The order is lost: all cached keys share one position.",
@@ -147,20 +170,13 @@ def _offset_wrong(trial: Trial) -> Finding | None:
     for offset in _OFFSETS:
         positions = torch.arange(trial.length, device=trial.ids.device)
         positions[-1] = max(0, int(positions[-1]) + offset)
-        if trial.is_like(_placed(trial, positions)):
+        if trial.places and trial.is_like(trial.placed(positions), trial.ids):
             return Finding(
                 "offset wrong",
                 f"The position offset is wrong: the new token is computed {offset:+d} position(s) from its own.",
                 f"the logits are those of the right cache with the newest token moved by {offset:+d}",
             )
     return None
-
-
-def _placed(trial: Trial, positions: Tensor) -> Tensor:
-    """The right cache after all but the newest token, and the newest with the given positions: (vocab,)."""
-    _, cache = trial.case.backend(trial.ids[:, :-1], None)
-    logits, _ = trial.case.backend.placed(trial.ids, cache, positions)
-    return logits[0, -1].cpu()
 
 
 def _without_influence(trial: Trial) -> Finding | None:
@@ -173,10 +189,11 @@ def _without_influence(trial: Trial) -> Finding | None:
         changed[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
         if torch.equal(changed, trial.ids):
             continue
-        if not trial.is_like(trial.run(changed)):
+        if not trial.is_like(trial.run(changed), changed):
             continue
         expected = trial.case.alone(changed)
-        if not trial.is_like(expected) and not trial.case.noise.same(expected, trial.case.alone(trial.ids)):
+        moves = not trial.case.same(expected, trial.case.alone(trial.ids), changed)
+        if moves and not trial.is_like(expected, changed):
             unnoticed.append(position)
     if not unnoticed:
         return None
@@ -189,22 +206,10 @@ def _without_influence(trial: Trial) -> Finding | None:
     )
 
 
-def _lower_precision(trial: Trial) -> Finding | None:
-    size = float(rms(trial.case.reference).max())
-    distance = float(rms(trial.wrong.double() - trial.case.alone(trial.ids).double())) / size
-    if distance > _COARSE:
-        return None
-    return Finding(
-        "precision",
-        "The difference is small and looks like lower precision: a cache or a sum in fewer bits than the rest.",
-        f"it is {distance:.1e} of the size of the logits, and no token's influence is missing",
-    )
-
-
 def _foreign_tokens(trial: Trial) -> Finding | None:
     for count in range(1, _MOST_FOREIGN + 1):
         padded = torch.cat((trial.ids.new_zeros(1, count), trial.ids), dim=1)
-        if trial.is_like(trial.case.alone(padded)):
+        if _is_of_text(trial, padded):
             return Finding(
                 "padding read",
                 "Padding is read as text: tokens that do not belong to the text stand in front of it.",
@@ -213,23 +218,33 @@ def _foreign_tokens(trial: Trial) -> Finding | None:
     return None
 
 
-def _lookup_or_values(trial: Trial) -> Finding | None:
-    """On a text of one token repeated, every key is like every other: faults of looking up keys vanish."""
-    token = trial.ids[:, -1:]
-    constant = token.expand(1, trial.length)
-    actual, expected = trial.run(constant), trial.case.alone(constant)
-    if trial.case.noise.same(actual, expected):
+def lookup_or_values(trial: Trial) -> Finding | None:
+    """On a text of one token repeated, every key is like every other: faults of looking up keys vanish.
+
+    Not to the last bit, where rounding depends on the order of sums; so what is left is held against what was there.
+    """
+    constant = trial.ids[:, -1:].expand(1, trial.length)
+    before = _relative(trial.wrong, trial.case.alone(trial.ids))
+    left = _relative(trial.run(constant), trial.case.alone(constant))
+    if left < _VANISHED * before:
         return Finding(
             "lookup wrong",
-            "The cached values are right but are looked up wrongly: tokens get wrong positions, or some of them are "
-            "not seen by one layer or head.",
+            "What is looked up is wrong, not what is stored: tokens have wrong positions, keys are inexact, or some "
+            "are not seen.",
             "on a text of one token repeated, where it does not matter which key is found, the difference vanishes",
         )
+    if left < _STAYED * before:
+        return None
     return Finding(
         "values wrong",
-        "What is cached is not what was computed: keys or values are mixed up between heads, layers or rows.",
+        "What is read from the cache is wrong: values are mixed up, changed or inexact, whichever key is found.",
         "the difference stays on a text of one token repeated, where it does not matter which key is found",
     )
+
+
+def _relative(logits: Tensor, expected: Tensor) -> float:
+    """How far logits are from expected ones, (vocab,), as a part of their size."""
+    return distance(logits, expected) / max(size(expected), sys.float_info.min)
 
 
 def _token_by_token(trial: Trial) -> Finding | None:
@@ -245,8 +260,8 @@ def _token_by_token(trial: Trial) -> Finding | None:
         return None
     return Finding(
         "beyond a length",
-        f"Only texts of {first} positions and more are wrong: a window, a buffer or a limit ends there.",
-        f"fed token by token, from 1 token on and from 3, the pattern is right up to {first - 1} positions",
+        f"Texts are right up to {first - 1} positions and wrong from there on.",
+        "that is so fed token by token, from 1 token on and from 3",
     )
 
 
@@ -256,7 +271,7 @@ def _first_tokens_missing(trial: Trial) -> Finding | None:
     for length in range(1, trial.length + 1):
         logits, cache = trial.call(trial.ids[:, :length], cache)
     for missing in range(1, min(4, trial.length)):
-        if trial.case.noise.same(logits[0, -1], trial.case.alone(trial.ids[:, missing:])):
+        if trial.case.same(logits[0, -1], trial.case.alone(trial.ids[:, missing:]), trial.ids[:, missing:]):
             return Finding(
                 "short context",
                 f"The context is short: the first {missing} token(s) of the text are not in the cache.",
@@ -270,18 +285,24 @@ def _first_wrong_length(trial: Trial, begin: int) -> int | None:
     cache: Any = None
     for length in range(begin, trial.case.ids.shape[1] + 1):
         logits, cache = trial.call(trial.case.ids[:, :length], cache)
-        if not trial.case.noise.same(logits[0, -1], trial.case.alone(trial.case.ids[:, :length])):
+        text = trial.case.ids[:, :length]
+        if not trial.case.same(logits[0, -1], trial.case.alone(text), text):
             return length
     return None
 
 
 def nondeterministic(backend: Backend, difference: float) -> Finding:
     training = [] if backend.module is None else _in_training_mode(backend.module)
+    why = (
+        "dropout or stochastic depth is on. Put it in evaluation mode: model.eval()."
+        if training
+        else "a race, memory that was never written, or chance."
+    )
     names = f"; in training mode: {', '.join(training[:5])}" if training else ""
     return Finding(
         "not deterministic",
-        "The model is not deterministic: dropout or stochastic depth is on. Put it in evaluation mode: model.eval().",
-        f"two equal calls differ by {difference:.2g}{names}",
+        f"The model is not deterministic: {why}",
+        f"two equal runs differ by {difference:.2g}{names}",
     )
 
 
@@ -306,6 +327,3 @@ EXPERIMENTS: tuple[Callable[[Trial], Finding | None], ...] = (
     _offset_wrong,
     _without_influence,
 )
-
-LAST_RESORTS = (_lower_precision, _lookup_or_values)
-"""For where nothing else is found."""

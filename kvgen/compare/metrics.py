@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +13,7 @@ from torch import Tensor
 class Gap:
     """How far a candidate's logits are from the reference's, over the steps of one text.
 
-    per_step: the largest |difference| of a logit at each step.
+    per_step: the largest |difference| of a logit at each step; infinite where one has no number.
     kl: KL(reference || candidate) in nats, mean over steps. top1: share of steps with the same most likely token.
     nll_change: candidate's mean negative log-likelihood of the text, minus the reference's, in nats.
     """
@@ -27,17 +29,28 @@ class Gap:
 
 def gap(reference: Tensor, candidate: Tensor, targets: Tensor) -> Gap:
     """Compare logits of shape (steps, vocab). targets: the tokens that the text goes on with, (steps,) int64."""
-    difference = (candidate.double() - reference.double()).abs()
-    expected, actual = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
-    kl = (expected.exp() * (expected - actual)).sum(-1).clamp(min=0)
-    at = targets[:, None]
-    per_step = difference.amax(-1)
+    steps = [_of_step(*step) for step in zip(reference, candidate, targets.tolist(), strict=True)]
+    largest, mean, kl, top1, nll = zip(*steps, strict=True)
     return Gap(
-        per_step=tuple(per_step.tolist()),
-        max_abs=float(per_step.max()),
-        mean_abs=float(difference.mean()),
-        kl=float(kl.mean()),
-        max_kl=float(kl.max()),
-        top1=float((reference.argmax(-1) == candidate.argmax(-1)).double().mean()),
-        nll_change=float((expected.gather(-1, at) - actual.gather(-1, at)).mean()),
+        per_step=largest,
+        max_abs=max(largest),
+        mean_abs=sum(mean) / len(steps),
+        kl=sum(kl) / len(steps),
+        max_kl=max(kl),
+        top1=sum(top1) / len(steps),
+        nll_change=sum(nll) / len(steps),
     )
+
+
+def _of_step(reference: Tensor, candidate: Tensor, target: int) -> tuple[float, float, float, bool, float]:
+    """Of logits of one step, (vocab,): largest and mean |difference|, KL, whether the best agree, change of NLL."""
+    if torch.equal(reference, candidate):
+        return 0.0, 0.0, 0.0, True, 0.0
+    difference = torch.where(reference == candidate, 0.0, candidate.double() - reference.double()).abs()
+    if difference.isnan().any():
+        return math.inf, math.inf, math.inf, False, math.inf
+    expected, actual = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
+    kl = torch.where(expected == -math.inf, 0.0, expected.exp() * (expected - actual)).sum().clamp(min=0)
+    same_best = bool(reference.argmax() == candidate.argmax())
+    change = 0.0 if expected[target] == actual[target] else float(expected[target] - actual[target])
+    return float(difference.max()), float(difference.mean()), float(kl), same_best, change

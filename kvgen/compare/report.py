@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -19,12 +20,9 @@ def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
         "text_ids": list(comparison.ids[comparison.start :]),
         "text": tokenizer.decode(comparison.ids[comparison.start :]),
         "acceptable": comparison.acceptable,
-        "noise": {
-            "floor": comparison.noise.floor,
-            "worst": comparison.noise.worst,
-            "measured_by": comparison.noise.how,
-        },
-        "oracle_max_abs": comparison.oracle_gap,
+        "noise_floor": comparison.floor,
+        "reference_max_abs": comparison.reference_gap,
+        "not_looked_at": comparison.unseen,
         "patterns": [_row_as_data(row, reference, comparison, tokenizer) for row in comparison.rows],
     }
 
@@ -36,9 +34,9 @@ def speedup(row: Row, reference: Row) -> float | None:
 
 def _split(row: Row, tokenizer: Tokenizer) -> int | None:
     """How many characters of the completion come before the first token that differs; None if none does."""
-    if row.free is None or row.first_difference is None:
+    if row.tokens is None or row.first_difference is None:
         return None
-    return len(tokenizer.decode(row.free.tokens[: row.first_difference]))
+    return len(tokenizer.decode(row.tokens[: row.first_difference]))
 
 
 def _row_as_data(row: Row, reference: Row, comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -47,17 +45,32 @@ def _row_as_data(row: Row, reference: Row, comparison: Comparison, tokenizer: To
         "what": row.pattern.summary,
         "verdict": row.verdict.value,
         "reason": row.reason,
-        "noise_floors": row.ratio,
-        "logits": None if row.gap is None else asdict(row.gap),
-        "tokens": None if row.free is None else list(row.free.tokens),
-        "completion": None if row.free is None else tokenizer.decode(row.free.tokens),
+        "exact": row.exact,
+        "noise_floors": _number(row.ratio),
+        "logits": None if row.gap is None else _numbers(asdict(row.gap)),
+        "tokens": None if row.tokens is None else list(row.tokens),
+        "completion": None if row.tokens is None else tokenizer.decode(row.tokens),
         "tokens_verdict": None if row.tokens_verdict is None else row.tokens_verdict.value,
         "first_difference": row.first_difference,
         "split": _split(row, tokenizer),
         "positions_computed": row.computed,
         "tokens_per_second": comparison.steps / row.seconds if row.seconds else None,
         "speedup": speedup(row, reference),
-        "probes": [asdict(probe) | {"wrong": probe.wrong} for probe in row.probes],
+        "probes": [_numbers(asdict(probe)) for probe in row.probes],
         "findings": [asdict(finding) for finding in row.findings],
         "write_instead": row.pattern.advice,
     }
+
+
+def _number(value: float | None) -> float | None:
+    """A number as JSON has it: an infinite one is null."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    def of(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [of(one) for one in value]
+        return _number(value) if isinstance(value, float) else value
+
+    return {name: of(value) for name, value in data.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,41 +19,51 @@ _GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
-class Forced:
-    """A pattern fed a text token by token.
+class Run:
+    """A pattern on a text, one token a step.
 
-    logits: after each step, (steps, vocab) on the CPU. seconds: for all steps.
+    tokens: that the text goes on with. logits: after each step, (steps, vocab) on the CPU. seconds: for all steps.
     computed: positions computed; None if the cache does not say.
     """
 
+    tokens: tuple[int, ...]
     logits: Tensor
     seconds: float
     computed: int | None
 
 
-@dataclass(frozen=True)
-class Free:
-    """What a pattern decodes by itself: the tokens, and how far the top two were apart at each step."""
+def run_forced(model: Model, ids: Tensor, start: int, lengths: Sequence[int] | None = None) -> Run:
+    """Feed `ids`, (1, n), to a pattern: the first `start` positions at once, then one more on each step.
 
-    tokens: tuple[int, ...]
-    margins: tuple[float, ...]
-
-
-def run_forced(model: Model, ids: Tensor, start: int, *, use_cache: bool = True) -> Forced:
-    """Feed `ids`, (1, n), to a pattern: the first `start` positions at once, then one more on each step."""
+    lengths: how many positions to hand over on each call, if other ones.
+    """
     rows, cache = [], None
     computed: int | None = 0
     began = time.perf_counter()
-    for length in range(start, ids.shape[1]):
+    for length in range(start, ids.shape[1]) if lengths is None else lengths:
         logits, cache = model(ids[:, :length], cache)
         rows.append(logits[0, -1].cpu())
-        new = getattr(cache, "computed", None) if use_cache else length
+        new = getattr(cache, "computed", None)
         computed = None if computed is None or new is None else computed + new
-    return Forced(torch.stack(rows), time.perf_counter() - began, computed)
+    return Run(tuple(ids[0, start:].tolist()), torch.stack(rows), time.perf_counter() - began, computed)
 
 
-def run_free(model: Model, prompt: Tensor, steps: int, eos_ids: frozenset[int]) -> Free:
-    """Let a pattern decode greedily from `prompt`, (1, n)."""
-    found = decode(model, prompt, make_sampler(_GREEDY), Limits(steps, eos_ids), top_logprobs=2)
-    taken = [(step.token, step.top_logprobs[0][1] - step.top_logprobs[1][1]) for step in found]
-    return Free(tuple(token for token, _ in taken), tuple(margin for _, margin in taken))
+def run_free(model: Model, prompt: Tensor, steps: int) -> Run:
+    """Let a pattern decode greedily from `prompt`, (1, n). It goes on behind tokens that end a text.
+
+    Raises ModelError for logits that are not numbers.
+    """
+    rows: list[Tensor] = []
+    computed: int | None = 0
+
+    def recorded(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
+        nonlocal computed
+        logits, cache = model(ids, cache)
+        rows.append(logits[0, -1].cpu())
+        new = getattr(cache, "computed", None)
+        computed = None if computed is None or new is None else computed + new
+        return logits, cache
+
+    began = time.perf_counter()
+    tokens = tuple(step.token for step in decode(recorded, prompt, make_sampler(_GREEDY), Limits(steps)))
+    return Run(tokens, torch.stack(rows), time.perf_counter() - began, computed)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvgen.contract import Backend
 from kvgen.errors import CacheError
-from kvgen.rounding import LIMIT, rms, typical_floor
+from kvgen.rounding import LIMIT, distance, typical_floor
 
 
 class VerifiedBackend(Backend):
@@ -38,12 +39,14 @@ class VerifiedBackend(Backend):
         uncached, _ = self._inner(ids, None)
         if uncached[:, -1].isnan().any():
             return uncached, None  # the model's fault, not the cache's: the decoding loop says so
-        distance = float(rms(logits[:, -1] - uncached[:, -1]).max())
-        floor = typical_floor(uncached[:, -1], self.dtype)
-        if distance <= LIMIT * floor:
+        apart = max(distance(*pair) for pair in zip(logits[:, -1], uncached[:, -1], strict=True))
+        if apart == 0:
+            return logits, new_cache
+        floor = self._floor(ids, uncached[:, -1])
+        if apart <= LIMIT * floor:
             return logits, new_cache
         found = (
-            f"after {ids.shape[1]} positions cached logits differ from uncached ones by {distance:.2g} (RMS), where "
+            f"after {ids.shape[1]} positions cached logits differ from uncached ones by {apart:.2g} (RMS), where "
             f"rounding is about {floor:.1g}; `kvgen compare` shows why"
         )
         if self._on_wrong is None:
@@ -51,6 +54,15 @@ class VerifiedBackend(Backend):
         self._on_wrong(found)
         self._uncached_only = True
         return uncached, None
+
+    def _floor(self, ids: Tensor, uncached: Tensor) -> float:
+        """The noise floor of this very text: what a longer uncached pass over it changes in its logits, (B, vocab)."""
+        floor = typical_floor(uncached, self.dtype)
+        longest = self.context_length
+        if ids.shape[0] > 1 or (longest is not None and ids.shape[1] >= longest):
+            return floor
+        longer = self._inner.logits_at(torch.cat((ids, ids[:, :1]), dim=1), [ids.shape[1] - 1])
+        return floor if longer is None else max(floor, distance(longer[0], uncached[0]))
 
     def _is_due(self) -> bool:
         step, self._cached_steps = self._cached_steps, self._cached_steps + 1

@@ -135,8 +135,10 @@ class CachedModel(ABC):
         return self._logits(self._extend_one(Span(new, cache, start))[:, -1:]), cache
 
     @torch.inference_mode()
-    def all_logits(self, ids: Tensor) -> Tensor:
+    def all_logits(self, ids: Tensor, positions: Sequence[int] | None = None) -> Tensor:
         """Logits after every position of `ids`, (B, n) int64, in one parallel pass: (B, n, vocab).
+
+        positions: only after these; (B, len(positions), vocab).
 
         They are those of step-by-step decoding. So a text that grows out of LongRoPE's short length is passed over
         twice, for the positions that a short text rotates otherwise than a long one does.
@@ -146,7 +148,8 @@ class CachedModel(ABC):
         cuts = sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n})
         passes = [self._extend_one(Span(ids[:, :cut], self._checked(ids, None), start=0)) for cut in cuts]
         parts = [hidden[:, start:] for start, hidden in zip([0, *cuts], passes, strict=False)]
-        return self._logits(torch.cat(parts, dim=1))
+        hidden = torch.cat(parts, dim=1)
+        return self._logits(hidden if positions is None else hidden[:, list(positions)])
 
     def embed(self, spans: Sequence[Span], positions: Tensor) -> Tensor:
         """What the first block reads, (rows, dim). positions: as `positions_of` gives them.

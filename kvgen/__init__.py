@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvgen.errors import (
     CacheError,
     CheckpointError,
+    ContextError,
     KvgenError,
     ModelError,
     NotFoundError,
@@ -52,6 +53,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Constraint",
+    "ContextError",
     "Conversation",
     "DraftModel",
     "KVCache",

@@ -21,23 +21,27 @@ class Conversation:
     """Messages, and the cache of what has been computed of them.
 
     request: how answers are to be completed; its prompt does not matter.
+    prompt_tokens: of the conversation up to the last question.
     """
 
     loaded: Loaded
     request: Request
     messages: list[Message] = field(default_factory=list)
     cache: Any = None
+    prompt_tokens: int = 0
 
     def ask(self, text: str) -> Iterator[Chunk]:
         """Say something; the chunks of the answer. What has come of it is kept when the caller stops or is interrupted.
 
-        Raises UsageError for a conversation that the template refuses or that fills the context; it is then as before.
+        Raises UsageError for a conversation that the template refuses, ContextError for one that fills the context. It
+        is then as before.
         """
         before = len(self.messages)
         self.messages.append({"role": "user", "content": text})
         answer: Message = {"role": "assistant", "content": ""}
         try:
             prompt = self.loaded.tokenizer.encode_chat(self.messages)
+            self.prompt_tokens = len(prompt)
             request = replace(self.request, prompt=prompt)
             for chunk in complete(self.loaded, request, cache=self.cache, on_cache=self._keep):
                 answer["content"] += chunk.text

@@ -27,6 +27,10 @@ class UsageError(KvgenError):
     exit_code = 2
 
 
+class ContextError(UsageError):
+    """A prompt is longer than the context of the model."""
+
+
 class NotFoundError(KvgenError):
     """A reference leads to no files: no such path, name or hub repository, or no network to fetch it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import kvgen
 from kvgen import KvgenError, NotFoundError, Sampling, UsageError
+from kvgen.cli.markdown import MarkdownWriter
 from kvgen.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
@@ -144,7 +147,8 @@ def environment(smollm2_path: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
-    saved = tmp_path / "talk.json"
+    saved, other = tmp_path / "talk.json", tmp_path / "other.json"
+    other.write_text("mine")
     code, shown = run_on_terminal(
         *("chat", "-t", "0", "-n", "40"),
         script=[
@@ -161,9 +165,19 @@ def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) ->
             ("computed", ""),
             (READY, f"/save {saved}\r"),
             ("saved: 2 messages", ""),
+            (READY, f"/save {saved}\r"),  # its own file
+            ("saved: 2 messages", ""),
+            (READY, f"/save {other}\r"),
+            ("overwrite it?", "n\r"),
+            ("not saved", ""),
             (READY, "/nonsense\r"),
             ("no command /nonsense", ""),
-            (READY, "/quit\r"),
+            ("//nonsense", ""),
+            (READY, "//bin is a folder. Say hi\r"),
+            ("computed", ""),
+            (READY, f"/save {saved}\r"),
+            ("saved: 4 messages", ""),
+            (READY, "/exit\r"),
         ],
         environment=environment,
     )
@@ -171,8 +185,9 @@ def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) ->
     assert "The capital of Japan is Tokyo." in shown
     assert "Traceback" not in shown
     messages = json.loads(saved.read_text())["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant"]
-    assert messages[0]["content"] == "Say hi"
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["Say hi", "/bin is a folder. Say hi"]
+    assert other.read_text() == "mine"
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], tmp_path: Path) -> None:
@@ -184,6 +199,56 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], t
     assert code == 0
     assert "what has come is part of the conversation" in shown
     assert "Traceback" not in shown
+
+
+def test_answers_end_where_the_model_ends_them(smollm2_path: Path) -> None:
+    assert "[default: -1]" in " ".join(run("chat", "--help").stdout.split())
+    found = run("chat", "-p", "Count.", "-t", "0", "--regex", "(1 ){300}")
+    assert (found.stdout, found.stderr) == ("1 " * 300 + "\n", "")
+
+
+def test_what_was_dropped_or_cut_off_is_said(smollm2_path: Path) -> None:
+    command = ["chat", "-p", "Tell me a long story.", "-t", "0"]
+    assert "(cut off by --max-tokens: 1 token)" in run(*command, "-n", "1").stderr
+    dropped = "the middle of the conversation was dropped"
+    assert dropped not in run(*command, "-n", "4", "--max-context", "60").stderr
+    assert dropped in run(*command, "-n", "40", "--max-context", "60").stderr
+    assert dropped in run(*command, "-n", "1", "--max-context", "20").stderr
+
+
+def test_a_full_context_says_how_to_make_room(environment: dict[str, str]) -> None:
+    _, shown = run_on_terminal(
+        "chat", script=[(READY, "word " * 9000 + "\r"), ("included", ""), (READY, "/quit\r")], environment=environment
+    )
+    assert "/undo takes back the last question, /reset forgets" in " ".join(shown.split())
+
+
+def screen(output: str, height: int) -> list[str]:
+    """All lines that a terminal has shown, those that have scrolled off too. It knows what Rich sends."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\n|\r|[^\x1b\n\r]+", output):
+        if part == "\n":
+            row += 1
+            if row == len(lines):
+                lines.append("")
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row = max(row - int(part[2:-1]), len(lines) - height, 0)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif not part.startswith(("\x1b", "\r")):
+            lines[row] += part
+    return [line.rstrip() for line in lines]
+
+
+def test_formatted_text_that_grows_leaves_each_line_once() -> None:
+    items = [f"item number {n}" for n in range(1, 41)]
+    text = "# Title\n\nOne paragraph.\n\n" + "".join(f"- {item}\n" for item in items) + "\n```\ncode\n```\n\nThe *end*."
+    written = io.StringIO()
+    with MarkdownWriter(Console(file=written, force_terminal=True, width=40, height=15)) as writer:
+        for start in range(0, len(text), 5):
+            writer.write(text[start : start + 5])
+    lines = [line.strip(" \u2022") for line in screen(written.getvalue(), 15) if line]
+    assert lines == ["Title", "One paragraph.", *items, "code", "The end."]
 
 
 def test_markdown_is_shown_formatted_and_links_are_not_hidden(environment: dict[str, str], tmp_path: Path) -> None:

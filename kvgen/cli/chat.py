@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.live import Live
-from rich.markdown import Markdown
+import typer
 from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.groups import takes_groups
+from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import with_piped_text
 from kvgen.cli.render import TextWriter, notes, print_note, terminal
-from kvgen.cli.stats import Meter, format_count
-from kvgen.errors import KvgenError, UsageError
+from kvgen.cli.stats import Meter, format_count, format_tokens
+from kvgen.errors import ContextError, KvgenError, UsageError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
     from kvgen import Chunk, Conversation
 
+_MAKE_ROOM = "/undo takes back the last question, /reset forgets the conversation"
 _COMMANDS = {
     "/reset": "forget the conversation, but not the system message",
     "/undo": "take back the last question and its answer",
     "/edit": "change the last question, and ask it again",
     "/system": "/system TEXT sets the system message; without TEXT, takes it away",
-    "/save": "/save FILE writes the conversation",
+    "/save": "/save FILE writes the conversation; it asks before it overwrites",
     "/load": "/load FILE goes on with one that was saved",
     "/stats": "positions reused and computed after each answer: on or off",
     "/help": "this list",
-    "/quit": "leave; so does Ctrl-D",
+    "/quit": "leave; so do /exit and Ctrl-D",
+    "//": "//TEXT asks a text that begins with /",
 }
 
 
-@takes_groups()
+@takes_groups(max_tokens=options.NO_LIMIT)
 def chat(
     *,
     prompt: Annotated[str | None, Option("--prompt", "-p", help="Ask this alone, and leave.")] = None,
@@ -92,6 +95,7 @@ class Talk:
     def __init__(self, conversation: Conversation, *, markdown: bool, stats: bool, quiet: bool) -> None:
         """stats: after each answer. quiet: say nothing but answers, errors and what a command asks for."""
         self._conversation, self._markdown, self._stats, self._quiet = conversation, markdown, stats, quiet
+        self._file: Path | None = None  # that holds this conversation
 
     def run(self) -> None:
         """Until /quit or the end of input."""
@@ -107,15 +111,17 @@ class Talk:
             except EOFError:
                 return
             typed = ""
+            if line in ("/quit", "/exit"):
+                return
             try:
-                if line.startswith("/"):
-                    if line == "/quit":
-                        return
+                if line.startswith("/") and not line.startswith("//"):
                     typed = self._command(*line.partition(" ")[::2])
                 elif line:
-                    self.answer(line)
+                    self.answer(line.removeprefix("/"))
             except KeyboardInterrupt:
                 print_note("stopped; what has come is part of the conversation")
+            except ContextError as error:
+                print_note(f"{error}: {_MAKE_ROOM}", "red")
             except KvgenError as error:
                 print_note(str(error), "red")
 
@@ -123,21 +129,26 @@ class Talk:
         """Ask, and show the answer as it comes."""
         meter = Meter()
         chunks = _metered(self._conversation.ask(question), meter)
-        if self._markdown:
-            _write_markdown(chunks)
-        else:
-            with TextWriter(raw=False) as writer:
-                for chunk in chunks:
-                    writer.write(chunk.text)
-        if self._quiet:
-            return
-        if meter.last.finish_reason in ("length", "context"):
-            print_note(f"(cut off: {meter.last.finish_reason})")
+        with MarkdownWriter(terminal(sys.stdout)) if self._markdown else TextWriter(raw=False) as writer:
+            for chunk in chunks:
+                writer.write(chunk.text)
+        if not self._quiet:
+            self._tell(meter)
+
+    def _tell(self, meter: Meter) -> None:
+        """Say what became of an answer, where that is not plain to see."""
+        lengths = [self._conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
+        if any(after < before for before, after in pairwise(lengths)):
+            print_note("(--max-context: the middle of the conversation was dropped for this answer)")
+        if meter.last.finish_reason == "length":
+            print_note(f"(cut off by --max-tokens: {format_tokens(len(meter.chunks))})")
+        elif meter.last.finish_reason == "context":
+            print_note(f"(cut off: the model's context is full; {_MAKE_ROOM})")
         if self._stats:
             step = meter.chunks[0].step
             print_note(
                 f"{step.positions} positions of conversation: {format_count(step.reused)} reused, "
-                f"{format_count(step.computed)} computed | {len(meter.chunks)} tokens, "
+                f"{format_count(step.computed)} computed | {format_tokens(len(meter.chunks))}, "
                 f"first after {meter.prefill_seconds:.2f} s"
             )
 
@@ -158,10 +169,11 @@ class Talk:
         elif name == "/system":
             conversation.system = rest
         elif name == "/save":
-            conversation.save(Path(rest).expanduser())
-            print_note(f"saved: {len(conversation.messages)} messages")
+            self._save(Path(rest).expanduser())
         elif name == "/load":
-            conversation.load(Path(rest).expanduser())
+            file = Path(rest).expanduser()
+            conversation.load(file)
+            self._file = file
             print_note(f"loaded: {len(conversation.messages)} messages")
         elif name == "/stats":
             self._stats = not self._stats
@@ -170,8 +182,25 @@ class Talk:
             for command, meaning in _COMMANDS.items():
                 print_note(f"{command:<8} {meaning}")
         else:
-            raise UsageError(f"no command {name}; /help lists them")
+            raise UsageError(f"no command {name}: /help lists them, and /{name} asks a text that begins so")
         return ""
+
+    def _save(self, file: Path) -> None:
+        """Write the conversation; over another file only if that is wanted."""
+        if file.exists() and file != self._file and not _confirmed(f"{file} is there: overwrite it?"):
+            print_note("not saved")
+            return
+        self._conversation.save(file)
+        self._file = file
+        print_note(f"saved: {len(self._conversation.messages)} messages")
+
+
+def _confirmed(question: str) -> bool:
+    """Whether the answer is yes; it is no if there is none."""
+    try:
+        return typer.confirm(escape_controls(question), err=True)
+    except typer.Abort:
+        return False
 
 
 def _session() -> PromptSession[str]:
@@ -194,13 +223,3 @@ def _metered(chunks: Iterator[Chunk], meter: Meter) -> Iterator[Chunk]:
     for chunk in chunks:
         meter.add(chunk, began)
         yield chunk
-
-
-def _write_markdown(chunks: Iterator[Chunk]) -> None:
-    """Formatted anew with each chunk. Links are shown as text: a terminal would hide where they lead."""
-    text = ""
-    show: Callable[[], Markdown] = lambda: Markdown(escape_controls(text), hyperlinks=False)  # noqa: E731
-    with Live(console=terminal(sys.stdout), auto_refresh=False, vertical_overflow="visible") as live:
-        for chunk in chunks:
-            text += chunk.text
-            live.update(show(), refresh=True)

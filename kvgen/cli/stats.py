@@ -132,3 +132,7 @@ def _rate(rate: float | None) -> str:
 
 def format_count(count: int | None) -> str:
     return "unknown" if count is None else str(count)
+
+
+def format_tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"

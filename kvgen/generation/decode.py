@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvgen.contract import Backend, Model
-from kvgen.errors import ModelError, UsageError
+from kvgen.errors import ContextError, ModelError, UsageError
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.sampling import Sampler
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST
@@ -267,11 +267,11 @@ def check_judge(model: Model, use_cache: bool) -> Backend:
 
 
 def check_prompt(length: int, limits: Limits) -> None:
-    """Raises UsageError for a prompt of so many tokens that is empty or fills the context."""
+    """Raises UsageError for a prompt of so many tokens that is empty, ContextError for one that fills the context."""
     if length == 0:
         raise UsageError("the prompt is empty")
     if limits.end_of_context is not None and length >= limits.end_of_context:
-        raise UsageError(
+        raise ContextError(
             f"the prompt has {length} tokens, but the model's context has room for {limits.end_of_context}, "
             "completion included"
         )

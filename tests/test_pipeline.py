@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -374,21 +375,30 @@ def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
         os.sched_yield()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
     tiny: list[str], tmp_path: Path, kills: int
 ) -> None:
-    count = 40 * kills
+    count = 400 + 100 * kills
     rows, out = write_rows(tmp_path / "rows", count), tmp_path / "out"
     command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--max-batch", "4"]
-    moments = sorted(random.Random(0).sample(range(1, count - 40), kills))
-    for moment in moments:
+    chance, killed = random.Random(0), 0
+    for number in range(kills):
         process = started(command)
-        lines_in(out, moment, process)
+        if number % 2:  # at any time, while it starts too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, 2))
+        else:  # while it writes
+            there = out.read_bytes().count(b"\n") if out.exists() else 0
+            lines_in(out, there + chance.randint(1, 50), process)
         process.kill()
         process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed == kills
     assert run(*command).returncode == 0
-    assert [value["id"] for value in results_of(out.read_text())] == [f"row {n}" for n in range(count)]
+    values = results_of(out.read_text())
+    assert [value["id"] for value in values] == [f"row {n}" for n in range(count)]
+    assert out.read_text() == run(*tiny, str(rows), "--seed", "1").stdout
 
 
 def test_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny: list[str], tmp_path: Path) -> None:

@@ -322,6 +322,18 @@ def test_reading_ahead_ends_and_raises() -> None:
     assert [item for item in taken if item is not None] == [1, 2]
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_reading_ends_with_the_run_that_it_was_for(small: dict[str, Loaded], most: int) -> None:
+    before = set(threading.enumerate())
+    requests = (Request([3, 4], GREEDY, 3) for _ in range(10**9))
+    run = Batch(small["llama"], max_rows=most).run(requests)
+    next(run)
+    (reader,) = set(threading.enumerate()) - before
+    run.close()
+    reader.join(60)
+    assert not reader.is_alive()
+
+
 def test_the_batched_pattern_is_equivalent_on_the_default_model(smollm2: Loaded) -> None:
     from kvgen.compare.comparison import compare
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -19,6 +22,7 @@ import kvgen
 from kvgen import CheckpointError, UnsupportedError, UsageError
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.tokenizer import Tokenizer, read_tokenizer
+from kvgen.tokenizer.lookalikes import encode_with
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tests.conftest import CORPUS
 
@@ -43,6 +47,27 @@ def test_any_text_encodes_like_transformers(smollm2, smollm2_reference, text: st
 def test_byte_level_text_survives_the_round_trip(tiny_tokenizer, text: str) -> None:
     tokenizer = Tokenizer(tiny_tokenizer, frozenset())
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_thread_does_not_turn_the_switch_of_special_tokens_under_another_one() -> None:
+    class Slow:
+        """As the library's tokenizers, it looks at its switch while it encodes; and there is another thread by then."""
+
+        encode_special_tokens = False
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> tuple[str, bool]:
+            if text == "first":
+                other.start()
+                other.join(0.2)
+            return text, self.encode_special_tokens
+
+    backend: Any = Slow()
+    found: list[Any] = []
+    encode = partial(encode_with, backend, policy=False)
+    other = threading.Thread(target=lambda: found.append(encode("second", parse_special=False)))
+    found.append(encode("first", parse_special=True))
+    other.join()
+    assert sorted(found) == [("first", False), ("second", True)]
 
 
 def test_text_that_looks_like_a_special_token_is_text_unless_asked(smollm2) -> None:

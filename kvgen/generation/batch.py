@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -39,7 +40,7 @@ class Ahead(Generic[T]):
 
     def __init__(self, items: Iterable[T], most: int) -> None:
         """most: how many items to read ahead."""
-        self.ended = False
+        self.ended, self._closed = False, False
         self._read: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)
         threading.Thread(target=self._fill, args=(items,), daemon=True).start()
 
@@ -54,10 +55,19 @@ class Ahead(Generic[T]):
             raise error
         return item
 
+    def close(self) -> None:
+        """Read no further. A thread that waits for items to be taken ends, one that waits for input after that."""
+        self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                self._read.get_nowait()
+
     def _fill(self, items: Iterable[T]) -> None:
         try:
             for item in items:
                 self._read.put((item, None))
+                if self._closed:
+                    return
         except BaseException as error:  # noqa: BLE001 (it is raised again where items are taken)
             self._read.put((None, error))
             return
@@ -118,8 +128,13 @@ class Batch:
         raised when all rows before it have ended.
         admit: asked before another request is begun. Once it says no, rows that are under way end, and that is all.
         """
+        with closing(Ahead(requests, most=self._max_rows)) as source:
+            yield from self._run(source, admit)
+
+    def _run(
+        self, source: Ahead[Request | KvgenError], admit: Callable[[], bool]
+    ) -> Iterator[tuple[int, Chunk | KvgenError]]:
         self._rows = []  # of a run that was given up
-        source = Ahead(requests, most=self._max_rows)
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:

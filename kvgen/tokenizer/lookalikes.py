@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from bisect import bisect_left
 from functools import cached_property
 
 import tokenizers
 
 from kvgen.errors import UsageError
+
+_ONE_AT_A_TIME = threading.Lock()  # whether special tokens are found is a switch of a tokenizer, which threads share
 
 
 def encode_with(backend: tokenizers.Tokenizer, text: str, *, parse_special: bool, policy: bool) -> tokenizers.Encoding:
@@ -23,11 +26,12 @@ def encode_with(backend: tokenizers.Tokenizer, text: str, *, parse_special: bool
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the text is not valid Unicode at character {error.start}") from None
-    backend.encode_special_tokens = not parse_special
-    try:
-        return backend.encode(text, add_special_tokens=policy)
-    except Exception as error:  # the library raises nothing narrower
-        raise UsageError(f"the vocabulary has no tokens for this text ({error})") from error
+    with _ONE_AT_A_TIME:
+        backend.encode_special_tokens = not parse_special
+        try:
+            return backend.encode(text, add_special_tokens=policy)
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"the vocabulary has no tokens for this text ({error})") from error
 
 
 class LookAlikes:

@@ -289,6 +289,20 @@ def test_stats_go_to_stderr_and_quiet_silences_them(tiny) -> None:
     assert run(*tiny, "-p", "abc", "--stats", "--quiet").stderr == ""
 
 
+def test_prompts_side_by_side_are_timed_as_their_tokens_come(tiny) -> None:
+    rows = run(*tiny, "-n", "60", "--lines", "--json", input="the first\nthe second\nthe third\n").stdout.splitlines()
+    first, *others = (json.loads(row)["decode_tokens_per_second"] for row in rows)
+    assert all(rate < 10 * first for rate in others)
+
+
+def test_what_is_verified_says_what_computes(tiny) -> None:
+    engine = run(*tiny, "-p", "a", "-n", "1", "--stats").stderr.split()[-1]
+    verified = run(*tiny, "-p", "a", "-n", "1", "--stats", "--verify-cache").stderr
+    assert verified.split()[-1] == engine
+    assert "of unknown size" not in verified
+    assert verified.splitlines()[1].startswith("1 prompt token, 1 generated")
+
+
 def test_json_holds_everything(tiny) -> None:
     result = run(*tiny, "-p", "abc", "--json", "--logprobs", "2", "--seed", "7")
     value = json.loads(result.stdout)

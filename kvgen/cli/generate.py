@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -115,15 +116,15 @@ def generate(
                 yield request
 
     failed, number = 0, 0
-    events = in_order(batch.run(requests()))
+    meters: dict[int, Meter] = defaultdict(Meter)
+    events = in_order(_metered(batch, requests(), meters))
     for number, event in events:
         given, request = asked.pop(number)
         if lines and not quiet and sys.stderr.isatty():
             print_note(f"[{number + 1}] {given.text}")
         if stats and not quiet:
             print_note(format_cache(loaded.model, request))
-        meter = Meter()
-        chunks = _metered(event, events, meter, batch)
+        meter, chunks = meters[number], _chunks(event, events)
         try:
             if json:
                 whole = "".join(chunk.text for chunk in chunks)
@@ -142,6 +143,7 @@ def generate(
             print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
         if stats and not quiet:
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
+        del meters[number]
     if prompt_cache is not None and batch.cache is not None:
         save_prompt_cache(prompt_cache, batch.cache, loaded)
     if failed:
@@ -163,13 +165,20 @@ def _is_watched() -> bool:
 
 
 def _metered(
-    event: Chunk | KvgenError, more: Iterator[tuple[int, Chunk | KvgenError]], meter: Meter, batch: Batch
-) -> Iterator[Chunk]:
+    batch: Batch, requests: Iterator[Request | KvgenError], meters: Mapping[int, Meter]
+) -> Iterator[tuple[int, Chunk | KvgenError]]:
+    """The events of all completions, each seen by the meter of its completion when it comes, not when it is shown."""
+    for number, event in batch.run(requests):
+        if not isinstance(event, KvgenError):
+            meters[number].add(event, batch.pass_began)
+        yield number, event
+
+
+def _chunks(event: Chunk | KvgenError, more: Iterator[tuple[int, Chunk | KvgenError]]) -> Iterator[Chunk]:
     """The chunks of one completion, from its first event on."""
     while True:
         if isinstance(event, KvgenError):
             raise event
-        meter.add(event, batch.pass_began)
         yield event
         if event.finish_reason:
             return

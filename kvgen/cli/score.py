@@ -16,6 +16,7 @@ from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import GivenPrompt, read_file, read_prompts
 from kvgen.cli.render import count_progress, terminal, write_json
+from kvgen.cli.stats import format_tokens
 from kvgen.cli.surprise import heat_map, legend, table
 from kvgen.errors import KvgenError, UsageError, of_item
 
@@ -164,7 +165,7 @@ def _print(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool
         console.print(legend())
     bits = _bits_per_byte(score, tokenizer, size)
     sys.stdout.write(
-        f"log-likelihood {score.total:.4f} nats, {score.count} tokens, perplexity {score.perplexity:.6g}"
+        f"log-likelihood {score.total:.4f} nats, {format_tokens(score.count)}, perplexity {score.perplexity:.6g}"
         f"{'' if bits is None else f', {bits:.4f} bits per byte'}"
         f" (windows of {score.window} tokens, stride {score.stride})\n"
     )

@@ -98,11 +98,12 @@ class Meter:
 def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
     """The line that --stats prints."""
     dtype = str(loaded.model.dtype).removeprefix("torch.")
+    prompt = format_tokens(meter.prompt_tokens, "prompt")
     drafts = f"drafts: {meter.accepted} of {meter.drafted} accepted" if meter.drafted else ""
     return " | ".join(
         part
         for part in (
-            f"{meter.prompt_tokens} prompt tokens, {len(meter.chunks)} generated ({meter.last.finish_reason})",
+            f"{prompt}, {len(meter.chunks)} generated ({meter.last.finish_reason})",
             f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
             f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
             f"positions: {format_count(meter.reused)} reused, {format_count(meter.computed)} computed",
@@ -134,5 +135,5 @@ def format_count(count: int | None) -> str:
     return "unknown" if count is None else str(count)
 
 
-def format_tokens(count: int) -> str:
-    return f"{count} token{'' if count == 1 else 's'}"
+def format_tokens(count: int, kind: str = "") -> str:
+    return f"{count} {kind}{' ' * bool(kind)}token{'' if count == 1 else 's'}"

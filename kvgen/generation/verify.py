@@ -28,7 +28,7 @@ class VerifiedBackend(Backend):
         self._uncached_only = False
         self.name, self.device, self.dtype = inner.name, inner.device, inner.dtype
         self.vocab_size, self.context_length = inner.vocab_size, inner.context_length
-        self.rewinds = inner.rewinds
+        self.rewinds, self.engine, self.position_bytes = inner.rewinds, inner.engine, inner.position_bytes
 
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         if self._uncached_only:

@@ -52,6 +52,7 @@ def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Pat
         raise KvgenError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
+_LONGEST_SHOWN = 60  # characters of a value
 _SIZES = (
     "vocab_size",
     "context_length",
@@ -65,6 +66,15 @@ _SIZES = (
 )
 
 
+def _obstacle(config: DecoderConfig, name: str) -> str:
+    """What the library lacks, by the field of the configuration that it has no place for."""
+    if name == "layers":
+        windows = any(layer.window is not None for layer in config.layers)
+        return "its layers have sliding windows" if windows else "its layers rotate in different ways"
+    value = repr(getattr(config, name))
+    return f"{name} is {value}" if len(value) <= _LONGEST_SHOWN else f"it has no {name} like this model's"
+
+
 def library_config(config: DecoderConfig) -> dict[str, Any]:
     """The library's arguments for a decoder of this kind."""
     if config.biases - {"ffn.down"}:
@@ -76,7 +86,7 @@ def library_config(config: DecoderConfig) -> dict[str, Any]:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name != "biases" and value != getattr(plain, field.name):
-            raise UnsupportedError(f"cannot be converted to x-transformers: {field.name} is {value!r:.80}")
+            raise UnsupportedError(f"cannot be converted to x-transformers: {_obstacle(config, field.name)}")
     if rotary is None or len(rotary.inverse_frequencies) * 2 != config.head_dim or rotary.long_frequencies:
         raise UnsupportedError("cannot be converted to x-transformers: its rotation is not of whole heads")
     if rotary.scale != 1:

@@ -159,16 +159,21 @@ def _arithmetic(dtype: torch.dtype, device: torch.device, compile: str, quantize
     return Arithmetic(dtype, device, fused=True, quantize=quantize, engine="C++ kernels")
 
 
+def _usable_devices() -> list[str]:
+    """The best one first."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, here in present.items() if here]
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(_usable_devices()[0])
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).item()  # fails on `meta`, which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"device {str(device)!r} cannot be used on this machine; try auto, cpu, cuda or mps") from None
+        usable = ", ".join(("auto", *_usable_devices()))
+        raise UsageError(f"device {str(device)!r} cannot be used on this machine; it has {usable}") from None
     return chosen
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from tests.families import make_checkpoint
 from tests.test_cli import run, run_on_terminal
 
 MODEL_FILE = f"""
@@ -150,6 +153,18 @@ def test_help_shows_examples_and_exit_codes() -> None:
     text = run("compare", "--help").stdout
     for part in ("--wrong-pattern", "kvgen compare --wrong-pattern", "Exit codes: 0"):
         assert part in text
+
+
+def test_convert_says_what_the_library_lacks(tmp_path: Path) -> None:
+    for family, obstacle in (("mistral", "its layers have sliding windows"), ("gemma", "activation is 'gelu_tanh'")):
+        make_checkpoint(family, 0, tmp_path / family)
+        Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / family / "tokenizer.json"))
+        result = run("convert", str(tmp_path / family), "--to", "x-transformers", str(tmp_path / "converted"))
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"kvgen: error: cannot be converted to x-transformers: {obstacle}"), (
+            result.stderr
+        )
+        assert "(" not in result.stderr
 
 
 def test_convert_writes_a_folder_that_the_library_runs(tiny_llama, tmp_path: Path) -> None:

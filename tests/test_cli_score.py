@@ -212,3 +212,10 @@ def test_a_bar_shows_where_there_is_more_than_one_window(tiny: str) -> None:
     assert "scoring" in on_terminal("-m", tiny, "-p", text, "--window", "32", stream="stderr")[1]
     for arguments in (["--window", "32", "--quiet"], []):
         assert on_terminal("-m", tiny, "-p", text[:100], *arguments, stream="stderr") == (0, "")
+
+
+def test_an_empty_text_is_no_prompt(smollm2_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for arguments in ([], ["-p", ""], [str(tmp_path / "empty")]):
+        found = run(*arguments, input="")
+        assert (found.returncode, found.stdout, found.stderr) == (2, "", "kvgen: error: the text is empty\n")

@@ -94,6 +94,19 @@ def test_without_anything_chosen_it_says_where_to_choose(tmp_path: Path) -> None
     assert str(tmp_path / "kvgen" / "config.toml") in found.stderr
 
 
+def test_a_wrong_value_names_where_it_stands(environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("max-tokens = 'many'\n[batch]\nmax-tokens = 'more'\n")
+
+    def said(*arguments: str, **more: str) -> str:
+        return run(*arguments, env={**environment, **more}).stderr
+
+    assert f", in {file} (see" in said("generate", "-p", "x")
+    assert f", in {file}, [batch] (see" in said("batch")
+    assert ", in KVGEN_MAX_TOKENS (see" in said("generate", "-p", "x", KVGEN_MAX_TOKENS="all")
+    assert ", in" not in said("generate", "-p", "x", "-n", "all")
+
+
 def test_help_names_the_tables_of_the_file() -> None:
     shown = " ".join(run("config", "--help").stdout.split())
     assert "for one command alone under [generate], for `kvgen --profile NAME` under [profile.NAME]. In the" in shown

@@ -249,6 +249,12 @@ def test_no_row_ends_a_run_and_those_beside_odd_ones_are_what_they_are_alone(
         assert (value["completion_tokens"], value["finish_reason"]) == (len(chunks), chunks[-1].finish_reason)
 
 
+def test_a_file_of_plain_prompts_is_pointed_elsewhere(tiny: list[str]) -> None:
+    found = run(*tiny, input="the red 1\nthe red 2\n")
+    assert "none is JSON: for a file with a prompt on each line there is kvgen generate --lines" in found.stderr
+    assert "--lines" not in run(*tiny, "-n", "1", input='the red 1\n"the red 2"\n').stderr
+
+
 def test_max_tokens_bounds_rows_where_it_is_given(tiny: list[str], tmp_path: Path) -> None:
     rows = '{"prompt": "a", "max_tokens": 5}\n{"prompt": "a", "max_tokens": 2}\n'
     for arguments, environment, counts in (

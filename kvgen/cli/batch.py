@@ -159,6 +159,8 @@ def batch(
         raise Exit(EXIT_INTERRUPTED)
     if failed := totals.failed + before:
         hint = "" if file is None else "; --resume --retry-errors completes them again"
+        if totals.not_json == totals.rows:
+            hint = "; none is JSON: for a file with a prompt on each line there is kvgen generate --lines"
         count = totals.rows + len(done)
         raise KvgenError(f"{failed} of {count} rows could not be completed: their lines have an `error`{hint}")
 
@@ -266,10 +268,11 @@ def _write_all(
 
 @dataclass
 class Totals:
-    """What a run did."""
+    """What a run did. not_json: how many of the rows that failed are no JSON."""
 
     rows: int = 0
     failed: int = 0
+    not_json: int = 0
     tokens: int = 0
     reused: int | None = 0
     computed: int | None = 0
@@ -277,6 +280,7 @@ class Totals:
 
     def add(self, result: Result) -> None:
         self.rows, self.failed, self.tokens = self.rows + 1, self.failed + result.failed, self.tokens + result.tokens
+        self.not_json += result.failed and result.value["error"].startswith("not valid JSON")
         self.reused, self.computed = total((self.reused, result.reused)), total((self.computed, result.computed))
 
     def __str__(self) -> str:

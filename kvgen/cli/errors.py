@@ -59,7 +59,17 @@ def _explain(error: TyperException) -> str:
         found = hint(option, context.command_path, known)
         if found is not None:
             return f"no option {option}: {found}"
-    return f"{error.format_message()} (see '{context.command_path} --help')"
+    return f"{error.format_message()}{_origin(error, context)} (see '{context.command_path} --help')"
+
+
+def _origin(error: TyperException, context: Any) -> str:
+    """Where a wrong value comes from, if it was not typed."""
+    name = getattr(getattr(error, "param", None), "name", None)
+    source = name and context.get_parameter_source(name)
+    if source is None or source.name != "DEFAULT_MAP":
+        return ""
+    chosen = [s.source for s in context.obj["settings"] if s.name == name and s.command in ("", context.info_name)]
+    return f", in {chosen[-1]}"
 
 
 def _prepare_stdout() -> None:

@@ -101,7 +101,10 @@ def _score_lines(
 
 
 def _whole(prompt: str | None, file: Path | None) -> str:
-    return read_file(file) if file is not None else next(read_prompts(prompt, None, lines=False)).text
+    text = prompt if prompt not in (None, "-") else read_file(file or Path("-"))
+    if not text:
+        raise UsageError("the text is empty")
+    return text
 
 
 def _fields(line: GivenPrompt) -> dict[str, Any]:

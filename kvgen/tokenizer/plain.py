@@ -5,6 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from kvgen.errors import UsageError
 from kvgen.tokenizer.tokenizer import Tokenizer
 
 
@@ -20,7 +21,16 @@ def ids_tokenizer(vocab_size: int) -> Tokenizer:
     """The text is the ids: "5 17 3" is [5, 17, 3]. For models that have no text at all."""
     backend = tokenizers.Tokenizer(models.WordLevel({str(id_): id_ for id_ in range(vocab_size)}, unk_token="none"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(backend, frozenset())
+    return _IdsTokenizer(backend, frozenset())
+
+
+class _IdsTokenizer(Tokenizer):
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        wrong = next((word for word in text.split() if self.backend.token_to_id(word) is None), None)
+        if wrong is not None:
+            last = self.backend.get_vocab_size() - 1
+            raise UsageError(f"{wrong!r:.40} is no token id of this model: those are whole numbers from 0 to {last}")
+        return super().encode(text, parse_special=parse_special)
 
 
 def _byte_chars() -> list[str]:

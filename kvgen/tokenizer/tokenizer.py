@@ -42,7 +42,7 @@ class Tokenizer:
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same vocabulary with another template."""
-        return Tokenizer(self.backend, self.eos_ids, source, self.special_tokens)
+        return type(self)(self.backend, self.eos_ids, source, self.special_tokens)
 
     def shares_vocabulary(self, other: Tokenizer) -> bool:
         """Whether both give every token the same id."""

@@ -184,6 +184,27 @@ def test_a_text_goes_on_behind_a_token_that_ends_it() -> None:
     assert run(EndsAtOnce("positions restart at 0"), special_ids=frozenset({60})).rows[1].verdict is Verdict.DIFFERENT
 
 
+@pytest.mark.parametrize(("fault", "right"), [("positions restart at 0", "lost"), ("offset one too short", "wrong")])
+def test_behind_a_prompt_of_one_token_offsets_are_told_apart(fault: str, right: str) -> None:
+    row = compare(PythonBackend(SmallDecoder(fault)), PROMPT[:1], steps=12).rows[1]
+    assert names(row) == {f"offset {right}"}
+
+
+@pytest.mark.parametrize("fault", ["positions restart at 0", "newest token never stored", "context dropped"])
+def test_behind_a_long_prompt_a_shorter_one_is_experimented_on(fault: str) -> None:
+    model = SmallDecoder(fault)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_hook(count)
+    row = compare(PythonBackend(model), torch.arange(700).remainder(61).tolist(), steps=12).rows[1]
+    assert names(row) <= FAULTS[fault]
+    assert calls < 700
+
+
 def test_one_step_has_no_cache_to_judge() -> None:
     with pytest.raises(UsageError, match="two steps"):
         run(SmallDecoder(), steps=1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from kvgen.compare.case import Case
+from kvgen.compare.case import CALL_ERRORS, Case, make_case
 from kvgen.compare.experiments import EXPERIMENTS, Finding, Trial, attempt, lookup_or_values, nondeterministic
 from kvgen.compare.patterns import Pattern
 from kvgen.compare.probes import Probe
@@ -16,6 +17,7 @@ from kvgen.rounding import LIMIT, distance, size, typical_floor
 
 _LEAK = 64  # typical rounding errors: what leaks from the future is far more
 _SMALL = 2**-5  # of the size of the logits
+_PROMPT = (4, 24)  # tokens, at least and at most, of a text to experiment on
 
 
 def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float, list[Finding]]:
@@ -66,10 +68,12 @@ def diagnose(
     if sharp is not case:
         logits = run_forced(pattern.call(sharp.backend), sharp.ids, sharp.start).logits
         judged = sharp.judge(logits)
-    step = next((i for i, apart in enumerate(judged.distances) if apart > LIMIT * judged.floor), None)
+    step = _first_wrong(judged)
     if step is None:
         return [_unexplained(case, judged, "it vanishes in a wider dtype")]
-    trial = Trial(sharp, pattern, pattern.call(sharp.backend), sharp.lengths[step], logits[step])
+    trial = _with_another_prompt(sharp, pattern) or Trial(
+        sharp, pattern, pattern.call(sharp.backend), sharp.lengths[step], logits[step]
+    )
     found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
     for alone in ("not deterministic", "context lost"):
         only = [finding for finding in found if finding.name == alone]
@@ -80,6 +84,33 @@ def diagnose(
     if max(judged.distances) > _SMALL * size(sharp.expected):
         return [attempt(lookup_or_values, trial) or _unexplained(sharp, judged)]
     return [_unexplained(sharp, judged)]
+
+
+def _first_wrong(judged: Judgement) -> int | None:
+    """The index of the first step that is wrong."""
+    return next((step for step, apart in enumerate(judged.distances) if apart > LIMIT * judged.floor), None)
+
+
+def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
+    """A trial behind a prompt of a few tokens: with fewer, positions coincide, with many, each experiment takes long.
+
+    None if the prompt is such a one, or if the pattern is right behind another.
+    """
+    shortest, longest = _PROMPT
+    if shortest <= case.start <= longest or case.ids.shape[1] < shortest + 2:
+        return None
+    if case.start < shortest:
+        other = replace(case, start=shortest, expected=case.expected[shortest - case.start :])
+    else:
+        other = make_case(case.reference, case.ids[:, case.start - longest :], longest)
+    try:
+        logits = run_forced(pattern.call(case.backend), other.ids, other.start).logits
+    except CALL_ERRORS:
+        return None
+    step = _first_wrong(other.judge(logits))
+    if step is None:
+        return None
+    return Trial(other, pattern, pattern.call(case.backend), other.lengths[step], logits[step])
 
 
 def _unexplained(case: Case, judged: Judgement, more: str = "") -> Finding:

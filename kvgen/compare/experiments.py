@@ -22,6 +22,7 @@ from kvgen.rounding import distance, size
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_FOREIGN = 8
 _MOST_INFLUENCES = 24
+_MOST_LENGTHS = 128  # of a text whose beginnings or ends are all tried
 _VANISHED, _STAYED = 1 / 50, 1 / 4  # of a difference
 
 
@@ -113,6 +114,8 @@ def _newest_missing(trial: Trial) -> Finding | None:
 
 
 def _short_context(trial: Trial) -> Finding | None:
+    if trial.length > _MOST_LENGTHS:
+        return None
     for kept in range(2, trial.length):
         if _is_of_text(trial, trial.ids[:, -kept:]):
             return Finding(
@@ -249,6 +252,8 @@ def _relative(logits: Tensor, expected: Tensor) -> float:
 
 def _token_by_token(trial: Trial) -> Finding | None:
     """Without a prompt of several tokens: is the pattern right then, or right until the text has a certain length?"""
+    if trial.length > _MOST_LENGTHS:
+        return None
     first, again = (_first_wrong_length(trial, begin) for begin in (1, 3))
     if first is None:
         return Finding(

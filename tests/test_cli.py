@@ -453,7 +453,7 @@ def run_on_terminal(
     steps = iter(script if interrupt_after is None else [(interrupt_after, "\x03")])
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(environment or {}, TERM="xterm-256color", COLUMNS="80")
+        os.environ.update({"TERM": "xterm-256color", "COLUMNS": "80", **(environment or {})})
         os.execv(sys.executable, [*KVGEN, *arguments])
     output, seen = b"", 0
     wanted, typed = next(steps, ("", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,37 @@ def test_a_text_is_forced_on_every_pattern(tiny_llama, tmp_path: Path) -> None:
     assert (data["prompt"] + data["text"]).startswith("The quick brown fox")
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_no_width_cuts_a_verdict(tiny_llama, columns: str) -> None:
+    folder, _ = tiny_llama()
+    patterns = ["--wrong-pattern", "--pattern", "batched", "--pattern", "wrong-offset"]
+    arguments = ["compare", "-m", str(folder), "-n", "6", "-q", *patterns]
+    code, output = run_on_terminal(*arguments, environment={"COLUMNS": columns})
+    assert code == 0
+    rows = [line for line in re.sub(r"\x1b\[[\d;]*m", "", output).splitlines() if re.match(r" [a-z-]+ +[a-z]", line)]
+    verdicts = {line.split()[0]: line.split()[1] for line in rows}
+    assert verdicts["full-sequence"] == verdicts["uncached"] == verdicts["batched"] == "equivalent"
+    assert verdicts["last-token"] == verdicts["wrong-offset"] == "different"
+    assert "\u2026" not in output
+    assert all(len(line) <= int(columns) for line in rows)
+
+
+def test_a_pipe_gets_the_verdicts_in_one_line(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    names = ["batched", "stale-chunk", "wrong-offset", "left-pad-ignored"]
+    patterns = ["--wrong-pattern", *(word for name in names for word in ("--pattern", name))]
+    first, *more = run("compare", "-m", str(folder), "-n", "6", *patterns).stdout.splitlines()
+    assert [part.split(":")[0] for part in first.split("   ")] == ["full-sequence", "last-token", *names]
+    assert more[-1].startswith("Not looked at: texts beyond 262 positions")
+
+
+def test_a_use_that_was_not_checked_is_shown(model_file: str) -> None:
+    text = " ".join(compare("-m", f"{model_file}:right").stdout.split())
+    assert "the same but for rounding in more steps" in text
+    assert "past a window not checked: the model names no window" in text
+    assert "Not looked at: texts beyond 262 positions" in text
+
+
 def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_path: Path) -> None:
     folder, _ = tiny_llama()
     page = tmp_path / "report.html"
@@ -113,6 +145,10 @@ def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_
     assert "&lt;b&gt;&amp;x" in html
     assert "<b>&x" not in html
     assert "<script" not in html
+    assert html.index("<h1>full-sequence: <span") < html.index("<table")
+    assert 'name="viewport"' in html
+    assert "noise floor" in html.lower()
+    assert result.stderr == ""
     assert 'src="' not in html
     for row in ("full-sequence", "last-token", "equivalent", "different"):
         assert row in html
@@ -125,7 +161,7 @@ def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_
         (["-p", "x", "--text", "y"], 2, "one of --prompt"),
         (["-m", "{model}:right"], 2, "no tokenizer"),
         (["-m", "{model}:right", "--ids"], 2, "--ids needs --prompt"),
-        (["-m", "{model}:right", "--ids", "-p", "hello"], 2, "no tokens for this text"),
+        (["-m", "{model}:right", "--ids", "-p", "hello"], 2, "no token id"),
         (["-m", "{model}:absent", "--ids", "-p", "1 2"], 2, "no function 'absent'"),
         (["-m", "{model}:nothing", "--ids", "-p", "1 2"], 2, "returned int"),
         (["-m", "{model}:broken", "--ids", "-p", "1 2"], 1, "RuntimeError: no weights here"),
@@ -147,6 +183,13 @@ def test_on_a_terminal_model_text_cannot_steer_it(tiny_llama) -> None:
     assert code == 0
     assert "\x1b]0;" not in output
     assert "\x07" not in output
+
+
+@pytest.mark.parametrize("command", ["compare", "bench"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(command: str, tmp_path: Path) -> None:
+    result = run(command, "-m", "/no/such/model", "--html", str(tmp_path / "none" / "x.html"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "there is no folder" in result.stderr
 
 
 def test_help_shows_examples_and_exit_codes() -> None:

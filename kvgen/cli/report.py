@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -86,10 +87,11 @@ _ORDER = ("max |Δ|", "mean |Δ|", "KL", "top-1", "ΔNLL", "token", "computed", 
 def _table(patterns: list[dict[str, Any]], console: Console) -> Table:
     """As many columns as there is room for."""
     chosen: list[str] = []
+    unbounded = console.options.update(width=sys.maxsize)
     table = _table_of(patterns, chosen)
     for title in _COLUMNS:
         wider = _table_of(patterns, [*chosen, title])
-        if console.measure(wider).maximum > console.width:
+        if Measurement.get(console, unbounded, wider).maximum > console.width:
             break
         chosen.append(title)
         table = wider

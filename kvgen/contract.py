@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kvgen.errors import UnsupportedError
+
+_ROWS = 256  # of logits at a time: in float32 a large vocabulary takes a megabyte each
 
 
 class Model(Protocol):
@@ -64,6 +66,13 @@ class Backend(ABC):
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         """The contract."""
 
+    def watch(self, progress: Callable[[int, int], None] | None) -> bool:
+        """Have `progress` told of sequences that take several passes: new positions computed, of how many.
+
+        First with 0, then before each further pass, last when all are. Returns whether this backend can tell.
+        """
+        return False
+
     def all_logits(self, ids: Tensor) -> Tensor | None:
         """Logits after every position of `ids` in one uncached pass, (B, n, vocab); None if it gives fewer."""
         logits, _ = self(ids, None)
@@ -76,6 +85,21 @@ class Backend(ABC):
         """
         logits, _ = self(ids, None)
         return logits[0, list(positions)] if logits.shape[1] == ids.shape[1] else None
+
+    def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Logits after some positions of `ids`, (1, n), in ascending order, a few at a time: (m, vocab).
+
+        Those of an uncached pass, where it gives more than the last.
+        """
+        logits = self.all_logits(ids)
+        if logits is not None:
+            for start in range(0, len(positions), _ROWS):
+                yield logits[0, list(positions[start : start + _ROWS])]
+            return
+        cache: Any = None
+        for position in positions:
+            logits, cache = self(ids[:, : position + 1], cache)
+            yield logits[0, -1:]
 
     def most_drafts(self, length: int) -> int:
         """How many drafted tokens may stand behind a sequence of `length` for `speculate`; 0 if it is not offered."""

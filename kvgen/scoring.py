@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from kvgen.generation.stream import text_ids
 from kvgen.loading import Loaded
 
 DEFAULT_WINDOW = 2048
-_ROWS = 256  # of logits that are normalized at once: in float32 a large vocabulary takes a megabyte each
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
     """Log-probabilities of the tokens of `text`, (1, n) int64, from index `first` on, at least 1."""
     found: list[float] = []
-    for logits in _logits(model, text, first):
+    for logits in model.each_logits(text[:, :-1], range(first - 1, text.shape[1] - 1)):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         start = first + len(found)
         targets = text[0, start : start + len(logits), None]
@@ -144,16 +142,3 @@ def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
             raise ModelError("the model's logits for this text are not finite numbers")
         found += chosen.tolist()
     return found
-
-
-def _logits(model: Backend, text: Tensor, first: int) -> Iterator[Tensor]:
-    """What predicts the tokens of `text` from index `first` on, a few rows at a time: (rows, vocab)."""
-    logits = model.all_logits(text)
-    if logits is not None:
-        for start in range(first - 1, text.shape[1] - 1, _ROWS):
-            yield logits[0, start : min(start + _ROWS, text.shape[1] - 1)]
-        return
-    cache: Any = None  # the model gives the last position alone
-    for length in range(first, text.shape[1]):
-        logits, cache = model(text[:, :length], cache)
-        yield logits[0, -1:]

@@ -565,3 +565,12 @@ def test_a_chat_template_file_takes_the_place_of_the_checkpoints(tiny_llama, tmp
     missing = run(*arguments, "--chat", "--chat-template", str(tmp_path / "none"))
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "none: cannot be read" in missing.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_long_prompt_shows_how_far_it_is_and_can_be_interrupted(smollm2_path: Path, command: str) -> None:
+    text = "the city of Nova Haven was a thriving metropolis with towering skyscrapers, " * 400
+    code, output = run_on_terminal(command, "-p", text, "-n", "3", interrupt_after="reading the prompt")
+    assert code == 130
+    assert output.rstrip().endswith("\x1b[2K")  # the bar is taken away, and nothing has come
+    assert re.search(r"[1-9]\d*/[56]\d\d\d", output)

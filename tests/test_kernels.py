@@ -124,6 +124,56 @@ def test_any_way_to_split_a_text_gives_the_same_bits(small: dict[str, NativeBack
         assert torch.equal(logits[0, -1], expected[end - 1])
 
 
+@pytest.mark.parametrize("most", [7, 64])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "mistral", "phi3"])
+def test_prompts_are_computed_in_passes_of_bounded_size(
+    small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch, kind: str, most: int
+) -> None:
+    model, ids = small[kind], torch.randint(2, 96, (1, 199))
+    logits, expected = model.all_logits(ids), model(ids, None)[0]
+    sizes: list[int] = []
+    told: list[tuple[int, int]] = []
+    extend = model.decoder.extend
+    monkeypatch.setattr("kvgen.model.cached.MOST_NEW", most)
+    monkeypatch.setattr(model.decoder, "extend", lambda spans: (sizes.append(spans[0].rows), extend(spans))[1])
+    model.watch(lambda done, total: told.append((done, total)))
+    found, cache = model(ids, None)
+    model.watch(None)
+    assert torch.equal(found, expected)
+    assert (cache.reused, cache.computed) == (0, 199)
+    assert sizes == [*[most] * (198 // most), 198 % most + 1]
+    assert told == [*((done, 199) for done in range(0, 199, most)), (199, 199)]
+    assert torch.equal(model.all_logits(ids), logits)
+    assert torch.equal(torch.cat(list(model.each_logits(ids, range(100, 199)))), logits[0, 100:])
+    assert torch.equal(model.logits_at(ids, [150, 3, 198, 3]), logits[0, [150, 3, 198, 3]])
+    together, _ = model.together([ids, ids[:, :90]], [None, None], [1, 3])
+    assert torch.equal(together[0], expected[0])
+    assert max(sizes) <= most
+
+
+def test_an_interrupted_prompt_goes_on_where_whole_passes_ended(
+    small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvgen.model.cached.MOST_NEW", 40)
+    ids = torch.randint(2, 96, (1, 190))
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 120:
+            raise KeyboardInterrupt
+
+    for model in small.values():
+        _, cache = model(ids[:, :1], None)
+        model.watch(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, cache)
+        model.watch(None)
+        done = cache.length
+        assert done in (120, 121)  # LongRoPE begins anew
+        logits, cache = model(ids, cache)
+        assert cache.reused == done
+        assert torch.equal(logits, model(ids, None)[0])
+
+
 @given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=6), kind=st.sampled_from(["llama", "gemma3_text"]))
 @settings(max_examples=30, deadline=None)
 def test_edits_of_a_text_give_the_bits_of_a_fresh_cache(
@@ -256,7 +306,7 @@ def test_compare_finds_the_same_bits(smollm2: kvgen.Loaded) -> None:
 def test_a_model_in_float64_is_that_of_the_packed_weights(small: dict[str, NativeBackend]) -> None:
     ids = torch.randint(2, 96, (1, 80))
     for model in small.values():
-        twin = model.in_float64()
+        twin = model.in_wider(torch.float64)
         assert twin.dtype == torch.float64
         assert (twin.all_logits(ids) - model.all_logits(ids)).abs().max() < 1e-4
 

@@ -27,6 +27,7 @@ ROOMS = [
     "kvgen.model.config",
     "kvgen.model.stores",
     "kvgen.model.cache",
+    "kvgen.model.ids",
     "kvgen.model.cached",
     "kvgen.model.layers",
     "kvgen.model.attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from itertools import chain
 from typing import Any
@@ -54,11 +54,21 @@ class NativeBackend(Backend):
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
         return self.decoder.forward(ids, cache)
 
+    def watch(self, progress: Callable[[int, int], None] | None) -> bool:
+        self.decoder.progress = progress
+        return True
+
     def all_logits(self, ids: Tensor) -> Tensor:
         return self.decoder.all_logits(ids)
 
     def logits_at(self, ids: Tensor, positions: Sequence[int]) -> Tensor:
-        return self.decoder.all_logits(ids, positions)[0]
+        ascending = sorted(set(positions))
+        found = torch.cat([logits for (logits,) in self.decoder.each_logits(ids, ascending)])
+        return found[[ascending.index(position) for position in positions]]
+
+    def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        for (logits,) in self.decoder.each_logits(ids, positions):
+            yield logits
 
     def restored(self, tokens: Tensor, rooms: Sequence[Room], variant: int) -> KVCache:
         """The cache that `KVCache.held` described, of these token ids. Raises CacheError where it does not fit."""

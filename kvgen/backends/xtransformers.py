@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
-from kvgen.model.cached import check_form, check_range
+from kvgen.model.ids import check_form, check_range
 
 
 @dataclass(frozen=True)

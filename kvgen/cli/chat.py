@@ -19,7 +19,7 @@ from kvgen.cli.groups import takes_groups
 from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import with_piped_text
-from kvgen.cli.render import TextWriter, notes, print_note, terminal
+from kvgen.cli.render import TextWriter, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
 from kvgen.errors import ContextError, KvgenError, UsageError
 
@@ -128,7 +128,9 @@ class Talk:
     def answer(self, question: str) -> None:
         """Ask, and show the answer as it comes."""
         meter = Meter()
-        chunks = _metered(self._conversation.ask(question), meter)
+        conversation = self._conversation
+        answer = with_prefill_bar(conversation.ask(question), conversation.loaded.model, quiet=self._quiet)
+        chunks = _metered(answer, meter)
         with MarkdownWriter(terminal(sys.stdout)) if self._markdown else TextWriter(raw=False) as writer:
             for chunk in chunks:
                 writer.write(chunk.text)

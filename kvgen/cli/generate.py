@@ -17,7 +17,7 @@ from kvgen.cli.errors import print_error
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
-from kvgen.cli.render import TextWriter, notes, print_note, write_json
+from kvgen.cli.render import TextWriter, notes, print_note, with_prefill_bar, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.settings import Request
@@ -117,7 +117,7 @@ def generate(
 
     failed, number = 0, 0
     meters: dict[int, Meter] = defaultdict(Meter)
-    events = in_order(_metered(batch, requests(), meters))
+    events = with_prefill_bar(in_order(_metered(batch, requests(), meters)), loaded.model, quiet=quiet)
     for number, event in events:
         given, request = asked.pop(number)
         if lines and not quiet and sys.stderr.isatty():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +20,11 @@ from rich.text import Text
 from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from kvgen.contract import Backend
+
+T = TypeVar("T")
 
 
 def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
@@ -148,21 +153,37 @@ def write_page(path: Path, page: str) -> None:
 
 
 @contextmanager
-def count_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal for what is done, of how much; it shows once something is done and something left."""
+def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for what is done, of how much; it shows while something is done and something left.
+
+    delay: for so many seconds from 0 on it does not show.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     columns = TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
     with _stopped_at_the_end(Progress(*columns, console=terminal(sys.stderr), transient=True)) as bar:
-        task = bar.add_task(label, total=None)
+        task, began = bar.add_task(label, total=None), time.perf_counter()
 
         def show(done: int, total: int) -> None:
-            if done < total:
-                bar.start()
+            nonlocal began
+            if done == 0:
+                began = time.perf_counter()
+                bar.reset(task)
             bar.update(task, completed=done, total=total)
+            if 0 < done < total and time.perf_counter() - began >= delay:
+                bar.start()
+            if done >= total and bar.live.is_started:
+                bar.stop()
 
         yield show
+
+
+def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Iterator[T]:
+    """What comes of a model; until then a bar on a terminal, if reading the prompt takes longer than a second."""
+    with count_progress("reading the prompt", quiet=quiet, delay=1) as show:
+        model.watch(show)
+        yield from events
 
 
 @contextmanager

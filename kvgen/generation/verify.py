@@ -64,6 +64,9 @@ class VerifiedBackend(Backend):
         longer = self._inner.logits_at(torch.cat((ids, ids[:, :1]), dim=1), [ids.shape[1] - 1])
         return floor if longer is None else max(floor, distance(longer[0], uncached[0]))
 
+    def watch(self, progress: Callable[[int, int], None] | None) -> bool:
+        return self._inner.watch(progress)
+
     def _is_due(self) -> bool:
         step, self._cached_steps = self._cached_steps, self._cached_steps + 1
         return step == 0 if self._every is None else step % self._every == 0

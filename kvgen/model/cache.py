@@ -32,7 +32,7 @@ class KVCache:
 
     owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
     dtype: to store keys and values in, bf16 or int8 with a scale for each position and head; None for their own.
-    capacity: positions to have room for from the start. More can come; then buffers move.
+    capacity: positions to have room for when buffers are made. More can come; then buffers move.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """
@@ -90,7 +90,7 @@ class KVCache:
             if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
                 raise CacheError(f"a layer has positions {room.first} to {room.end}, not those of {length} tokens")
             layers.append(
-                FullStore(room.keys, room.values, self.capacity)
+                FullStore(room.keys, room.values)
                 if window is None
                 else WindowStore(room.keys, room.values, window, room.first)
             )
@@ -120,6 +120,11 @@ class KVCache:
         self.computed = n - self._length
         return ids[:, self._length :]
 
+    def expect(self, length: int) -> None:
+        """Have room for a sequence of this length, and some steps more, when buffers next have to move."""
+        if length > self.capacity:
+            self.capacity = length + length // 8
+
     def append(self, layer: int, keys: Tensor, values: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Store the new positions of one layer; return the keys and values that they may see, and they themselves.
 
@@ -129,7 +134,7 @@ class KVCache:
         it was.
         """
         self._rooms = ()
-        room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2])
+        room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2], self.capacity)
         old, new = self._length - room.first, self._length - room.first + keys.shape[2]
         room.keys[:, :, old:new] = encoded(keys, self.dtype)
         room.values[:, :, old:new] = encoded(values, self.dtype)
@@ -146,7 +151,7 @@ class KVCache:
         count = new.shape[2]
         if not self._rooms or self._length + count > self._end:
             stores = [self._store(layer, new, new, window) for layer, window in enumerate(windows)]
-            rooms = tuple(store.reserve(self._length, count) for store in stores)
+            rooms = tuple(store.reserve(self._length, count, self.capacity) for store in stores)
             # A window's buffer that moves does so when the pass is over: its room is for this pass alone.
             self._rooms = () if any(store.moving for store in stores) else rooms
             self._end = min(room.end for room in rooms)
@@ -156,7 +161,7 @@ class KVCache:
     def _store(self, layer: int, keys: Tensor, values: Tensor, window: int | None) -> FullStore | WindowStore:
         if layer == len(self._layers):
             keys, values = (encoded(tensor[:, :, :1], self.dtype)[:, :, :0] for tensor in (keys, values))
-            self._hold(FullStore(keys, values, self.capacity) if window is None else WindowStore(keys, values, window))
+            self._hold(FullStore(keys, values) if window is None else WindowStore(keys, values, window))
         return self._layers[layer]
 
     def advance(self, ids: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -14,46 +14,44 @@ from torch import Tensor
 from kvgen.errors import CacheError, UsageError
 from kvgen.model.cache import KVCache
 from kvgen.model.config import DecoderConfig
+from kvgen.model.ids import check_form, check_range
+
+MOST_NEW = 512
+"""The most new positions of prompts in one pass, which bounds its memory, and how long it cannot be interrupted."""
+
+_LEAST_NEW, _MOST_PRODUCTS = 24, 1.2e11  # on two cores of a CPU half a second
+_MOST_LOGITS = 1 << 23  # that are computed at once
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a pass computes behind one cache: `new`, (B, T) ids, at positions from `start`."""
+    """What a pass computes behind one cache: `new`, (B, T) ids, at positions from `start`.
+
+    total: the length of the sequence that they are of, which may go on behind them.
+    """
 
     new: Tensor
     cache: KVCache
     start: int
+    total: int
 
     @property
     def rows(self) -> int:
         """How many rows it takes in a pass."""
         return self.new.numel()
 
+    def split(self, count: int) -> tuple[Span, Span]:
+        """Its first `count` positions, and the others."""
+        first = Span(self.new[:, :count], self.cache, self.start, self.total)
+        return first, Span(self.new[:, count:], self.cache, self.start + count, self.total)
+
 
 def positions_of(spans: Sequence[Span]) -> Tensor:
     """The position of each row, (rows,) int64."""
     runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
     return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
-
-
-def check_form(ids: Tensor) -> None:
-    """Raises UsageError for what is no (B, n) int64 tensor of at least one token."""
-    if not isinstance(ids, Tensor):
-        raise UsageError(f"token ids must be an int64 tensor, (batch, n), not {type(ids).__name__}")
-    if ids.dtype != torch.int64 or ids.ndim != 2:
-        raise UsageError(
-            f"token ids must be an int64 tensor, (batch, n), not {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}"
-        )
-    if ids.numel() == 0:
-        raise UsageError("cannot decode an empty sequence: give at least one token")
-
-
-def check_range(ids: Tensor, vocabulary: int) -> None:
-    """Raises UsageError for an id outside the vocabulary."""
-    least, most = (int(end) for end in ids.aminmax())
-    if least < 0 or most >= vocabulary:
-        outside = least if least < 0 else most
-        raise UsageError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
 
 
 class CachedModel(ABC):
@@ -64,6 +62,8 @@ class CachedModel(ABC):
     """`RotaryTables` of each of the config's rotaries."""
     kv_dtype: torch.dtype | None = None
     """Of cached keys and values; None for that of the computation."""
+    progress: Progress | None = None
+    """Told of sequences that take several passes: how many of their new positions are computed, of how many."""
 
     @abstractmethod
     def extend(self, spans: Sequence[Span]) -> Tensor:
@@ -91,26 +91,32 @@ class CachedModel(ABC):
         ids: the WHOLE sequence, (B, n) int64. What is new is decided here: positions whose ids the cache has
         already seen are not computed again. last: of how many positions the logits are wanted. Returns fp32 (or fp64)
         logits, (B, last, vocab), and the cache, which is `cache` itself, brought up to date, or a new one for None.
+        What is interrupted between two passes stays in the cache as far as it came.
 
         Raises CacheError for a cache that another model wrote, UsageError for ids that are none.
         """
-        span = self._span(ids, cache, last)
-        return self._logits(self._extend_one(span)[:, -last:]), span.cache
+        span = self._caught_up(self._span(ids, cache, last), last)
+        hidden = self._extend_one(span)
+        self._tell_done(span)
+        return self._logits(hidden[:, -last:]), span.cache
 
     @torch.inference_mode()
     def forward_together(
         self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[KVCache]]:
-        """`forward` for sequences of any lengths, (1, n) each and with a cache of its own, in one pass.
+        """`forward` for sequences of any lengths, (1, n) each and with a cache of its own, side by side.
 
         counts: of how many positions at the end of each the logits are wanted. Returns them, (count, vocab) each, and
         the caches. Raises as `forward` does, before anything is computed.
         """
         wanted = zip(sequences, caches, counts, strict=True)
         spans = [self._span(ids, cache, count) for ids, cache, count in wanted]
+        spans = [self._caught_up(span, count) for span, count in zip(spans, counts, strict=True)]
         ends = accumulate(span.rows for span in spans)
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
         logits = self._logits(self.extend(spans)[rows])
+        for span in spans:
+            self._tell_done(span)
         return list(torch.split(logits, list(counts))), [span.cache for span in spans]
 
     @torch.inference_mode()
@@ -132,24 +138,36 @@ class CachedModel(ABC):
         """
         cache = self._checked(new, cache)
         cache.reused, cache.computed = cache.length, new.shape[1]
-        return self._logits(self._extend_one(Span(new, cache, start))[:, -1:]), cache
+        span = Span(new, cache, start, cache.length + new.shape[1])
+        return self._logits(self._extend_one(span)[:, -1:]), cache
+
+    def all_logits(self, ids: Tensor) -> Tensor:
+        """Logits after every position of `ids`, (B, n) int64, computed anew: (B, n, vocab). See `each_logits`."""
+        check_form(ids)
+        whole, end = torch.empty(0), 0
+        for logits in self.each_logits(ids, range(ids.shape[1])):
+            if end == 0:
+                whole = logits.new_empty(*ids.shape, logits.shape[-1])
+            whole[:, end : end + logits.shape[1]] = logits
+            end += logits.shape[1]
+        return whole
 
     @torch.inference_mode()
-    def all_logits(self, ids: Tensor, positions: Sequence[int] | None = None) -> Tensor:
-        """Logits after every position of `ids`, (B, n) int64, in one parallel pass: (B, n, vocab).
-
-        positions: only after these; (B, len(positions), vocab).
+    def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Logits after some positions of `ids`, (B, n), in ascending order, a few at a time: (B, m, vocab).
 
         They are those of step-by-step decoding. So a text that grows out of LongRoPE's short length is passed over
         twice, for the positions that a short text rotates otherwise than a long one does.
         """
-        check_form(ids)
-        n = ids.shape[1]
-        cuts = sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n})
-        passes = [self._extend_one(Span(ids[:, :cut], self._checked(ids, None), start=0)) for cut in cuts]
-        parts = [hidden[:, start:] for start, hidden in zip([0, *cuts], passes, strict=False)]
-        hidden = torch.cat(parts, dim=1)
-        return self._logits(hidden if positions is None else hidden[:, list(positions)])
+        n, most = ids.shape[1], max(1, _MOST_LOGITS // self.config.vocab_size // ids.shape[0])
+        begin = 0
+        for cut in sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n}):
+            for hidden, start in self._passes(Span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)):
+                end = start + hidden.shape[1]
+                wanted = [position - start for position in positions if max(begin, start) <= position < end]
+                for at in range(0, len(wanted), most):
+                    yield self._logits(hidden[:, wanted[at : at + most]])
+            begin = cut
 
     def embed(self, spans: Sequence[Span], positions: Tensor) -> Tensor:
         """What the first block reads, (rows, dim). positions: as `positions_of` gives them.
@@ -174,7 +192,7 @@ class CachedModel(ABC):
         """Cosines and sines of each row for each of the config's rotaries, (rows, R) each."""
         tables = []
         for rotary, make in zip(self.config.rotaries, self.rotaries, strict=True):
-            long = [rotary.is_long(span.cache.length + span.new.shape[1]) for span in spans]
+            long = [rotary.is_long(span.total) for span in spans]
             if not any(long):
                 tables.append(make(positions))
                 continue
@@ -184,8 +202,41 @@ class CachedModel(ABC):
 
     def _span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:
         """What is new of a whole sequence."""
-        cache = self._checked(ids, cache)
-        return Span(cache.match(ids, self._variant(ids.shape[1]), last), cache, cache.length)
+        cache, n = self._checked(ids, cache), ids.shape[1]
+        new = cache.match(ids, self._variant(n), last)
+        cache.expect(n)
+        return Span(new, cache, cache.length, n)
+
+    def _most_new(self, span: Span) -> int:
+        """How many positions of a span to compute in one pass: on a CPU, fewer of a large model."""
+        most = MOST_NEW
+        if span.new.device.type == "cpu":
+            most = min(most, max(_LEAST_NEW, int(_MOST_PRODUCTS / self.config.products)))
+        return max(1, most // span.new.shape[0])
+
+    def _passes(self, span: Span) -> Iterator[tuple[Tensor, int]]:
+        """Hidden states of a span pass by pass, (B, m, dim), and the position of the first of them."""
+        while span.rows:
+            head, span = span.split(self._most_new(span))
+            yield self._extend_one(head), head.start
+
+    def _caught_up(self, span: Span, last: int) -> Span:
+        """Compute all of a span but what one pass can do, at least its `last` positions; returns the rest."""
+        new, most = span.new.shape[1], max(last, self._most_new(span))
+        while True:
+            left = span.new.shape[1]
+            if self.progress and new > most:
+                self.progress(new - left, new)
+            if left <= most:
+                return span
+            head, span = span.split(self._most_new(span))
+            self.extend([head])
+
+    def _tell_done(self, rest: Span) -> None:
+        """Say that a sequence is computed whole, where `_caught_up` has left the rest of it."""
+        new = rest.cache.computed
+        if self.progress and new > rest.new.shape[1]:
+            self.progress(new, new)
 
     def _extend_one(self, span: Span) -> Tensor:
         """Hidden states of one span, (B, T, dim)."""

@@ -109,3 +109,9 @@ class DecoderConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The windows that layers use, each once."""
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+    @cached_property
+    def products(self) -> int:
+        """Multiplications that a position takes in all layers, but for those of attention with other positions."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return len(self.layers) * self.dim * (attention + (2 + self.gated) * self.ffn_dim)

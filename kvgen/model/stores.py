@@ -31,14 +31,14 @@ class FullStore:
 
     moving = False
 
-    def __init__(self, keys: Tensor, values: Tensor, least: int = MIN_CAPACITY) -> None:
-        self.keys, self.values, self._least = keys, values, least
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
-    def reserve(self, length: int, count: int) -> Room:
-        """Room for `count` positions behind the first `length`."""
+    def reserve(self, length: int, count: int, least: int) -> Room:
+        """Room for `count` positions behind the first `length`; for `least` in all, if buffers have to move."""
         end = length + count
         if end > self.keys.shape[2]:
-            capacity = max(end, 2 * self.keys.shape[2], self._least)
+            capacity = max(end, 2 * self.keys.shape[2], least)
             self.keys = grow(self.keys, capacity, length, dim=2)
             self.values = grow(self.values, capacity, length, dim=2)
         return Room(self.keys, self.values, 0)
@@ -50,7 +50,7 @@ class FullStore:
     def branch(self, length: int, capacity: int) -> FullStore:
         """A store of its own with the first `length` positions, and room for `capacity`."""
         keys, values = (grow(stored, max(length, capacity), length, dim=2) for stored in (self.keys, self.values))
-        return FullStore(keys, values, capacity)
+        return FullStore(keys, values)
 
 
 class WindowStore:
@@ -74,7 +74,7 @@ class WindowStore:
         """Whether what was reserved last is kept elsewhere once the pass is over."""
         return self._moving is not None
 
-    def reserve(self, length: int, count: int) -> Room:
+    def reserve(self, length: int, count: int, least: int) -> Room:
         """Room for `count` positions behind the first `length`, after all that the first of them sees."""
         end = length + count
         self._moving = None

@@ -27,6 +27,7 @@ from kvgen.errors import (
 )
 
 if TYPE_CHECKING:
+    from kvgen.comparison import Comparison, compare
     from kvgen.contract import Model
     from kvgen.conversation import Conversation
     from kvgen.generation.batch import Batch
@@ -52,6 +53,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Chunk",
+    "Comparison",
     "Constraint",
     "ContextError",
     "Conversation",
@@ -71,6 +73,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedError",
     "UsageError",
+    "compare",
     "generate",
     "load",
     "score",
@@ -80,6 +83,7 @@ __all__ = [
 _HOMES = {
     "Batch": "kvgen.generation.batch",
     "Chunk": "kvgen.generation.text",
+    "Comparison": "kvgen.comparison",
     "Constraint": "kvgen.generation.settings",
     "Conversation": "kvgen.conversation",
     "DraftModel": "kvgen.generation.drafts",
@@ -93,6 +97,7 @@ _HOMES = {
     "Score": "kvgen.scoring",
     "Step": "kvgen.generation.decode",
     "Tokenizer": "kvgen.tokenizer",
+    "compare": "kvgen.comparison",
     "generate": "kvgen.generation.stream",
     "load": "kvgen.loading",
     "score": "kvgen.scoring",

@@ -337,11 +337,11 @@ def test_reading_ends_with_the_run_that_it_was_for(small: dict[str, Loaded], mos
 
 
 def test_the_batched_pattern_is_equivalent_on_the_default_model(smollm2: Loaded) -> None:
-    from kvgen.compare.comparison import compare
+    from kvgen.comparison.comparison import compare_ids
 
     assert isinstance(smollm2.model, NativeBackend)
     prompt = smollm2.tokenizer.encode("Once upon a time,")
-    result = compare(smollm2.model, prompt, patterns=["batched"], steps=12)
+    result = compare_ids(smollm2.model, prompt, patterns=["batched"], steps=12)
     assert result.acceptable
     assert result.rows[1].verdict == "equivalent"
 

@@ -14,10 +14,10 @@ import kvgen
 from kvgen import CacheError, ModelError, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
-from kvgen.compare.comparison import Comparison, Row, compare
-from kvgen.compare.patterns import PATTERNS
-from kvgen.compare.report import as_data
-from kvgen.compare.verdict import Verdict
+from kvgen.comparison.comparison import Comparison, Row, compare_ids
+from kvgen.comparison.patterns import PATTERNS
+from kvgen.comparison.report import as_data
+from kvgen.comparison.verdict import Verdict
 from kvgen.generation.verify import VerifiedBackend
 from tests.faults import FAULTS, SmallDecoder
 from tests.native_faults import FAULTS as NATIVE_FAULTS
@@ -34,7 +34,7 @@ SHAPES = [
 
 def run(model: Any, *patterns: str, steps: int = 24, **options: Any) -> Comparison:
     backend = model if isinstance(model, (NativeBackend, VerifiedBackend)) else PythonBackend(model)
-    return compare(backend, PROMPT, patterns=patterns or ("full-sequence",), steps=steps, **options)
+    return compare_ids(backend, PROMPT, patterns=patterns or ("full-sequence",), steps=steps, **options)
 
 
 def names(row: Row) -> set[str]:
@@ -97,7 +97,7 @@ TINY = [
 
 def run_native(decoder: Any, fault: str | None, prompt: list[int] = PROMPT, special: int = SPECIAL) -> Row:
     model = PythonBackend(Faulty(decoder, fault, special))
-    return compare(model, prompt, steps=24, special_ids=frozenset({special})).rows[1]
+    return compare_ids(model, prompt, steps=24, special_ids=frozenset({special})).rows[1]
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
@@ -148,7 +148,7 @@ def test_native_patterns_and_their_reasons(dtype: torch.dtype) -> None:
 
 def test_the_default_model_is_equivalent_and_its_wrong_pattern_is_not(smollm2: kvgen.Loaded) -> None:
     prompt = smollm2.tokenizer.encode("Once upon a time,")
-    comparison = compare(
+    comparison = compare_ids(
         smollm2.model, prompt, patterns=["full-sequence", "last-token"], steps=12, special_ids=frozenset({2})
     )
     full, last = comparison.rows[1:]
@@ -186,7 +186,7 @@ def test_a_text_goes_on_behind_a_token_that_ends_it() -> None:
 
 @pytest.mark.parametrize(("fault", "right"), [("positions restart at 0", "lost"), ("offset one too short", "wrong")])
 def test_behind_a_prompt_of_one_token_offsets_are_told_apart(fault: str, right: str) -> None:
-    row = compare(PythonBackend(SmallDecoder(fault)), PROMPT[:1], steps=12).rows[1]
+    row = compare_ids(PythonBackend(SmallDecoder(fault)), PROMPT[:1], steps=12).rows[1]
     assert names(row) == {f"offset {right}"}
 
 
@@ -200,7 +200,7 @@ def test_behind_a_long_prompt_a_shorter_one_is_experimented_on(fault: str) -> No
         calls += 1
 
     model.register_forward_hook(count)
-    row = compare(PythonBackend(model), torch.arange(700).remainder(61).tolist(), steps=12).rows[1]
+    row = compare_ids(PythonBackend(model), torch.arange(700).remainder(61).tolist(), steps=12).rows[1]
     assert names(row) <= FAULTS[fault]
     assert calls < 700
 
@@ -336,14 +336,14 @@ def test_a_model_in_training_mode_is_not_comparable_and_its_modules_are_named() 
 def test_a_model_that_cannot_cache_is_unsupported() -> None:
     backend = PythonBackend(SmallDecoder())
     backend.cannot_cache = "it has no cache"
-    row = compare(backend, PROMPT, steps=4).rows[1]
+    row = compare_ids(backend, PROMPT, steps=4).rows[1]
     assert (row.verdict, row.reason) == (Verdict.UNSUPPORTED, "it has no cache")
 
 
 def test_a_declared_loss_is_lossy_and_acceptable() -> None:
     backend = PythonBackend(SmallDecoder("8-bit cache"))
     backend.lossy = "keys and values in 8 bits"
-    comparison = compare(backend, PROMPT, steps=8)
+    comparison = compare_ids(backend, PROMPT, steps=8)
     assert comparison.rows[1].verdict is Verdict.LOSSY
     assert comparison.rows[1].gap.kl > 0
     assert comparison.acceptable
@@ -380,10 +380,10 @@ def test_a_model_may_return_logits_of_all_new_or_last_positions(returns: str) ->
 def test_the_text_stays_inside_the_context() -> None:
     backend = NativeBackend(make_decoder())
     backend.context_length = len(PROMPT) + 3
-    assert compare(backend, PROMPT, steps=24).steps == 3
+    assert compare_ids(backend, PROMPT, steps=24).steps == 3
     backend.context_length = len(PROMPT) + 1
     with pytest.raises(UsageError, match="context is 13"):
-        compare(backend, PROMPT)
+        compare_ids(backend, PROMPT)
 
 
 def test_unknown_patterns_are_refused_by_name() -> None:
@@ -392,7 +392,7 @@ def test_unknown_patterns_are_refused_by_name() -> None:
 
 
 def test_the_report_is_json_and_holds_the_numbers(smollm2: kvgen.Loaded) -> None:
-    comparison = compare(smollm2.model, [6403, 1980], patterns=["full-sequence", "last-token"], steps=3)
+    comparison = compare_ids(smollm2.model, [6403, 1980], patterns=["full-sequence", "last-token"], steps=3)
     data = json.loads(json.dumps(as_data(comparison, smollm2.tokenizer), allow_nan=False))
     reference, full, last = data["patterns"]
     assert reference["verdict"] == full["verdict"] == "equivalent"
@@ -433,3 +433,16 @@ def test_a_wrong_foreign_cache_is_left_out_after_its_first_step() -> None:
     wrong = VerifiedBackend(PythonBackend(SmallDecoder("positions restart at 0")), None, found.append)
     assert decode(wrong) == decode(PythonBackend(SmallDecoder()))
     assert len(found) == 1
+
+
+def test_a_loaded_model_is_compared_by_text_or_ids(smollm2: kvgen.Loaded) -> None:
+    text = "Once upon a time,"
+    comparison = kvgen.compare(smollm2, text, patterns=["full-sequence", "last-token"], steps=3)
+    assert comparison.acceptable
+    assert [row.verdict for row in comparison.rows] == [Verdict.EQUIVALENT, Verdict.EQUIVALENT, Verdict.DIFFERENT]
+    forced = kvgen.compare(smollm2, smollm2.tokenizer.encode(text), continuation=" there was", patterns="last-token")
+    assert forced.ids == (*smollm2.tokenizer.encode(text), *smollm2.tokenizer.encode(" there was"))
+    assert [row.pattern.name for row in forced.rows] == ["uncached", "last-token"]
+    for wrong in ({"prompt": b"x"}, {"steps": 2.5}, {"continuation": 3}, {"patterns": ["no"]}):
+        with pytest.raises(UsageError, match="of type bytes|steps is 2.5|of type int|pattern 'no'"):
+            kvgen.compare(smollm2, **wrong)

@@ -14,8 +14,8 @@ from kvgen import CheckpointError, KvgenError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.reading import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
-from kvgen.compare.comparison import compare
-from kvgen.compare.verdict import Verdict
+from kvgen.comparison.comparison import compare_ids
+from kvgen.comparison.verdict import Verdict
 from kvgen.loading import load
 from tests import gguf_files
 from tests.families import CASES, CONFIGS, make_checkpoint, make_model
@@ -103,7 +103,7 @@ def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
 ) -> None:
     make_checkpoint(kind, number, tmp_path)
     prompt = random_ids(1, 12)[0].tolist()
-    rows = compare(load_model(tmp_path, dtype), prompt, patterns=("full-sequence", "last-token"), steps=45).rows
+    rows = compare_ids(load_model(tmp_path, dtype), prompt, patterns=("full-sequence", "last-token"), steps=45).rows
     assert [row.verdict for row in rows[1:]] == [Verdict.EQUIVALENT, Verdict.DIFFERENT]
     assert rows[1].findings == ()
 

@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM
 import kvgen
 from kvgen.backends.native import NativeBackend
 from kvgen.checkpoint.grouped import Grouped, quantized, read_blocks
-from kvgen.compare.comparison import compare
-from kvgen.compare.verdict import Verdict
+from kvgen.comparison.comparison import compare_ids
+from kvgen.comparison.verdict import Verdict
 from kvgen.kernels import build
 from kvgen.kernels.packed import Packed
 from kvgen.model.cache import KVCache
@@ -298,7 +298,7 @@ def test_the_default_model_on_kernels_is_that_on_torch(smollm2: kvgen.Loaded, sm
 
 
 def test_compare_finds_the_same_bits(smollm2: kvgen.Loaded) -> None:
-    rows = compare(smollm2.model, smollm2.tokenizer.encode("Once upon a time,"), steps=8).rows
+    rows = compare_ids(smollm2.model, smollm2.tokenizer.encode("Once upon a time,"), steps=8).rows
     assert rows[1].verdict == Verdict.EQUIVALENT
     assert rows[1].gap.max_abs == 0
 

@@ -58,7 +58,7 @@ ROOMS = [
     "kvgen.pipeline",
     "kvgen.scoring",
     "kvgen.bench",
-    "kvgen.compare",
+    "kvgen.comparison",
     "kvgen",
     "kvgen.cli",
 ]
@@ -121,5 +121,5 @@ def test_the_package_shows_what_it_has() -> None:
     code = "import pydoc, kvgen; shown = pydoc.plain(pydoc.render_doc(kvgen)); print(shown, *dir(kvgen))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert set(kvgen.__all__) <= set(dir(kvgen))
-    for name in ("generate", "load", "score", "stream"):
+    for name in ("compare", "generate", "load", "score", "stream"):
         assert f"\n    {name}(" in shown

@@ -14,8 +14,8 @@ import kvgen
 from kvgen import CheckpointError, UnsupportedError, UsageError
 from kvgen.backends.xtransformers import XTransformersBackend
 from kvgen.checkpoint import read_checkpoint
-from kvgen.compare.comparison import Comparison, compare
-from kvgen.compare.verdict import Verdict
+from kvgen.comparison.comparison import Comparison, compare_ids
+from kvgen.comparison.verdict import Verdict
 from kvgen.families import runs_natively
 
 WRAPPER: dict[str, Any] = {"num_tokens": 64, "max_seq_len": 128, "use_abs_pos_emb": False}
@@ -106,7 +106,7 @@ def truth(net: TransformerWrapper) -> tuple[Verdict, Verdict]:
 
 
 def compare_net(net: TransformerWrapper, dtype: torch.dtype = torch.float32) -> Comparison:
-    return compare(
+    return compare_ids(
         XTransformersBackend(net.to(dtype)),
         IDS[0, :PROMPT].tolist(),
         patterns=["full-sequence", "last-token"],
@@ -152,7 +152,7 @@ def test_dropout_that_is_on_is_found() -> None:
             self.module.train()
 
     net = make_net("dropout")
-    comparison = compare(Training(net), IDS[0, :PROMPT].tolist(), steps=4)
+    comparison = compare_ids(Training(net), IDS[0, :PROMPT].tolist(), steps=4)
     assert comparison.rows[1].verdict is Verdict.NOT_COMPARABLE
     finding = comparison.rows[0].findings[0]
     assert finding.name == "not deterministic"
@@ -360,7 +360,7 @@ def test_the_articles_scenario_on_a_real_model(smollm2, smollm2_on_torch, tmp_pa
     convert_to_xtransformers(smollm2_on_torch.model.module, smollm2.tokenizer, tmp_path / "x")
     loaded = kvgen.load(tmp_path / "x", backend="own")
     prompt = loaded.tokenizer.encode("Once upon a time,")
-    rows = compare(loaded.model, prompt, patterns=["full-sequence", "last-token"], steps=16).rows
+    rows = compare_ids(loaded.model, prompt, patterns=["full-sequence", "last-token"], steps=16).rows
     own = kvgen.generate(smollm2, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=16)
     texts = [loaded.tokenizer.decode(row.free.tokens) for row in rows]
     assert texts[0] == texts[1] == own != texts[2]

@@ -21,7 +21,7 @@ from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
     from kvgen import Loaded
-    from kvgen.compare.comparison import Comparison
+    from kvgen.comparison.comparison import Comparison
 
 _WHAT = "What to compare"
 _DEFAULT_PROMPT = "Once upon a time,"
@@ -48,7 +48,10 @@ def compare(
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    prompt: options.Prompt = None,
+    prompt: Annotated[
+        str | None,
+        Option("--prompt", "-p", help="The text to begin with.", show_default=_DEFAULT_PROMPT, rich_help_panel=_WHAT),
+    ] = None,
     prompt_file: Annotated[
         Path | None, Option("--prompt-file", "-f", help="Several prompts, one a line.", rich_help_panel=_WHAT)
     ] = None,
@@ -66,8 +69,9 @@ def compare(
 ) -> None:
     """Prove that cached decoding equals uncached decoding on this model, or show where and why it does not.
 
-    Exit code 0 when the right pattern, full-sequence, is equivalent to uncached decoding, whatever wrong patterns
-    do; 1 when it is not.
+    The right pattern is called full-sequence: each call gets the whole text and the cache of the call before, and the
+    model finds what is new. Exit code 0 when it is equivalent to uncached decoding, whatever wrong patterns do; 1 when
+    it is not.
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _texts(prompt, prompt_file, text, ids=source.ids)
@@ -79,7 +83,7 @@ def compare(
     ]
     report = _as_data(loaded, comparisons)
     if html is not None:
-        from kvgen.compare.html import render_html
+        from kvgen.comparison.html import render_html
 
         write_page(html, render_html(report))
     with exiting_with(0 if report["acceptable"] else 1):
@@ -103,7 +107,7 @@ def _texts(prompt: str | None, prompt_file: Path | None, text: Path | None, *, i
 
 
 def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, forced: bool, quiet: bool) -> Comparison:
-    from kvgen.compare.comparison import compare as compare_patterns
+    from kvgen.comparison import compare as compare_patterns
 
     prompt = loaded.tokenizer.encode(text)
     continuation = None
@@ -111,16 +115,9 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
         cut = min(_TEXT_PROMPT_TOKENS, len(prompt) // 2)
         if len(prompt) - cut < 2 or not cut:
             raise UsageError("--text must hold at least three tokens")
-        prompt, continuation = prompt[:cut], prompt[cut : cut + steps]
+        prompt, continuation = prompt[:cut], prompt[cut:]
     with _waiting(quiet=quiet):
-        return compare_patterns(
-            loaded.model,
-            prompt,
-            patterns=names,
-            steps=steps if continuation is None else len(continuation),
-            continuation=continuation,
-            special_ids=loaded.tokenizer.special_ids | loaded.tokenizer.eos_ids,
-        )
+        return compare_patterns(loaded, prompt, patterns=names, steps=steps, continuation=continuation)
 
 
 @contextlib.contextmanager
@@ -133,7 +130,7 @@ def _waiting(*, quiet: bool) -> Iterator[None]:
 
 
 def _as_data(loaded: Loaded, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    from kvgen.compare.report import as_data
+    from kvgen.comparison.report import as_data
 
     return {
         "model": loaded.source,

@@ -24,7 +24,7 @@ _LABEL_WIDTH = 18
 
 
 def print_comparison(data: dict[str, Any], report: dict[str, Any]) -> None:
-    """Print one comparison of a report, as `kvgen.compare.report` makes them, on stdout."""
+    """Print one comparison of a report, as `kvgen.comparison.report` makes them, on stdout."""
     console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     console.print(_verdict(data), soft_wrap=True)
     console.print(

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvgen.compare.reference import Judgement, Reference
+from kvgen.comparison.reference import Judgement, Reference
 from kvgen.contract import Backend
 from kvgen.errors import KvgenError
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from kvgen.compare.comparison import Comparison, Row
+from kvgen.comparison.comparison import Comparison, Row
 from kvgen.tokenizer import Tokenizer
 
 

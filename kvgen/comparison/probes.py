@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case, random_text
-from kvgen.compare.reference import Judgement
-from kvgen.compare.run import run_forced
+from kvgen.comparison.case import CALL_ERRORS, Case, random_text
+from kvgen.comparison.reference import Judgement
+from kvgen.comparison.run import run_forced
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 from kvgen.rounding import LIMIT
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case, make_case
-from kvgen.compare.experiments import EXPERIMENTS, Finding, Trial, attempt, lookup_or_values, nondeterministic
-from kvgen.compare.patterns import Pattern
-from kvgen.compare.probes import Probe
-from kvgen.compare.reference import Judgement
-from kvgen.compare.run import run_forced
+from kvgen.comparison.case import CALL_ERRORS, Case, make_case
+from kvgen.comparison.experiments import EXPERIMENTS, Finding, Trial, attempt, lookup_or_values, nondeterministic
+from kvgen.comparison.patterns import Pattern
+from kvgen.comparison.probes import Probe
+from kvgen.comparison.reference import Judgement
+from kvgen.comparison.run import run_forced
 from kvgen.rounding import LIMIT, distance, size, typical_floor
 
 _LEAK = 64  # typical rounding errors: what leaks from the future is far more

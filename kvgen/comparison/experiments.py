@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvgen.compare.case import CALL_ERRORS, Case
-from kvgen.compare.patterns import Pattern
+from kvgen.comparison.case import CALL_ERRORS, Case
+from kvgen.comparison.patterns import Pattern
 from kvgen.contract import Backend, Model
 from kvgen.rounding import distance, size
 

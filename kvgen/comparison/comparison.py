@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvgen.compare.case import CALL_ERRORS, Case, make_case
-from kvgen.compare.diagnosis import diagnose, unreliable_reference
-from kvgen.compare.experiments import Finding
-from kvgen.compare.metrics import Gap, gap
-from kvgen.compare.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
-from kvgen.compare.probes import Probe, run_probes, unseen
-from kvgen.compare.reference import Judgement, Reference
-from kvgen.compare.run import Run, run_forced, run_free
-from kvgen.compare.verdict import ACCEPTABLE, Verdict
+from kvgen.comparison.case import CALL_ERRORS, Case, make_case
+from kvgen.comparison.diagnosis import diagnose, unreliable_reference
+from kvgen.comparison.experiments import Finding
+from kvgen.comparison.metrics import Gap, gap
+from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
+from kvgen.comparison.probes import Probe, run_probes, unseen
+from kvgen.comparison.reference import Judgement, Reference
+from kvgen.comparison.run import Run, run_forced, run_free
+from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
 from kvgen.generation.decode import ids_tensor
@@ -83,7 +83,7 @@ class Comparison:
         return all(row.verdict in ACCEPTABLE for row in self.rows if row.pattern.right)
 
 
-def compare(
+def compare_ids(
     backend: Backend,
     prompt: Sequence[int],
     *,
@@ -92,7 +92,7 @@ def compare(
     continuation: Sequence[int] | None = None,
     special_ids: frozenset[int] = frozenset(),
 ) -> Comparison:
-    """Compare patterns with uncached decoding.
+    """`compare` of token ids, with a model that need not have a tokenizer.
 
     prompt: the ids that are handed over at once. steps: how many tokens to go on for.
     continuation: the text to force every pattern along, after the prompt; None for what uncached decoding

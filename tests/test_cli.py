@@ -236,6 +236,20 @@ def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny) 
     ]
 
 
+@pytest.mark.parametrize("arguments", ["", "-p x", "-f -", "--lines"])
+def test_a_prompt_that_no_context_holds_is_refused_before_memory_ends(tiny, arguments: str) -> None:
+    command = " ".join([*KVGEN, *tiny, arguments])
+    endless = "head -c 70000000 /dev/zero | tr '\\0' a" if arguments == "--lines" else "yes ''"
+    shell = f"ulimit -v 8000000; {endless} | {command}"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert result.stdout == ""
+    assert result.returncode == (1 if arguments == "--lines" else 2)
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("kvgen: error: stdin") and first.endswith(
+        "longer than 64 MB, which no model's context holds"
+    )
+
+
 def test_a_closed_stdin_is_no_prompt(tiny) -> None:
     result = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", *KVGEN, *tiny], capture_output=True, text=True, timeout=60

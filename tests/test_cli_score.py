@@ -32,6 +32,7 @@ def test_a_text_comes_from_where_the_options_say(tiny: str, tmp_path: Path) -> N
     (tmp_path / "text").write_text("Hello, world!\n")
     results = [
         run("-m", tiny, str(tmp_path / "text")),
+        run("-m", tiny, "-f", str(tmp_path / "text")),
         run("-m", tiny, "-p", "Hello, world!"),
         run("-m", tiny, input="Hello, world!\n"),
         run("-m", tiny, "-", input="Hello, world!"),

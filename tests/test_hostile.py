@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +20,7 @@ import torch
 import kvgen
 from kvgen import CheckpointError, NotFoundError, UnsupportedError
 from kvgen.backends import reading
+from kvgen.inspection import inspect
 from tests.test_cli import run, run_on_terminal
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +104,37 @@ def test_weights_that_no_memory_would_hold_are_refused_before_they_are_read(
     for compile_ in ("on", "off"):
         with pytest.raises(UnsupportedError, match="this machine has"):
             kvgen.load(folder, compile=compile_)
+
+
+SIZES = [2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, 2**64, 10**400, 0, -1, -(2**63), 1e30, math.inf, 1.5, "8", True]
+
+
+COUNTS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+NUMBERS = ["num_key_value_heads", "max_position_embeddings", "sliding_window", "rms_norm_eps", "rope_theta"]
+
+
+@pytest.mark.parametrize("key", [*COUNTS, *NUMBERS])
+def test_any_size_in_a_config_is_refused_by_name_or_harmless(tiny_llama, key: str) -> None:
+    folder, _ = tiny_llama()
+    config = json.loads((folder / "config.json").read_text())
+    for size in SIZES:
+        (folder / "config.json").write_text(json.dumps({**config, key: size}))
+        for use in (kvgen.load, inspect):
+            with contextlib.suppress(kvgen.KvgenError):
+                use(folder)
+
+
+@pytest.mark.parametrize(("part", "key"), [("wrapper", "num_tokens"), ("wrapper", "max_seq_len"), ("decoder", "dim")])
+@pytest.mark.parametrize("backend", ["native", "own"])
+def test_any_size_in_a_config_of_x_transformers_is_refused_or_harmless(
+    tmp_path: Path, part: str, key: str, backend: str
+) -> None:
+    subprocess.run([sys.executable, "docs/examples/random_model.py", "rotary", str(tmp_path)], check=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for size in SIZES:
+        (tmp_path / "config.json").write_text(json.dumps({**config, part: {**config[part], key: size}}))
+        with contextlib.suppress(kvgen.KvgenError):
+            kvgen.load(tmp_path, backend=backend)
 
 
 def test_names_of_a_file_cannot_steer_the_terminal_of_any_command(tiny_llama, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.grouped import Grouped, quantized
-from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
 from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.kernels.packed import Packed
@@ -42,8 +42,8 @@ def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
     try:
         with torch.device("meta"):
             decoder = Decoder(config)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({error})") from error
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that multiply to 2^63 and more
+        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({in_one_line(error)})") from error
     wanted = {name for name, _ in decoder.named_parameters()}
     homes = {parameter: source for source in sources for parameter in parts_of(source)}
     _check_names(raw.path, missing=wanted - homes.keys(), unknown=unknown)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
-from kvgen.errors import CheckpointError, UnsupportedError, UsageError
+from kvgen.errors import CheckpointError, UnsupportedError, UsageError, in_one_line
 from kvgen.model.ids import check_form, check_range
 
 
@@ -118,8 +118,17 @@ def build_net(config: Mapping[str, Any], source: str) -> nn.Module:
         ) from None
     try:
         net: nn.Module = TransformerWrapper(**config["wrapper"], attn_layers=Decoder(**config["decoder"]))
-    except (TypeError, AssertionError, ValueError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{source}: x-transformers refuses these arguments ({error})") from error
+    except (
+        TypeError,
+        AssertionError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        raise CheckpointError(f"{source}: x-transformers refuses these arguments ({in_one_line(error)})") from error
     return net
 
 
@@ -144,7 +153,7 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     backend = XTransformersBackend(net, rebuild=lambda: build_net(raw.metadata, source))
     try:
         logits, _ = backend(torch.zeros(1, 1, dtype=torch.int64, device=device), None)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise UnsupportedError(f"{source}: x-transformers cannot run this on plain token ids ({error})") from error
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise UnsupportedError(f"{source}: this configuration gives more than one set of logits")

@@ -12,6 +12,8 @@ from kvgen.cli.stdin import has_text
 from kvgen.errors import NotFoundError, UsageError
 
 _STDIN = Path("-")
+_TOO_LONG = "longer than 64 MB, which no model's context holds"
+_MOST = 64 * 1024 * 1024  # bytes of a prompt: ten million tokens of more than six bytes
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,23 @@ def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str
     """
     if prompt in (None, "-") or file is not None or not has_text(notify):
         return prompt
-    piped = read_file(_STDIN)
+    piped = read_file(_STDIN, most=_MOST)
     if not piped:
         return prompt
     notify(f"stdin, {len(piped):,} characters, goes before the prompt (`< /dev/null` leaves it out)")
     return f"{piped}\n{prompt}"
 
 
-def read_file(file: Path) -> str:
-    """A whole file, or stdin for `-`, without its last line break. Raises as `read_prompts` does."""
+def read_file(file: Path, *, most: int | None = None) -> str:
+    """A whole file, or stdin for `-`, without its last line break. Raises as `read_prompts` does.
+
+    most: bytes, beyond which it is refused as a prompt.
+    """
     with _open(file) as source:
-        return _without_line_break(_decode(source.read(), f"{_name(file)}: "))
+        data = source.read() if most is None else source.read(most + 1)
+    if most is not None and len(data) > most:
+        raise UsageError(f"{_name(file)}: {_TOO_LONG}")
+    return _without_line_break(_decode(data, f"{_name(file)}: "))
 
 
 def read_option_file(option: str, file: Path) -> str:
@@ -75,7 +83,7 @@ def read_option_file(option: str, file: Path) -> str:
 
 
 def open_lines(file: Path | None) -> Iterator[bytes]:
-    """The lines of a file, or of stdin for `-` or None, as they are asked for.
+    """The lines of a file, or of stdin for `-` or None, as they are asked for; the beginning of one that is too long.
 
     Raises UsageError if that is a terminal, NotFoundError for a file that cannot be read.
     """
@@ -83,13 +91,13 @@ def open_lines(file: Path | None) -> Iterator[bytes]:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no rows: give a FILE, or pipe them in")
         file = _STDIN
-    return iter(_open(file))
+    return _bounded(_open(file))
 
 
 def _whole(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:
-        parts.append(read_file(file))
+        parts.append(read_file(file, most=_MOST))
     if prompt is not None:
         parts.append(prompt)
     text = "\n".join(part for part in parts if part)
@@ -100,14 +108,25 @@ def _whole(prompt: str | None, file: Path | None) -> str:
 
 def _lines(file: Path) -> Iterator[GivenPrompt]:
     with _open(file) as source:
-        for number, line in enumerate(source, start=1):
+        for number, line in enumerate(_bounded(source), start=1):
             if not line.strip():
                 continue
             where = f"{_name(file)}, line {number}"
+            if len(line) > _MOST:
+                yield GivenPrompt("", where, UsageError(_TOO_LONG))
+                continue
             try:
                 yield GivenPrompt(_without_line_break(_decode(line, "")), where)
             except UsageError as error:
                 yield GivenPrompt(_without_line_break(line.decode("utf-8", "replace")), where, error)
+
+
+def _bounded(source: BinaryIO) -> Iterator[bytes]:
+    """Lines, of each no more than `_MOST` bytes and one, by which a line that is too long shows."""
+    while line := source.readline(_MOST + 1):
+        yield line
+        while len(line) > _MOST and not line.endswith(b"\n"):
+            line = source.readline(_MOST + 1)
 
 
 def _open(file: Path) -> BinaryIO:

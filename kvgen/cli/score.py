@@ -31,6 +31,9 @@ def score(
     *,
     text: Annotated[Path | None, Argument(metavar="FILE", help="The text; - is stdin.", show_default="stdin")] = None,
     prompt: Annotated[str | None, Option("--prompt", "-p", help="The text itself.", rich_help_panel=_WHAT)] = None,
+    prompt_file: Annotated[
+        Path | None, Option("--prompt-file", "-f", help="The same as FILE.", rich_help_panel=_WHAT)
+    ] = None,
     jsonl: Annotated[
         bool,
         Option(
@@ -57,6 +60,9 @@ def score(
 
     Log-likelihoods are in nats, surprise is in bits. The first token is given, and not scored.
     """
+    if text is not None and prompt_file is not None:
+        raise UsageError("give the text once: as FILE or with --prompt-file")
+    text = prompt_file if text is None else text
     if prompt is not None and (text is not None or jsonl):
         raise UsageError("give --prompt, or a file, not both; --jsonl reads a file")
     if prompt is None and text is None and (sys.stdin is None or sys.stdin.isatty()):

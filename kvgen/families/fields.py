@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,18 @@ class Fields:
         return self.values.get(self.prefix + name)
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """A whole number of at least 1, and below 2^31: no size of a model is larger, and torch takes none of 2^63."""
         value = self._present(name, default)
         if type(value) is not int or value < 1:
             raise self._wrong(name, value, "a whole number of at least 1")
+        if value >= 2**31:
+            raise self._wrong(name, value, "below 2^31")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number greater than 0."""
         value = self._present(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self._wrong(name, value, "a positive number")
         return float(value)
 

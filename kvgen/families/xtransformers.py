@@ -74,6 +74,9 @@ _OUTSIDE = {
 }
 
 
+_MOST_HEADS = 2**16  # each gets a slope or a place in an order before its weights are looked at
+
+
 def rename(name: str) -> str:
     """The library numbers attention and MLP in turn; here they are the two parts of a block."""
     numbered = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.+)", name)
@@ -119,6 +122,8 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     dim, heads = decoder.count("dim"), decoder.count("heads", 8)
     head_dim = decoder.count("attn_dim_head", _DIM_HEAD)
     kv_heads = 1 if decoder.get("attn_one_kv_head") else decoder.count("attn_kv_heads", heads)
+    if heads > _MOST_HEADS:
+        raise CheckpointError(f"{path}: heads is {heads}; it must be at most {_MOST_HEADS}")
     if heads % kv_heads:
         raise CheckpointError(f"{path}: {heads} heads cannot share {kv_heads} key-value heads")
     tied, rotates = bool(wrapper.get("tie_embedding")), bool(decoder.get("rotary_pos_emb"))

@@ -65,7 +65,7 @@ def test_lines_of_json_are_scored_in_order_with_their_fields(tiny: str) -> None:
         (["-p", "a", "file"], "", 2, "not both"),
         (["no-such-file"], "", 1, "no-such-file: cannot be read"),
         (["-p", "a"], "", 2, "at least two tokens"),
-        (["-"], "", 2, "at least two tokens"),
+        (["-"], "", 2, "the text is empty"),
         (["-p", "Hello, world!", "--window", "9999"], "", 2, "window of 9999 tokens does not fit"),
     ],
 )

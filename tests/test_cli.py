@@ -378,21 +378,34 @@ def test_a_reader_that_leaves_ends_it_quietly(tiny) -> None:
         assert process.stderr.read() == b""
 
 
-def test_text_reaches_a_pipe_as_it_is_made_and_ctrl_c_keeps_it(smollm2_path: Path) -> None:
+def test_whole_lines_reach_a_pipe_as_they_are_made_and_ctrl_c_keeps_the_rest(smollm2_path: Path) -> None:
     with subprocess.Popen(
-        [*KVGEN, "generate", "-p", "Once upon a time,", "-t", "0", "-n", "2000"],
+        [*KVGEN, "generate", "-p", "A list:", "-t", "0", "-n", "-1", "--regex", r"(one two three four\n){900}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout and process.stderr
-        first = os.read(process.stdout.fileno(), 1000)
-        assert len(first) < 100
+        parts = [os.read(process.stdout.fileno(), 1000) for _ in range(5)]
+        assert all(part and not part.replace(b"one two three four\n", b"") for part in parts)
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
         assert process.wait(60) == 130
-        assert (first + rest).startswith(b" the")
-        assert (first + rest).endswith(b"\n")
+        assert rest.endswith(b"\n") or not rest
         assert process.stderr.read() == b""
+
+
+def test_ctrl_c_keeps_the_line_that_is_not_ended(smollm2_path: Path) -> None:
+    with subprocess.Popen(
+        [*KVGEN, "generate", "-p", "Once upon a time,", "-t", "0", "-n", "-1", "--regex", r"x\n(a b ){3000}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout and process.stderr
+        assert os.read(process.stdout.fileno(), 1000) == b"x\n"
+        assert not select.select([process.stdout], [], [], 1)[0]
+        process.send_signal(signal.SIGINT)
+        assert re.fullmatch(rb"(a b )+a?\n", process.stdout.read())
+        assert process.wait(60) == 130
 
 
 def test_a_stats_reader_that_leaves_costs_no_output(tiny) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvgen.cli.compare import complete_pattern
+from kvgen.comparison.patterns import PATTERNS
 from tests.test_cli import run
 
 CONFIG = """
@@ -112,11 +114,19 @@ def test_help_names_the_tables_of_the_file() -> None:
     assert "for one command alone under [generate], for `kvgen --profile NAME` under [profile.NAME]. In the" in shown
 
 
-def test_the_shell_completes_names_of_models() -> None:
-    completing = {
-        **os.environ,
-        "_KVGEN_COMPLETE": "complete_bash",
-        "COMP_WORDS": "kvgen generate --model smol",
-        "COMP_CWORD": "3",
-    }
-    assert run(env=completing).stdout.split() == ["smollm2"]
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("kvgen generate --model smol", ["smollm2"]),
+        ("kvgen --profile w", ["warm"]),
+        ("kvgen compare --pattern la", ["last-token"]),
+    ],
+    ids=str,
+)
+def test_the_shell_completes_names(environment: dict[str, str], words: str, names: list[str]) -> None:
+    asked = {"_KVGEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert run(env={**environment, **asked}).stdout.split() == names
+
+
+def test_the_patterns_that_the_shell_completes_are_those_that_there_are() -> None:
+    assert {*complete_pattern(""), "uncached", "full-sequence"} == set(PATTERNS)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -138,11 +139,11 @@ def test_the_answer_counts(caches: Path, answer: str, code: int, stays: bool) ->
     assert path.exists() == stays
 
 
-def on_terminal(*arguments: str, answer: str = "") -> tuple[int, str]:
+def on_terminal(*arguments: str, answer: str = "", columns: int = 200) -> tuple[int, str]:
     """Run on a pseudo-terminal, answer its question; returns the exit code and all that the terminal got."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS="200")
+        os.environ.update(TERM="xterm-256color", COLUMNS=str(columns))
         os.execv(sys.executable, [sys.executable, "-m", "kvgen", "models", *arguments])
     output = b""
     with contextlib.suppress(OSError):  # the other side is closed
@@ -174,6 +175,15 @@ def test_a_terminal_gets_a_table_with_titles(caches: Path) -> None:
         assert text in output
     assert "\t" not in output
     assert str(snapshot)[:20] in output
+
+
+def test_a_narrow_terminal_gets_a_line_for_each_field(caches: Path) -> None:
+    path = put_catalogue_file(caches)
+    code, output = on_terminal(columns=40)
+    lines = [line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", output).splitlines()]
+    assert code == 0
+    assert lines[:3] == ["name     smollm2", "from     catalogue", "state    here"]
+    assert f"path     {path}" in lines
 
 
 def test_a_file_of_an_installed_package_stays(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

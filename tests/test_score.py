@@ -265,6 +265,7 @@ def test_a_character_is_as_surprising_as_its_tokens_together() -> None:
         "\u23ce\n": "white on color(22)",
         "b": "dim",
     }
+    assert heat_map(result, vocabulary, coloured=False).plain == shown.plain.replace("日", "日\u2089")
     lines = [line.split(maxsplit=3) for line in table(result, vocabulary)]
     assert [line[1] for line in lines] == ["-", "0.14", "3.00", "3.00", "3.00", "0.50", "-"]
     assert [line[3] for line in lines[1:]] == ["a", "日 (1/3)", "日 (2/3)", "日 (3/3)", "\\n", "b"]

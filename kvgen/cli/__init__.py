@@ -12,7 +12,7 @@ from kvgen.cli.bench import bench
 from kvgen.cli.cache import cache
 from kvgen.cli.chat import chat
 from kvgen.cli.compare import compare
-from kvgen.cli.config import config, defaults_of, option_names, read_settings
+from kvgen.cli.config import complete_profile, config, defaults_of, option_names, read_settings
 from kvgen.cli.convert import convert
 from kvgen.cli.errors import Group
 from kvgen.cli.generate import generate
@@ -45,7 +45,12 @@ def _root(
     context: typer.Context,
     profile: Annotated[
         str | None,
-        typer.Option(metavar="NAME", envvar="KVGEN_PROFILE", help="Take defaults from this profile; see kvgen config."),
+        typer.Option(
+            metavar="NAME",
+            envvar="KVGEN_PROFILE",
+            help="Take defaults from this profile; see kvgen config.",
+            autocompletion=complete_profile,
+        ),
     ] = None,
     traceback: Annotated[
         bool,

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 _WHAT = "What to compare"
 _DEFAULT_PROMPT = "Once upon a time,"
+_PATTERNS = ("batched", "last-token", "stale-chunk", "wrong-offset", "left-pad-ignored")  # known without torch
 _TEXT_PROMPT_TOKENS = 8  # of --text that are handed over at once, if it is long enough
+
+
+def complete_pattern(incomplete: str) -> list[str]:
+    """Names of patterns, for the shell's completion."""
+    return [name for name in _PATTERNS if name.startswith(incomplete)]
 
 
 @takes_groups(backend="own")
@@ -43,8 +49,8 @@ def compare(
         list[str] | None,
         Option(
             metavar="NAME",
-            help="Add a pattern: batched, which must be right too; or last-token, stale-chunk, wrong-offset, "
-            "left-pad-ignored. Repeatable.",
+            help=f"Add a pattern: {_PATTERNS[0]}, which must be right too; or {', '.join(_PATTERNS[1:])}. Repeatable.",
+            autocompletion=complete_pattern,
             rich_help_panel=_WHAT,
         ),
     ] = None,

@@ -21,7 +21,7 @@ from rich.text import Text
 from kvgen.cli import options
 from kvgen.cli.escape import escape_controls
 from kvgen.cli.render import print_note, terminal, write_json
-from kvgen.errors import NotFoundError, UsageError
+from kvgen.errors import KvgenError, NotFoundError, UsageError
 
 _PROFILES = "profile"
 
@@ -64,6 +64,15 @@ def read_settings(profile: str | None, commands: Mapping[str, Iterable[str]]) ->
         if os.environ.get(variable):
             settings.append(Setting(name, os.environ[variable], "", variable))
     return settings
+
+
+def complete_profile(incomplete: str) -> list[str]:
+    """Names of profiles, for the shell's completion; none if the file cannot be read."""
+    try:
+        profiles = _parsed(config_path()).get(_PROFILES, {})
+    except KvgenError:
+        return []
+    return [name for name in profiles if name.startswith(incomplete)] if isinstance(profiles, dict) else []
 
 
 def defaults_of(settings: Iterable[Setting], command: str, names: Iterable[str]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from kvgen.errors import UsageError
 if TYPE_CHECKING:
     from kvgen.inventory import Entry
 
+_GAP, _NARROWEST = 3, 20  # columns between those of a table, and of its last one
+
 models = typer.Typer(
     cls=Group,
     help="List the models of the catalogue and of the caches, fetch one, remove one.",
@@ -114,6 +116,13 @@ def _print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     console = terminal(sys.stdout)
     if not console.is_terminal:
         sys.stdout.write("".join("\t".join(map(escape_controls, row)) + "\n" for row in rows))
+        return
+    widths = [max(map(len, column)) + _GAP for column in zip(titles, *rows, strict=True)]
+    if console.width < sum(widths[:-1]) + _NARROWEST:  # no room for a table: a line for each field
+        for row in rows:
+            for title, cell in zip(titles, row, strict=True):
+                console.print(Text(f"{title:<9}", "bold").append(escape_controls(cell), "not bold"), soft_wrap=True)
+            console.print()
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in titles:

@@ -37,31 +37,33 @@ def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
 
 
 class TextWriter:
-    """Streams a completion to stdout: through Rich on a terminal, untouched into a pipe.
+    """Writes a completion to stdout: through Rich on a terminal, token by token; untouched into a pipe, in whole lines,
+    so that those of programs that write at the same time (`xargs -P2`) do not mix.
 
-    A context: on leaving it, however that happens, the line is ended.
+    A context: on leaving it, however that happens, all of the text is there and its line is ended.
     """
 
     def __init__(self, *, raw: bool) -> None:
         self._raw = raw
         self._console = terminal(sys.stdout)
-        self._at_line_start = True
+        self._line = ""  # that is not ended
 
     def __enter__(self) -> TextWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._at_line_start and not (kind and issubclass(kind, BrokenPipeError)):
+        if self._line and not (kind and issubclass(kind, BrokenPipeError)):
             self.write("\n")
 
     def write(self, text: str) -> None:
-        if not text:
-            return
-        self._at_line_start = text.endswith("\n")  # before writing: an interruption may come right after
-        if self._console.is_terminal and not self._raw:
-            self._console.out(escape_controls(text), end="", highlight=False)
-        else:
+        whole, end, rest = text.rpartition("\n")
+        lines, self._line = (self._line + whole + end, rest) if end else ("", self._line + rest)
+        if not self._console.is_terminal:
+            sys.stdout.write(lines)
+        elif self._raw:
             sys.stdout.write(text)
+        else:
+            self._console.out(escape_controls(text), end="", highlight=False)
         sys.stdout.flush()
 
 

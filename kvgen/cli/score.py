@@ -170,8 +170,9 @@ def _print(score: Score, tokenizer: Tokenizer, size: int | None, *, tokens: bool
     if tokens:
         sys.stdout.writelines(f"{line}\n" for line in table(score, tokenizer))
     elif console.is_terminal:
-        console.print(heat_map(score, tokenizer))
-        console.print(legend())
+        coloured = console.color_system is not None and not console.no_color
+        console.print(heat_map(score, tokenizer, coloured=coloured))
+        console.print(legend(coloured=coloured))
     bits = _bits_per_byte(score, tokenizer, size)
     sys.stdout.write(
         f"log-likelihood {score.total:.4f} nats, {format_tokens(score.count)}, perplexity {score.perplexity:.6g}"

@@ -15,27 +15,37 @@ if TYPE_CHECKING:
 
 # Up to so many bits of surprise, and the colour of the ground: from calm to hot.
 _HEAT = ((1.0, 22), (2.0, 64), (4.0, 100), (7.0, 136), (10.0, 130), (14.0, 124), (math.inf, 160))
+_CALM = 4.0  # bits that need no mark where there are no colours
+_SUBSCRIPT = str.maketrans({digit: 0x2080 + value for value, digit in enumerate("0123456789")})
 _NOT_SCORED = "dim"
 _MOST_MAPPED = 4000  # tokens: a screen cannot hold more
 _MOST_TOKENS = 4  # that make one character of UTF-8, if each is a byte of it
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-def heat_map(score: Score, tokenizer: Tokenizer) -> Text:
-    """The text, each piece on the colour of its surprise. Tokens that make one character share the sum of theirs."""
+def heat_map(score: Score, tokenizer: Tokenizer, *, coloured: bool = True) -> Text:
+    """The text, each piece on the colour of its surprise. Tokens that make one character share the sum of theirs.
+
+    coloured: whether there are colours to see; without them, a small number stands behind what surprises.
+    """
     heat = Text()
     for piece, places in pieces(score.ids[:_MOST_MAPPED], tokenizer):
         logprobs = [score.logprobs[place] for place in places]
         scored = [logprob for logprob in logprobs if logprob is not None]
         shown = escape_controls(piece).replace("\n", "\u23ce\n")  # a line break has no ground to colour
-        heat.append(shown, _style(sum(map(surprise, scored))) if scored else _NOT_SCORED)
+        bits = sum(map(surprise, scored))
+        heat.append(shown, _style(bits) if scored else _NOT_SCORED)
+        if not coloured and bits > _CALM:
+            heat.append("\u221e" if math.isinf(bits) else f"{bits:.0f}".translate(_SUBSCRIPT))
     if len(score.ids) > _MOST_MAPPED:
         heat.append(f"\n... and {len(score.ids) - _MOST_MAPPED} more tokens", "dim")
     return heat
 
 
-def legend() -> Text:
+def legend(*, coloured: bool = True) -> Text:
     """Which colour is how much."""
+    if not coloured:
+        return Text(f"small numbers: bits of surprise of the piece before, where they are more than {_CALM:g}")
     line, lower = Text("bits of surprise: "), 0.0
     for upper, _ in _HEAT:
         label = f" {lower:g}-{upper:g} " if math.isfinite(upper) else f" over {lower:g} "

@@ -136,6 +136,7 @@ class ResultsFile:
             found = differences(record, self.record)
             if found:
                 raise UsageError(f"{self.path}: made otherwise: {found}; go on alike, or name another file")
+            return
         try:
             write_record(self.path, record)
         except OSError as error:

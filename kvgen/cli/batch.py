@@ -159,9 +159,9 @@ def batch(
         raise Exit(EXIT_INTERRUPTED)
     if failed := totals.failed + before:
         hint = "" if file is None else "; --resume --retry-errors completes them again"
-        if totals.not_json == totals.rows:
-            hint = "; none is JSON: for a file with a prompt on each line there is kvgen generate --lines"
         count = totals.rows + len(done)
+        if totals.not_json == count:
+            hint = "; none is JSON: for a file with a prompt on each line there is kvgen generate --lines"
         raise KvgenError(f"{failed} of {count} rows could not be completed: their lines have an `error`{hint}")
 
 

@@ -25,6 +25,7 @@ from kvgen.comparison.verdict import Verdict
 from kvgen.kernels import build
 from kvgen.kernels.packed import Packed
 from kvgen.model.cache import KVCache
+from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
 
@@ -303,11 +304,13 @@ def test_compare_finds_the_same_bits(smollm2: kvgen.Loaded) -> None:
     assert rows[1].gap.max_abs == 0
 
 
-def test_a_model_in_float64_is_that_of_the_packed_weights(small: dict[str, NativeBackend]) -> None:
+def test_the_kernels_compute_what_float64_does_with_the_packed_weights(small: dict[str, NativeBackend]) -> None:
     ids = torch.randint(2, 96, (1, 80))
     for model in small.values():
-        twin = model.in_wider(torch.float64)
-        assert twin.dtype == torch.float64
+        weights = model.decoder.weights.items()
+        state = {name: weight.unpacked() if isinstance(weight, Packed) else weight for name, weight in weights}
+        twin = Decoder(model.decoder.config).to(torch.float64)
+        twin.load_state_dict(state, strict=True)
         assert (twin.all_logits(ids) - model.all_logits(ids)).abs().max() < 1e-4
 
 

@@ -19,7 +19,6 @@ from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
 from kvgen.model.cache import KVCache
 from kvgen.model.cached import CachedModel, Span, positions_of
 from kvgen.model.config import DecoderConfig
-from kvgen.model.decoder import Decoder
 from kvgen.model.layers import RotaryTables
 from kvgen.model.stores import Room
 
@@ -139,17 +138,6 @@ class FusedDecoder(CachedModel):
         table = self.weights["position_embd.weight"]
         assert isinstance(table, Tensor)
         return table[positions]
-
-    def unfused(self, dtype: torch.dtype) -> Decoder:
-        """The same decoder in torch's own operations, its weights unpacked to `dtype`: a copy."""
-        with torch.device("meta"):
-            decoder = Decoder(self.config)
-        state = {
-            name: (weight.unpacked() if isinstance(weight, Packed) else weight).to(dtype, copy=True)
-            for name, weight in self.weights.items()
-        }
-        decoder.load_state_dict(state, strict=True, assign=True)
-        return decoder.requires_grad_(False).to(dtype)
 
     def _place(self, span: Span) -> Sequence[ctypes.Array[_Layer]]:
         """Where keys and values of each layer go, for each batch row of a span."""

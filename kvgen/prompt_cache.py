@@ -10,20 +10,21 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kvgen.backends.native import NativeBackend
 from kvgen.checkpoint.digest import digest_of
-from kvgen.checkpoint.raw import check_file
+from kvgen.checkpoint.hf import TYPE_NAMES, add_shard
+from kvgen.checkpoint.raw import RawTensor
 from kvgen.contract import Backend
-from kvgen.errors import CacheError, KvgenError, UsageError
+from kvgen.errors import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.loading import Loaded
 from kvgen.model.cache import KVCache
 from kvgen.model.stores import Room
@@ -50,7 +51,6 @@ def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
     tensors = {"tokens": cache.tokens}
     for number, room in enumerate(rooms):
         tensors |= {f"keys.{number}": room.keys, f"values.{number}": room.values}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "kvgen-prompt-cache": _FORMAT,
         "identity": _identity(loaded),
@@ -63,11 +63,12 @@ def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".kvgen-", dir=path.parent) as folder:
             written = Path(folder) / path.name
-            save_file(tensors, written, metadata)
-            with written.open("rb") as file:
+            with written.open("wb") as file:
+                _write(file, tensors, metadata)
+                file.flush()
                 os.fsync(file.fileno())
             written.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise KvgenError(f"{path}: the prompt cache cannot be written ({error})") from error
 
 
@@ -96,15 +97,14 @@ def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
             f"{path}: a prompt cache of {metadata['model']} ({metadata['numerics']}), not of {loaded.source} "
             f"({native.numerics}); name another file"
         )
-    tokens = tensors.pop("tokens")
+    tokens = tensors["tokens"].clone()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < native.decoder.config.vocab_size:
         raise _damaged(path, "token ids outside the vocabulary")
     try:
-        firsts = json.loads(metadata["first"])
-        rooms = [
+        rooms = (
             Room(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
-            for n, first in enumerate(firsts)
-        ]
+            for n, first in enumerate(json.loads(metadata["first"]))
+        )
         return native.restored(tokens.to(native.device), rooms, int(metadata["variant"]))
     except (CacheError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"it does not fit the model ({error})") from error
@@ -113,15 +113,14 @@ def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
 def describe_prompt_cache(path: Path) -> PromptCacheInfo:
     """What a file holds. Raises CacheError for one that is damaged or no prompt cache."""
     metadata, tensors = _read(path)
-    tokens = tensors.pop("tokens")
-    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    parts = [tensors[name] for name in tensors if name != "tokens"]
     return PromptCacheInfo(
         metadata["model"],
         metadata["numerics"],
-        tuple(tokens.flatten().tolist()),
-        len(tensors) // 2,
-        ", ".join(kinds),
-        sum(tensor.nbytes for tensor in tensors.values()),
+        tuple(tensors["tokens"].flatten().tolist()),
+        len(parts) // 2,
+        ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in parts})),
+        sum(tensor.nbytes for tensor in parts),
     )
 
 
@@ -131,36 +130,76 @@ def _native(model: Backend) -> NativeBackend:
     raise UsageError("a prompt cache needs kvgen's own decoder, and goes without --verify-cache")
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file. That which was read last is in memory, and what is computed with it has to be copied."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, RawTensor] = {}
+        self._release: Callable[[], None] = lambda: None
+        add_shard(self._tensors, path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._release()
+        tensor = self._tensors[name]
+        self._release = tensor.release
+        return tensor.read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read(path: Path) -> tuple[dict[str, str], Mapping[str, Tensor]]:
     """Metadata and tensors of a file that says what it is, and whose content is what was written."""
-    check_file(path)
     try:
+        tensors = _Stored(path)
         file: Any = safe_open(path, framework="pt")
         metadata: dict[str, str] = file.metadata() or {}
-        if metadata.get("kvgen-prompt-cache") != _FORMAT:
-            raise CacheError(f"{path}: no prompt cache of this version of kvgen")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         raise CacheError(f"{path}: no readable prompt cache ({error})") from error
+    if metadata.get("kvgen-prompt-cache") != _FORMAT:
+        raise CacheError(f"{path}: no prompt cache of this version of kvgen")
     wanted = {"identity", "model", "numerics", "variant", "first", "sha256"}
-    tokens = tensors.get("tokens")
-    if not wanted <= metadata.keys() or tokens is None or tokens.dtype != torch.int64 or tokens.ndim != 2:
+    if not wanted <= metadata.keys() or "tokens" not in tensors:
         raise _damaged(path, "something is missing")
+    if tensors["tokens"].dtype != torch.int64 or tensors["tokens"].ndim != 2:
+        raise _damaged(path, "its tokens are none")
     if metadata["sha256"] != digest(tensors):
         raise _damaged(path, "its content is not what was written")
     return metadata, tensors
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """In the format of safetensors, whose own writer wants all tensors in contiguous memory: a copy of the cache."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # which aligns what follows
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _damaged(path: Path, why: str) -> CacheError:
     return CacheError(f"{path}: the prompt cache is damaged: {why}; remove it")
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """Of what a file holds, names and shapes included."""
     whole = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        whole.update(_bytes(tensor))
     return whole.hexdigest()
 
 

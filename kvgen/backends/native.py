@@ -70,18 +70,23 @@ class NativeBackend(Backend):
         for (logits,) in self.decoder.each_logits(ids, positions):
             yield logits
 
-    def restored(self, tokens: Tensor, rooms: Sequence[Room], variant: int) -> KVCache:
-        """The cache that `KVCache.held` described, of these token ids. Raises CacheError where it does not fit."""
+    def restored(self, tokens: Tensor, rooms: Iterable[Room], variant: int) -> KVCache:
+        """The cache that `KVCache.held` described, of these token ids: a copy, made layer by layer.
+
+        Raises CacheError where it does not fit.
+        """
         config, dtype = self.decoder.config, self.decoder.kv_dtype
         shape = (tokens.shape[0], config.kv_heads, row_length(config.head_dim, dtype))
-        for room in rooms:
-            for tensor in (room.keys, room.values):
-                if tensor.dtype != (dtype or self.dtype) or (*tensor.shape[:2], *tensor.shape[3:]) != shape:
-                    raise CacheError(f"a layer of {tensor.dtype} and shape {tuple(tensor.shape)}")
-        if len(rooms) != len(config.layers):
-            raise CacheError(f"{len(rooms)} layers, not {len(config.layers)}")
+
+        def fitting() -> Iterator[Room]:
+            for room in rooms:
+                for tensor in (room.keys, room.values):
+                    if tensor.dtype != (dtype or self.dtype) or (*tensor.shape[:2], *tensor.shape[3:]) != shape:
+                        raise CacheError(f"a layer of {tensor.dtype} and shape {tuple(tensor.shape)}")
+                yield room
+
         cache = KVCache(self.decoder, dtype)
-        cache.restore(tokens, rooms, [layer.window for layer in config.layers], variant)
+        cache.restore(tokens, fitting(), [layer.window for layer in config.layers], variant)
         return cache
 
     def most_drafts(self, length: int) -> int:

@@ -22,7 +22,10 @@ _TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I8": torch.int8,
 }
+TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _INDEX = "model.safetensors.index.json"
 
 

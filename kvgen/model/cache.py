@@ -7,7 +7,7 @@ that it does not belong to, and reuse, editing, rewinding and rejected drafts ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,22 +78,24 @@ class KVCache:
         """The keys and values of each layer, without room for more."""
         return tuple(layer.held(self._length) for layer in self._layers)
 
-    def restore(self, tokens: Tensor, rooms: Sequence[Room], windows: Sequence[int | None], variant: int) -> None:
-        """Take over what `held` gave, and the ids behind it, (B, length); `windows` as in `reserve`.
+    def restore(self, tokens: Tensor, rooms: Iterable[Room], windows: Sequence[int | None], variant: int) -> None:
+        """Copy what `held` gave, and take over the ids behind it, (B, length); `windows` as in `reserve`.
 
         Raises CacheError for layers whose positions are not those of the ids, or not those that their window needs.
         """
         length = tokens.shape[1]
+        self.expect(length)
         layers: list[FullStore | WindowStore] = []
-        for room, window in zip(rooms, windows, strict=True):
+        for room, window in zip(rooms, windows, strict=True):  # one after the other: they may be read from a file
             first_needed = 0 if window is None else max(0, length - window + 1)
             if room.end != length or not 0 <= room.first <= first_needed or room.values.shape[2] != room.keys.shape[2]:
                 raise CacheError(f"a layer has positions {room.first} to {room.end}, not those of {length} tokens")
-            layers.append(
+            layer = (
                 FullStore(room.keys, room.values)
                 if window is None
                 else WindowStore(room.keys, room.values, window, room.first)
             )
+            layers.append(layer.branch(length, self.capacity))
         self._tokens, self._length, self._variant = tokens, length, variant
         self._forget()
         for layer in layers:

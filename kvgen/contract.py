@@ -128,12 +128,17 @@ class Backend(ABC):
             written.append(cache)
         return logits, written
 
-    def cache_for(self, ids: Tensor, capacity: int, donors: Sequence[Any]) -> Any:
-        """A cache to decode `ids` with, (1, n), which takes over what it can of one of the donors; None for a new one.
+    def cache_for(self, ids: Tensor, most: int, donors: Sequence[Any], ended: Any = None) -> Any:
+        """A cache to decode `ids` with, (1, n), which takes over what it can of another; None for a new one.
 
-        capacity: positions to have room for. Where `batches` is true, donors are in use and stay as they are.
+        most: positions that it will come to hold. donors: caches in use, which stay as they are. ended: one that is not
+        in use any more, which may be returned itself; None for none.
         """
-        return donors[-1] if self.rewinds and donors else None
+        return ended if self.rewinds else None
+
+    def cache_bytes(self, positions: int) -> int:
+        """What a cache takes that will come to hold so many positions; 0 if unknown."""
+        return positions * (self.position_bytes or 0)
 
     def by_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The whole sequence, handed in the way that someone does who has not read the manual."""

@@ -13,7 +13,7 @@ from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
 from kvgen.hub import default_reference, no_progress, resolve
-from kvgen.model.cache import cache_bytes
+from kvgen.model.cache import cache_bytes, position_bytes
 from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.tokenizer import Tokenizer, read_tokenizer
 
@@ -64,7 +64,7 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     types: Counter[str] = Counter()
     for tensor in raw.tensors.values():
         types[tensor.type] += tensor.nbytes
-    per_token, full = (None, None) if config is None else cache_bytes(config)
+    context = None if config is None else config.context_length
     return Inspection(
         path=raw.path,
         format=raw.format,
@@ -76,8 +76,8 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
         types=dict(types.most_common()),
         config=config,
         mechanisms={} if config is None else mechanisms(config),
-        cache_bytes_per_token=per_token,
-        cache_bytes_full=full,
+        cache_bytes_per_token=None if config is None else position_bytes(config),
+        cache_bytes_full=None if config is None or context is None else cache_bytes(config, context),
         vocabulary=None if tokenizer is None else tokenizer.backend.get_vocab_size(),
         tokenizer_obstacle=tokenizer_obstacle,
         has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,

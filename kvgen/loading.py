@@ -139,6 +139,17 @@ def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:
     return Loaded(model, choose_tokenizer(str(tokenizer), model.vocab_size or model.count_vocabulary()), reference)
 
 
+def cache_budget(model: Backend, available: int) -> int:
+    """What caches may take together unless said otherwise: half of the memory that is left beside the weights.
+
+    available: what `available_memory` said before the model was loaded, for weights may be mapped and not yet read.
+    """
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return int(free) // 2
+    return max(0, available - (model.weight_bytes or 0)) // 2
+
+
 def _arithmetic(dtype: torch.dtype, device: torch.device, compile: str, quantize: str) -> Arithmetic:
     """How to compute, and on which kernels. Raises UsageError, and UnsupportedError for kernels that cannot be."""
     if compile not in COMPILE:

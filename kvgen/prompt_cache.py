@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -131,18 +131,18 @@ def _native(model: Backend) -> NativeBackend:
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Tensors of a file. That which was read last is in memory, and what is computed with it has to be copied."""
+    """Tensors of a file, of which the two that were read last are in memory: keys and values of a layer."""
 
     def __init__(self, path: Path) -> None:
         self._tensors: dict[str, RawTensor] = {}
-        self._release: Callable[[], None] = lambda: None
+        self._read: list[RawTensor] = []
         add_shard(self._tensors, path)
 
     def __getitem__(self, name: str) -> Tensor:
-        self._release()
-        tensor = self._tensors[name]
-        self._release = tensor.release
-        return tensor.read()
+        self._read.append(self._tensors[name])
+        if len(self._read) > 2:
+            self._read.pop(0).release()
+        return self._read[-1].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

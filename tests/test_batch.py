@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvgen
-from kvgen import KvgenError, Sampling, UsageError
+from kvgen import Chunk, KvgenError, Sampling, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
 from kvgen.generation.batch import Ahead, Batch, ends, in_order
@@ -222,6 +223,37 @@ def test_caches_stay_within_their_bound(small: dict[str, Loaded]) -> None:
         if number == 4:
             assert isinstance(event, UsageError) and "the most for all is" in str(event)
     assert most == 2
+
+
+def test_caches_take_no_more_than_was_counted(small: dict[str, Loaded]) -> None:
+    random = Random(3)
+
+    def request() -> Request:
+        prompt = [random.randrange(2, 90) for _ in range(random.randrange(1, 120))]
+        return Request(prompt, GREEDY, random.randrange(1, 100))
+
+    for loaded in small.values():
+        most = 2 * loaded.model.cache_bytes(220)
+        batch, largest = Batch(loaded, max_cache_bytes=most), 0
+        for _, event in batch.run(request() for _ in range(30)):
+            assert not isinstance(event, KvgenError)
+            caches = {id(cache): cache for cache in [batch.cache, *(row.cache for row in batch._rows)] if cache}
+            largest = max(largest, sum(cache.nbytes for cache in caches.values()))
+        assert most / 2 < largest <= most
+
+
+def test_a_cache_that_nobody_uses_is_taken_over_not_copied(small: dict[str, Loaded]) -> None:
+    loaded, text = small["llama"], [*range(2, 60)]
+    _, cache = loaded.model(torch.tensor([text]), None)
+    batch = Batch(loaded, cache=cache)
+    first = next(batch.run([Request([*text, 70, 71], GREEDY, 5)]))[1]
+    assert isinstance(first, Chunk)
+    assert (first.step.reused, batch._rows[0].cache, batch.cache) == (58, cache, None)
+    _, other = loaded.model(torch.tensor([text]), None)
+    batch = Batch(loaded, cache=other)
+    first = next(batch.run([Request([2, 3, 4, 70], GREEDY, 5)]))[1]
+    assert isinstance(first, Chunk)
+    assert (first.step.reused, batch.cache, other.length) == (3, other, 58)  # most of it would be lost
 
 
 def test_what_reading_raises_is_raised_after_the_rows_before_it(small: dict[str, Loaded]) -> None:

@@ -100,7 +100,7 @@ def test_weights_that_no_memory_would_hold_are_refused_before_they_are_read(
     tiny_llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = tiny_llama()
-    monkeypatch.setattr(reading, "physical_memory", lambda: 10_000)
+    monkeypatch.setattr(reading, "total_memory", lambda: 10_000)
     for compile_ in ("on", "off"):
         with pytest.raises(UnsupportedError, match="this machine has"):
             kvgen.load(folder, compile=compile_)

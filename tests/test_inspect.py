@@ -14,7 +14,7 @@ import torch
 import kvgen
 from kvgen import UsageError
 from kvgen.inspection import inspect
-from kvgen.model.cache import cache_bytes
+from kvgen.model.cache import cache_bytes, position_bytes
 from tests.families import CONFIGS, make_checkpoint
 
 
@@ -53,7 +53,8 @@ def test_the_cache_takes_what_is_said(kind: str, tmp_path: Path) -> None:
     assert inspection.kind == kind
     model = kvgen.load(tmp_path, tokenizer="ids").model.decoder
     assert inspection.config == model.config
-    assert (inspection.cache_bytes_per_token, inspection.cache_bytes_full) == cache_bytes(model.config)
+    assert inspection.cache_bytes_per_token == position_bytes(model.config)
+    assert inspection.cache_bytes_full == cache_bytes(model.config, 256)
     assert model.config.context_length == 256
     cache = None
     for length in range(1, 257):

@@ -18,7 +18,7 @@ from kvgen.contract import Backend
 from kvgen.errors import CacheError
 from kvgen.kernels.fused import FusedDecoder
 from kvgen.kernels.packed import Packed
-from kvgen.model.cache import KVCache, cache_bytes
+from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.stores import Room, row_length
 
@@ -46,7 +46,7 @@ class NativeBackend(Backend):
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
         shorts = {rotary.short_length + 1 for rotary in decoder.config.rotaries if rotary.long_frequencies}
         self.changes_at = tuple(sorted(shorts | {window for window in decoder.config.windows if window}))
-        self.position_bytes, _ = cache_bytes(decoder.config, decoder.kv_dtype or self.dtype)
+        self.position_bytes = position_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
     def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
         return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()
@@ -105,8 +105,11 @@ class NativeBackend(Backend):
         logits, written = self.decoder.forward_together(sequences, caches, counts)
         return logits, list(written)
 
-    def cache_for(self, ids: Tensor, capacity: int, donors: Sequence[Any]) -> KVCache:
-        return self.decoder.cache_for(ids, capacity, donors)
+    def cache_for(self, ids: Tensor, most: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
+        return self.decoder.cache_for(ids, most, donors, ended)
+
+    def cache_bytes(self, positions: int) -> int:
+        return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
 
     def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
         """With the guard switched off, what a cache does that does not know its text: positions restart at 0."""

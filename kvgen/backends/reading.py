@@ -17,7 +17,7 @@ from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
 from kvgen.families import Family, find_family
 from kvgen.families.family import block_part, parts_of, take_apart
 from kvgen.kernels.packed import Packed
-from kvgen.memory import physical_memory
+from kvgen.memory import total_memory
 from kvgen.model.decoder import Decoder
 from kvgen.model.layers import Linear
 
@@ -88,7 +88,7 @@ class Reader:
 
     def check_memory(self) -> None:
         """Raises UnsupportedError if the weights cannot fit into the machine's memory."""
-        needed, there = sum(map(self._bytes_of, self.sources)), physical_memory()
+        needed, there = sum(map(self._bytes_of, self.sources)), total_memory()
         if self.arithmetic.device.type == "cpu" and needed > there:
             raise UnsupportedError(
                 f"{self.raw.path}: its weights take {needed / 1e9:.1f} GB as they are to be computed with, and this "

@@ -28,7 +28,6 @@ from kvgen.cli.stats import format_count
 from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
-from kvgen.memory import physical_memory
 
 if TYPE_CHECKING:
     from kvgen import Loaded
@@ -78,7 +77,7 @@ def batch(
         Option(
             metavar="SIZE",
             help="The most that the caches of all rows may take, as in 2GB.",
-            show_default="half of the machine's",
+            show_default="half of what the weights leave",
             rich_help_panel=_ROWS,
         ),
     ] = None,
@@ -125,7 +124,7 @@ def batch(
         defaults,
         defaults.max_tokens if _is_given(context, "max_tokens") else None,
         max_batch,
-        physical_memory() // 2 if max_cache_memory is None else parse_bytes(max_cache_memory),
+        None if max_cache_memory is None else parse_bytes(max_cache_memory),
     )
 
     from kvgen.pipeline.results import InOrder, Lines, ResultsFile, not_done
@@ -173,13 +172,16 @@ def _is_given(context: Context, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _How:
-    """How rows are to be completed, wherever that is. most_tokens: that a row may ask for; None for any."""
+    """How rows are to be completed, wherever that is.
+
+    most_tokens: that a row may ask for; None for any. max_cache_bytes: None for half of the memory that is left there.
+    """
 
     reading: PromptOptions
     defaults: Request
     most_tokens: int | None
     max_rows: int
-    max_cache_bytes: int
+    max_cache_bytes: int | None
 
     def with_seed(self, seed: int | None) -> _How:
         return replace(self, defaults=replace(self.defaults, sampling=replace(self.defaults.sampling, seed=seed)))
@@ -204,15 +206,20 @@ def _here(
     quiet: bool,
 ) -> _Complete:
     """On this machine, in this process."""
+    from kvgen.memory import available_memory
+
+    available = available_memory()
     loaded = how.reading.prepared(source.load(quiet=quiet))
     how.claim(file, source, loaded)
 
     from kvgen import Batch
+    from kvgen.loading import cache_budget
     from kvgen.pipeline.complete import complete_rows
     from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 
     cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
-    engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=how.max_cache_bytes, cache=cache)
+    budget = cache_budget(loaded.model, available) if how.max_cache_bytes is None else how.max_cache_bytes
+    engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=budget, cache=cache)
 
     def complete(going_on: Callable[[], bool]) -> Iterator[Result]:
         yield from complete_rows(

@@ -21,7 +21,6 @@ from kvgen.cli.render import TextWriter, notes, print_note, with_prefill_bar, wr
 from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.settings import Request
-from kvgen.memory import physical_memory
 
 if TYPE_CHECKING:
     from kvgen import Batch, Chunk, Loaded, Step, Tokenizer
@@ -75,7 +74,10 @@ def generate(
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:
         return  # --lines of an empty file: nothing to do
-    started = time.perf_counter()
+
+    from kvgen.memory import available_memory
+
+    available, started = available_memory(), time.perf_counter()
     loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
     loaded = reading.prepared(loaded)
@@ -86,6 +88,7 @@ def generate(
 
     from kvgen import Batch
     from kvgen.generation.batch import in_order
+    from kvgen.loading import cache_budget
 
     cache: Any = None
     if prompt_cache is not None:
@@ -95,7 +98,7 @@ def generate(
     drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
     batch = Batch(
         loaded,
-        max_cache_bytes=physical_memory() // 2 if lines else None,
+        max_cache_bytes=cache_budget(loaded.model, available) if lines else None,
         use_cache=not no_cache,
         cache=cache,
         make_drafter=drafter,

@@ -23,10 +23,9 @@ from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
 from kvgen.generation.stream import limits, sampler_for
 from kvgen.generation.text import Chunk, Texts
 from kvgen.loading import Loaded
+from kvgen.model.cached import MOST_NEW
 
-_MOST_NEW = 512  # positions of prompts in one pass, which bounds its memory and how long other rows wait
 _WORTH_WAITING = 8  # positions that a row waits one pass for, so that another one computes them for it
-_MOST_RESERVED = 4096  # positions that a cache has room for from the start
 _PATIENCE = 0.1  # seconds after which a wait for input is interrupted to see whether to go on
 
 T = TypeVar("T")
@@ -91,12 +90,15 @@ class Batch:
     """Completes requests side by side.
 
     max_rows: the most at a time. A backend that cannot batch computes one at a time.
-    max_cache_bytes: the most that their caches may take together; None for no bound.
+    max_cache_bytes: the most that caches may take together, that which is kept of a row that ended included; None for
+        no bound.
     use_cache: False computes every position anew on each step. cache: of an earlier completion, to begin with.
     make_drafter: makes a new drafter for each row.
 
-    Its attribute `cache` is that of the row that ended last, and `pass_began` when the pass began that the last chunks
-    are from, by `time.perf_counter`. Raises UsageError for drafts and a model that cannot judge them.
+    Its attribute `cache` is that of the row that ended last, unless a row has taken it over or it had to make room;
+    `pass_began` is when the pass began that the last chunks are from, by `time.perf_counter`.
+
+    Raises UsageError for drafts and a model that cannot judge them.
     """
 
     def __init__(
@@ -172,19 +174,19 @@ class Batch:
         ids = ids_tensor(model, prompt)
         check_prompt(len(prompt), ends_at)
         most = request.most_positions(model.context_length)
-        nbytes = most * (model.position_bytes or 0) if self._use_cache else 0
+        nbytes = model.cache_bytes(most) if self._use_cache else 0
+        self._check_size(nbytes)
         if not self._has_room(nbytes):
             return None
         cache, shared = None, 0
         if self._use_cache:
             donors = [row.cache for row in self._rows if row not in begun]
-            donors += [] if self.cache is None else [self.cache]
-            cache = model.cache_for(ids, min(most, _MOST_RESERVED), donors)
+            cache = model.cache_for(ids, most, donors, self.cache)
             shared = getattr(cache, "length", 0)
             if any(_shared(row.prompt, prompt) > shared + _WORTH_WAITING for row in begun):
                 return None  # once that row is computed, this one has more to copy
         new = len(prompt) - shared
-        if begun and sum(row.new for row in begun) + new > _MOST_NEW:
+        if begun and sum(row.new for row in begun) + new > MOST_NEW:
             return None
         decoding = Decoding(
             ids,
@@ -194,16 +196,23 @@ class Batch:
             drafter=self._make_drafter() if self._make_drafter else None,
             most_drafts=model.most_drafts,
         )
+        kept = getattr(self.cache, "nbytes", 0)
+        if cache is self.cache:
+            self.cache, nbytes = None, max(nbytes, kept)
+        elif not self._has_room(nbytes + kept):
+            self.cache = None
         return _Row(number, prompt, decoding, Texts(self._loaded.tokenizer, request.stop), cache, new, nbytes)
 
     def _has_room(self, nbytes: int) -> bool:
-        """Whether a row that may take so many bytes fits now. Raises UsageError if it never will."""
+        """Whether so many bytes fit beside the rows that are under way."""
         most = self._max_cache_bytes
-        if most is None:
-            return True
-        if nbytes > most:
+        return most is None or sum(row.nbytes for row in self._rows) + nbytes <= most
+
+    def _check_size(self, nbytes: int) -> None:
+        """Raises UsageError for a cache that would never fit."""
+        most = self._max_cache_bytes
+        if most is not None and nbytes > most:
             raise UsageError(f"its cache may take {nbytes / 1e6:.0f} MB; the most for all is {most / 1e6:.0f} MB")
-        return sum(row.nbytes for row in self._rows) + nbytes <= most
 
     def _pass(self) -> Iterator[tuple[int, Chunk | KvgenError]]:
         """One pass over all rows, and what comes of it for each."""

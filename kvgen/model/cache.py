@@ -7,6 +7,7 @@ that it does not belong to, and reuse, editing, rewinding and rejected drafts ne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -33,12 +34,20 @@ class KVCache:
     owner: the model that writes the cache; another model refuses it. None until a model is first handed it.
     dtype: to store keys and values in, bf16 or int8 with a scale for each position and head; None for their own.
     capacity: positions to have room for when buffers are made. More can come; then buffers move.
+    most: positions that it will come to hold, beyond which there is no room to spare; None if that is not known.
 
     After a call, `reused` and `computed` say how many positions of it were found here and how many were not.
     """
 
-    def __init__(self, owner: object | None = None, dtype: torch.dtype | None = None, capacity: int = 0) -> None:
-        self.owner, self.dtype, self.capacity = owner, dtype, max(capacity, MIN_CAPACITY)
+    def __init__(
+        self,
+        owner: object | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = MIN_CAPACITY,
+        most: int | None = None,
+    ) -> None:
+        self.owner, self.dtype, self.capacity = owner, dtype, capacity
+        self.most = sys.maxsize if most is None else most
         self.reused = 0
         self.computed = 0
         self._length = 0
@@ -136,7 +145,7 @@ class KVCache:
         it was.
         """
         self._rooms = ()
-        room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2], self.capacity)
+        room = self._store(layer, keys, values, window).reserve(self._length, keys.shape[2], self.capacity, self.most)
         old, new = self._length - room.first, self._length - room.first + keys.shape[2]
         room.keys[:, :, old:new] = encoded(keys, self.dtype)
         room.values[:, :, old:new] = encoded(values, self.dtype)
@@ -153,7 +162,7 @@ class KVCache:
         count = new.shape[2]
         if not self._rooms or self._length + count > self._end:
             stores = [self._store(layer, new, new, window) for layer, window in enumerate(windows)]
-            rooms = tuple(store.reserve(self._length, count, self.capacity) for store in stores)
+            rooms = tuple(store.reserve(self._length, count, self.capacity, self.most) for store in stores)
             # A window's buffer that moves does so when the pass is over: its room is for this pass alone.
             self._rooms = () if any(store.moving for store in stores) else rooms
             self._end = min(room.end for room in rooms)
@@ -186,13 +195,13 @@ class KVCache:
         shared = _common_prefix(self._tokens[:, :limit], ids[:, :limit])
         return shared if self._can_trim(shared) else 0
 
-    def branch(self, length: int, capacity: int) -> KVCache:
+    def branch(self, length: int, capacity: int, most: int | None = None) -> KVCache:
         """A cache of its own that begins with the first `length` positions of this one, for another text to go on from.
 
-        It has room for `capacity` positions. Raises CacheError where `trim` would.
+        capacity, most: as of any cache. Raises CacheError where `trim` would.
         """
         self._check_trim(length)
-        other = KVCache(self.owner, self.dtype, capacity)
+        other = KVCache(self.owner, self.dtype, capacity, most)
         if length:
             other._tokens, other._length, other._variant = self._tokens[:, :length].clone(), length, self._variant
             for layer in self._layers:
@@ -236,17 +245,16 @@ class KVCache:
         return length == 0 or all(layer.can_trim(length) for layer in self._windowed)
 
 
-def cache_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int | None]:
-    """Bytes of keys and values: of one more token while every layer keeps it, and at the full context.
-
-    dtype: that keys and values are stored in. The second is None if the context has no bound.
-    """
+def cache_bytes(config: DecoderConfig, positions: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the buffers for keys and values of `dtype`, when so many positions are cached and no more will be."""
     row = 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize
-    context = config.context_length
-    if context is None:
-        return row * len(config.layers), None
-    kept = [context if layer.window is None else min(context, window_capacity(layer.window)) for layer in config.layers]
-    return row * len(config.layers), row * sum(kept)
+    windows = (layer.window for layer in config.layers)
+    return row * sum(positions if window is None else window_capacity(window, positions) for window in windows)
+
+
+def position_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of keys and values of one more position, while every layer keeps it."""
+    return 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize * len(config.layers)
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

@@ -20,6 +20,7 @@ MOST_NEW = 512
 """The most new positions of prompts in one pass, which bounds its memory, and how long it cannot be interrupted."""
 
 _LEAST_NEW, _MOST_PRODUCTS = 24, 1.2e11  # on two cores of a CPU half a second
+_MOST_RESERVED = 4096  # positions that a cache has room for from the start
 _MOST_LOGITS = 1 << 23  # that are computed at once
 
 Progress = Callable[[int, int], None]
@@ -120,15 +121,22 @@ class CachedModel(ABC):
         return list(torch.split(logits, list(counts))), [span.cache for span in spans]
 
     @torch.inference_mode()
-    def cache_for(self, ids: Tensor, capacity: int, donors: Iterable[KVCache]) -> KVCache:
-        """A new cache for a sequence, (1, n), that takes over as much of it as one of the donors has.
+    def cache_for(self, ids: Tensor, most: int, donors: Iterable[KVCache], ended: KVCache | None = None) -> KVCache:
+        """A cache for a sequence, (1, n), that has as much of it as one of the donors, and will come to hold `most`.
 
-        It has room for `capacity` positions.
+        Donors stay as they are: what they have is copied. `ended` is one that nobody uses any more: it is returned
+        itself where that keeps more than half of it.
         """
         variant = self._variant(ids.shape[1])
-        counts = [(donor.shared(ids, variant), donor) for donor in donors]
+        usable = [*donors, *([] if ended is None else [ended])]
+        counts = [(donor.shared(ids, variant), donor) for donor in usable]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
-        return donor.branch(shared, capacity) if donor and shared else KVCache(self, self.kv_dtype, capacity)
+        if donor is None or not shared:
+            return KVCache(self, self.kv_dtype, min(most, _MOST_RESERVED), most)
+        if donor is ended and 2 * shared > donor.length:
+            donor.most = most
+            return donor
+        return donor.branch(shared, min(most, _MOST_RESERVED), most)
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:

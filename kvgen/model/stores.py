@@ -34,11 +34,14 @@ class FullStore:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
 
-    def reserve(self, length: int, count: int, least: int) -> Room:
-        """Room for `count` positions behind the first `length`; for `least` in all, if buffers have to move."""
+    def reserve(self, length: int, count: int, least: int, most: int) -> Room:
+        """Room for `count` positions behind the first `length`.
+
+        If buffers have to move, they double, from `least` positions on and up to `most`, unless more are needed.
+        """
         end = length + count
         if end > self.keys.shape[2]:
-            capacity = max(end, 2 * self.keys.shape[2], least)
+            capacity = max(end, min(max(2 * self.keys.shape[2], least), most))
             self.keys = grow(self.keys, capacity, length, dim=2)
             self.values = grow(self.values, capacity, length, dim=2)
         return Room(self.keys, self.values, 0)
@@ -74,7 +77,7 @@ class WindowStore:
         """Whether what was reserved last is kept elsewhere once the pass is over."""
         return self._moving is not None
 
-    def reserve(self, length: int, count: int, least: int) -> Room:
+    def reserve(self, length: int, count: int, least: int, most: int) -> Room:
         """Room for `count` positions behind the first `length`, after all that the first of them sees."""
         end = length + count
         self._moving = None
@@ -107,7 +110,7 @@ class WindowStore:
             return
         room, kept = self._moving
         used = room.end - kept
-        capacity = min(window_capacity(self.window), max(2 * used, MIN_CAPACITY))
+        capacity = window_capacity(self.window, used)
         self.keys, self.values = (
             grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in (room.keys, room.values)
         )
@@ -140,9 +143,12 @@ def row_length(head_dim: int, dtype: torch.dtype | None) -> int:
     return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
 
 
-def window_capacity(window: int) -> int:
-    """The most positions that a layer with a window keeps: those that the next one sees, and twice the slack."""
-    return window - 1 + 2 * _slack(window)
+def window_capacity(window: int, positions: int) -> int:
+    """The most that a layer with a window has room for while so many positions are cached.
+
+    In the end those that the next one sees, and twice the slack.
+    """
+    return min(window - 1 + 2 * _slack(window), max(2 * positions, MIN_CAPACITY))
 
 
 def _slack(window: int) -> int:

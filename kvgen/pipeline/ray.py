@@ -21,7 +21,8 @@ import torch
 from kvgen.errors import KvgenError, UnsupportedError, in_one_line
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
-from kvgen.loading import load
+from kvgen.loading import cache_budget, load
+from kvgen.memory import available_memory
 from kvgen.pipeline.complete import Result, complete_rows
 from kvgen.pipeline.rows import Row, read_row
 from kvgen.tokenizer.prompt import PromptFormat
@@ -34,7 +35,7 @@ _DIED = b"worker died"  # what Ray prints of it
 class Work:
     """What every worker is told. load: the arguments of `kvgen.load`. The rest is as for `Batch` and `complete_rows`.
 
-    chat_template: instead of the checkpoint's; None for that.
+    chat_template: instead of the checkpoint's; None for that. max_cache_bytes: None for half of what a worker has left.
     """
 
     load: Mapping[str, Any]
@@ -51,12 +52,14 @@ class Worker:
 
     def __init__(self, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
+        available = available_memory()
         loaded = load(**work.load)
         tokenizer = loaded.tokenizer
         if work.chat_template is not None:
             tokenizer = tokenizer.with_chat_template(work.chat_template)
         self._work, self._tokenizer = work, tokenizer
-        self._batch = Batch(loaded, max_rows=work.max_rows, max_cache_bytes=work.max_cache_bytes)
+        budget = cache_budget(loaded.model, available) if work.max_cache_bytes is None else work.max_cache_bytes
+        self._batch = Batch(loaded, max_rows=work.max_rows, max_cache_bytes=budget)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         given = [read_row(int(index), line) for index, line in zip(rows["index"], rows["line"], strict=True)]

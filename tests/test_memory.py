@@ -1,0 +1,84 @@
+"""How much memory there is: what control groups leave, and what commands take of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvgen import memory
+
+V2 = {
+    "kubepods/memory.max": "max\n",
+    "kubepods/memory.current": "9000000\n",
+    "kubepods/pod/memory.max": "4000000\n",
+    "kubepods/pod/memory.current": "3000000\n",
+    "kubepods/pod/memory.stat": "anon 5\ninactive_file 1500000\nactive_file 7\n",
+}
+V1 = {
+    "memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "memory/memory.usage_in_bytes": "8000000\n",
+    "memory/docker/memory.limit_in_bytes": "2000000\n",
+    "memory/docker/memory.usage_in_bytes": "1500000\n",
+    "memory/docker/memory.stat": "inactive_file 1\ntotal_inactive_file 300000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "total", "available"),
+    [
+        ("0::/kubepods/pod\n", V2, 4000000, 2500000),
+        ("0::/kubepods/pod/without/files\n", V2, 4000000, 2500000),
+        ("4:cpu,memory:/docker\n0::/\n", V1, 2000000, 800000),
+        ("0::/kubepods/pod\n", V2 | {"kubepods/pod/memory.current": "7000000\n"}, 4000000, 0),
+    ],
+)
+def test_a_container_has_what_its_groups_leave(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    membership: str,
+    files: Mapping[str, str],
+    total: int,
+    available: int,
+) -> None:
+    for name, text in {"membership": membership, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "membership")
+    assert (memory.total_memory(), memory.available_memory()) == (total, available)
+
+
+def test_without_groups_it_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "nothing")
+    assert memory.total_memory() == psutil.virtual_memory().total
+    assert 0 < memory.available_memory() < memory.total_memory()
+
+
+@pytest.mark.slow
+def test_a_long_prompt_takes_its_cache_and_little_more(smollm2_path: Path, tmp_path: Path) -> None:
+    """New, written to a prompt cache, and resumed from it."""
+    prompt, cache = tmp_path / "prompt.txt", tmp_path / "prompt.cache"
+    prompt.write_text("the city of Nova Haven was a thriving metropolis with towering skyscrapers " * 400)
+
+    def peak(*arguments: str) -> int:
+        command = [sys.executable, "-m", "kvgen", "generate", "-n", "2", "--json", "-q", *arguments]
+        script = f"""
+import json, resource, subprocess
+done = subprocess.run({command!r}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+count = len(json.loads(done.stdout)["prompt_ids"])
+print(json.dumps([count, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        count, most = json.loads(done.stdout)
+        return int(most) - count * 46080  # a position's keys and values
+
+    short = peak("-p", "Once upon a time,")
+    for more in ([], ["--prompt-cache", str(cache)], ["--prompt-cache", str(cache)]):
+        assert peak("-f", str(prompt), *more) - short < 60e6
+    assert cache.stat().st_size > 150e6

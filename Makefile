@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run side by side, a process for each processor.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 PROMPT_FILE ?= prompts/story.txt
 INPUTS ?= 10000
 
@@ -11,10 +13,10 @@ run: $(VENV)/.run
 	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 3 --max-tokens 120 --stats
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py

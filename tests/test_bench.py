@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,12 @@ import kvgen
 from kvgen import UsageError
 from kvgen.bench.measure import measure
 from kvgen.model.cache import KVCache
+from tests import program
 from tests.families import make_checkpoint
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvgen", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return program.run("bench", *arguments)
 
 
 def test_lengths_that_fit_are_measured(tiny_llama) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import kvgen
 from kvgen import CheckpointError, Message, UsageError
 from kvgen.tokenizer.chat import ChatTemplate
+from tests.program import run
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 USER: Message = {"role": "user", "content": "  What is 2 + 2?\n"}
@@ -248,9 +248,8 @@ def test_what_is_no_template_is_refused_with_the_name_of_the_file(tiny_llama, na
 
 
 def chat(folder: Path, template: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvgen", "generate", "-m", str(folder), "-n", "1", "-t", "0", "-p", "x", "--json"]
-    arguments = ["--chat", "--chat-template", template]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    arguments = ["-m", str(folder), "-n", "1", "-t", "0", "-p", "x", "--json", "--chat", "--chat-template", template]
+    return run("generate", *arguments)
 
 
 def test_a_template_file_is_taken_as_it_is(tiny_llama, tmp_path: Path) -> None:

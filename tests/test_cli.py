@@ -5,29 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvgen.cli.stdin import has_text
+from tests.program import KVGEN, run, run_on_terminal
 
-KVGEN = [sys.executable, "-m", "kvgen"]
 GREEDY = ["-t", "0", "-n", "8"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"stdin": subprocess.DEVNULL} | options if "input" not in options else options
-    return subprocess.run([*KVGEN, *arguments], capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture
@@ -464,47 +456,6 @@ def test_ctrl_c_is_heard_while_it_starts(smollm2_path: Path, delay: float) -> No
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------
-
-
-def run_on_terminal(
-    *arguments: str,
-    interrupt_after: str | None = None,
-    script: Iterable[tuple[str, str]] = (),
-    environment: Mapping[str, str] | None = None,
-) -> tuple[int, str]:
-    """Run on a pseudo-terminal; returns the exit code and all that the terminal got.
-
-    interrupt_after: press Ctrl-C when this text has come. script: texts to wait for, one after the other, each with
-    what is typed then. environment: for the program, besides what is there.
-    """
-    steps = iter(script if interrupt_after is None else [(interrupt_after, "\x03")])
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update({"TERM": "xterm-256color", "COLUMNS": "80", **(environment or {})})
-        os.execv(sys.executable, [*KVGEN, *arguments])
-    output, seen = b"", 0
-    wanted, typed = next(steps, ("", ""))
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([terminal], [], [], 1)
-        if not ready:
-            continue
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:  # the other side is closed
-            break
-        if b"\x1b[6n" in data:  # where is the cursor?
-            os.write(terminal, b"\x1b[1;1R")
-        output += data
-        found = output.find(wanted.encode(), seen) if wanted else -1
-        if found >= 0:
-            seen = found + len(wanted.encode())
-            os.write(terminal, typed.encode())
-            wanted, typed = next(steps, ("", ""))
-    else:
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), output.decode()
 
 
 def test_a_terminal_without_a_prompt_is_wrong_usage(tiny) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.families import make_checkpoint
-from tests.test_cli import run, run_on_terminal
+from tests.program import run, run_on_terminal
 
 MODEL_FILE = f"""
 import sys

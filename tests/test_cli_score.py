@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests import program
+
 
 @pytest.fixture
 def tiny(tiny_llama) -> str:
@@ -23,9 +25,7 @@ def tiny(tiny_llama) -> str:
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvgen", "score", *arguments], capture_output=True, text=True, check=False, **options
-    )
+    return program.run("score", *arguments, **options)
 
 
 def test_a_text_comes_from_where_the_options_say(tiny: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.test_cli import KVGEN, run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal
 
 ANSI = re.compile("\x1b")
 

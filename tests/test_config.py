@@ -10,7 +10,7 @@ import pytest
 
 from kvgen.cli.compare import complete_pattern
 from kvgen.comparison.patterns import PATTERNS
-from tests.test_cli import run
+from tests.program import run
 
 CONFIG = """
 temperature = 0.3

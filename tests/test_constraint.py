@@ -13,7 +13,7 @@ from kvgen import Sampling, UsageError
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Constraint, Request
 from kvgen.loading import Loaded
-from tests.test_cli import run
+from tests.program import run
 
 SCHEMA = {
     "type": "object",

@@ -18,7 +18,7 @@ from kvgen.cli.markdown import MarkdownWriter
 from kvgen.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
-from tests.test_cli import KVGEN, run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal
 
 GREEDY = Sampling(temperature=0)
 QUESTIONS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +16,7 @@ from kvgen.backends.native import NativeBackend
 from kvgen.generation.decode import Limits, decode
 from kvgen.generation.drafts import MOST, Confidence
 from kvgen.generation.sampling import make_sampler
+from tests import program
 from tests.families import make_checkpoint
 
 
@@ -221,8 +221,7 @@ def test_sampled_tokens_keep_their_distribution(models) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvgen", "generate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return program.run("generate", *arguments)
 
 
 def test_on_the_command_line_the_text_stays_the_same(smollm2_path) -> None:

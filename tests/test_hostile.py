@@ -21,7 +21,7 @@ import kvgen
 from kvgen import CheckpointError, NotFoundError, UnsupportedError
 from kvgen.backends import reading
 from kvgen.inspection import inspect
-from tests.test_cli import run, run_on_terminal
+from tests.program import KVGEN, run_on_terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,7 +186,7 @@ def test_without_being_asked_nothing_is_written_outside_the_cache_folder(tiny_ll
     environment |= {"HOME": str(home), "KVGEN_CACHE_DIR": str(tmp_path / "cache"), "KVGEN_OFFLINE": "1"}
     working = tmp_path / "working"
     working.mkdir()
-    found = run("generate", "-m", str(folder), "-p", "x", "-n", "2", env=environment, cwd=working)
-    assert found.returncode == 0
+    command = [*KVGEN, "generate", "-m", str(folder), "-p", "x", "-n", "2"]
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=working)
     assert list(home.rglob("*")) == []
     assert list(working.iterdir()) == []

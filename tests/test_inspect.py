@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ import kvgen
 from kvgen import UsageError
 from kvgen.inspection import inspect
 from kvgen.model.cache import cache_bytes, position_bytes
+from tests import program
 from tests.families import CONFIGS, make_checkpoint
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvgen", "inspect", *arguments], capture_output=True, text=True, check=False
-    )
+    return program.run("inspect", *arguments)
 
 
 def test_the_default_model_is_described(smollm2_on_torch: kvgen.Loaded, smollm2_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from kvgen import NotFoundError, UsageError, catalogue
 from kvgen.catalogue import CATALOGUE
 from kvgen.inventory import list_models, remove
+from tests import program
 
 COMMIT = "0123456789012345678901234567890123456789"
 
@@ -35,14 +36,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvgen", "models", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
+    return program.run("models", *arguments)
 
 
 def put_catalogue_file(caches: Path) -> Path:

@@ -24,7 +24,7 @@ from kvgen.generation.stream import complete
 from kvgen.pipeline.results import InOrder, ResultsFile
 from kvgen.pipeline.rows import SAMPLING_FIELDS, Row, read_row, read_rows
 from tests.odd_rows import odd_rows
-from tests.test_cli import KVGEN, run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal
 
 WORDS = ("red", "green", "blue", "stone", "river", "cloud")
 

@@ -22,6 +22,7 @@ from kvgen import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.checkpoint import digest
 from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
+from tests.program import run
 
 
 @pytest.fixture(scope="module", params=[("llama", "on"), ("gemma3_text", "on"), ("gemma3_text", "off"), ("phi3", "on")])
@@ -231,11 +232,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tiny_llama, tmp_path: Path
     with pytest.raises(KvgenError, match="cannot be written"):
         save_prompt_cache(tmp_path / "taken", cache, loaded)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvgen", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
 def test_on_the_command_line(tiny_llama, tmp_path: Path) -> None:

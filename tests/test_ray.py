@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import KVGEN, run
+from tests.program import KVGEN, run
 from tests.test_pipeline import results_of, write_rows
 
 pytest.importorskip("ray", reason="Ray is an extra")

@@ -1,0 +1,136 @@
+"""kvgen as a user runs it: in processes of its own, with pipes or a terminal.
+
+`run` and `run_on_terminal` fork them from a server that has imported kvgen and torch already, since a short command
+spends most of its time on that. Tests of how a process starts and ends (signals at once, closed streams) run `KVGEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import pkgutil
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+import kvgen
+
+KVGEN = [sys.executable, "-m", "kvgen"]
+_TIMEOUT = 300
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", *(module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen."))])
+
+
+def run(
+    *arguments: str, input: str | None = None, stdin: int | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run kvgen to its end. stdin: a file descriptor, where there is no `input`; None for an empty one."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        streams = [os.pipe() for _ in range(3)]
+        (read_input, write_input), (read_out, write_out), (read_err, write_err) = streams
+        theirs = [read_input if stdin is None else stdin, write_out, write_err]
+        process = _started(arguments, os.environ if env is None else env, theirs)
+        for fd in (read_input, write_out, write_err):
+            os.close(fd)
+        outputs = [stack.enter_context(open(fd)) for fd in (read_out, read_err)]
+        pool.submit(_write, write_input, input or "")
+        out, errors = pool.map(lambda stream: stream.read(), outputs)
+        process.join(_TIMEOUT)
+    if process.exitcode is None:
+        process.kill()
+        raise subprocess.TimeoutExpired(list(arguments), _TIMEOUT, out, errors)
+    return subprocess.CompletedProcess(list(arguments), process.exitcode, out, errors)
+
+
+def run_on_terminal(
+    *arguments: str,
+    interrupt_after: str | None = None,
+    script: Iterable[tuple[str, str]] = (),
+    environment: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run on a pseudo-terminal; returns the exit code and all that the terminal got.
+
+    interrupt_after: press Ctrl-C when this text has come. script: texts to wait for, one after the other, each with
+    what is typed then. environment: for the program, besides what is there.
+    """
+    steps = iter(script if interrupt_after is None else [(interrupt_after, "\x03")])
+    terminal, theirs = pty.openpty()
+    given = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **(environment or {})}
+    process = _started(arguments, given, [theirs] * 3)
+    os.close(theirs)
+    output, seen = b"", 0
+    wanted, typed = next(steps, ("", ""))
+    deadline = time.monotonic() + _TIMEOUT
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([terminal], [], [], 1)
+        if not ready:
+            continue
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # the other side is closed
+            break
+        if b"\x1b[6n" in data:  # where is the cursor?
+            os.write(terminal, b"\x1b[1;1R")
+        output += data
+        found = output.find(wanted.encode(), seen) if wanted else -1
+        if found >= 0:
+            seen = found + len(wanted.encode())
+            os.write(terminal, typed.encode())
+            wanted, typed = next(steps, ("", ""))
+    else:
+        process.kill()
+    process.join()
+    os.close(terminal)
+    assert process.exitcode is not None
+    return process.exitcode, output.decode()
+
+
+def _started(arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]) -> ForkServerProcess:
+    process = _Kvgen(arguments, dict(environment), streams)
+    process.start()
+    return process
+
+
+class _Kvgen(ForkServerProcess):
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], streams: Sequence[int]) -> None:
+        super().__init__()
+        self.arguments, self.environment, self.streams = arguments, environment, list(streams)
+        self.folder = Path.cwd()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "streams": [DupFd(stream) for stream in self.streams]}
+
+    def run(self) -> None:
+        """In the new process: become what `python -m kvgen` is."""
+        for number, stream in enumerate(self.streams):
+            os.dup2(stream.detach(), number)  # type: ignore[attr-defined]
+        if os.isatty(0):
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # in lines on a terminal
+        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+        sys.argv = ["kvgen", *self.arguments]
+
+        from kvgen.__main__ import main
+
+        main()
+
+
+def _write(fd: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError), open(fd, "w", newline="") as stream:
+        stream.write(text)

@@ -75,6 +75,14 @@ def smollm2_reference(smollm2_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def x_rotary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random x-transformers model, to copy."""
+    folder = tmp_path_factory.mktemp("x-transformers") / "rotary"
+    subprocess.run([sys.executable, "docs/examples/random_model.py", "rotary", str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> tokenizers.Tokenizer:
     """A byte-level BPE of 384 entries, with BOS and EOS."""
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -28,6 +28,7 @@ import kvgen
 
 KVGEN = [sys.executable, "-m", "kvgen"]
 _TIMEOUT = 300
+_LOST = 10  # seconds of silence after which a Ctrl-C is pressed again
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", *(module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen."))])
@@ -44,7 +45,7 @@ def run(
         process = _started(arguments, os.environ if env is None else env, theirs)
         for fd in (read_input, write_out, write_err):
             os.close(fd)
-        outputs = [stack.enter_context(open(fd)) for fd in (read_out, read_err)]
+        outputs = [stack.enter_context(os.fdopen(fd)) for fd in (read_out, read_err)]
         pool.submit(_write, write_input, input or "")
         out, errors = pool.map(lambda stream: stream.read(), outputs)
         process.join(_TIMEOUT)
@@ -71,11 +72,13 @@ def run_on_terminal(
     process = _started(arguments, given, [theirs] * 3)
     os.close(theirs)
     output, seen = b"", 0
-    wanted, typed = next(steps, ("", ""))
+    typed, (wanted, to_type) = "", next(steps, ("", ""))
     deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
-        ready, _, _ = select.select([terminal], [], [], 1)
+        ready, _, _ = select.select([terminal], [], [], _LOST)
         if not ready:
+            if typed == "\x03":  # Python loses one that comes just before it begins to wait for input
+                os.write(terminal, b"\x03")
             continue
         try:
             data = os.read(terminal, 65536)
@@ -87,8 +90,8 @@ def run_on_terminal(
         found = output.find(wanted.encode(), seen) if wanted else -1
         if found >= 0:
             seen = found + len(wanted.encode())
-            os.write(terminal, typed.encode())
-            wanted, typed = next(steps, ("", ""))
+            os.write(terminal, to_type.encode())
+            typed, (wanted, to_type) = to_type, next(steps, ("", ""))
     else:
         process.kill()
     process.join()
@@ -122,8 +125,8 @@ class _Kvgen(ForkServerProcess):
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
-        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # in lines on a terminal
-        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         sys.argv = ["kvgen", *self.arguments]
 
         from kvgen.__main__ import main
@@ -132,5 +135,5 @@ class _Kvgen(ForkServerProcess):
 
 
 def _write(fd: int, text: str) -> None:
-    with contextlib.suppress(BrokenPipeError), open(fd, "w", newline="") as stream:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "w", newline="") as stream:
         stream.write(text)

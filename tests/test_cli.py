@@ -396,7 +396,8 @@ def test_ctrl_c_keeps_the_line_that_is_not_ended(smollm2_path: Path) -> None:
         assert os.read(process.stdout.fileno(), 1000) == b"x\n"
         assert not select.select([process.stdout], [], [], 1)[0]
         process.send_signal(signal.SIGINT)
-        assert re.fullmatch(rb"(a b )+a?\n", process.stdout.read())
+        rest = process.stdout.read()
+        assert len(rest) > 1 and rest[-1:] == b"\n" and (b"a b " * 3000).startswith(rest[:-1])
         assert process.wait(60) == 130
 
 

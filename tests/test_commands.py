@@ -49,6 +49,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> di
 
 
 NAMES = ["generate", "batch", "chat", "compare", "score", "bench", "inspect", "convert", "models", "cache", "config"]
+MOST = set(NAMES) - {"generate", "batch", "compare"}
+FEW_OR_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in MOST else ()) for name in NAMES]
 TIMED = {"bench", "compare"}  # they print how long things took
 WRITES_FILES = {"convert"}  # and says so, on stderr
 
@@ -86,7 +88,7 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dic
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "<&- 2>&-"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW_OR_SLOW)
 @pytest.mark.usefixtures("config")
 def test_a_stderr_that_takes_nothing_costs_no_output(commands: dict[str, list[str]], name: str, stderr: str) -> None:
     words = [*commands[name], *(["--stats"] if name in ("generate", "batch") else [])]

@@ -87,7 +87,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(conversation: Conve
 
 def test_a_question_that_cannot_be_asked_leaves_no_trace(conversation: Conversation) -> None:
     with pytest.raises(UsageError, match="room for"):
-        list(conversation.ask("word " * 9000))
+        list(conversation.ask("1" * 8300))
     assert conversation.messages == []
 
 
@@ -218,7 +218,7 @@ def test_what_was_dropped_or_cut_off_is_said(smollm2_path: Path) -> None:
 
 def test_a_full_context_says_how_to_make_room(environment: dict[str, str]) -> None:
     _, shown = run_on_terminal(
-        "chat", script=[(READY, "word " * 9000 + "\r"), ("included", ""), (READY, "/quit\r")], environment=environment
+        "chat", script=[(READY, "1" * 8300 + "\r"), ("included", ""), (READY, "/quit\r")], environment=environment
     )
     assert "/undo takes back the last question, /reset forgets" in " ".join(shown.split())
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,16 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def transcripts() -> list[tuple[str, str, str]]:
+def transcripts() -> list[Any]:
     """(document, command, output) of each command in a ```console block."""
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
             for command, output in re.findall(r"^\$ (.*?)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
                 found.append((document.name, command, output))
-    # What two documents show alike is run once.
-    return list({(command, output): (document, command, output) for document, command, output in found}.values())
+    # What two documents show alike is run once; a CPU takes long for bfloat16.
+    once = {(command, output): (document, command, output) for document, command, output in found}
+    return [pytest.param(*one, marks=pytest.mark.slow if "bfloat16" in one[1] else ()) for one in once.values()]
 
 
 @pytest.mark.parametrize(("document", "command", "output"), transcripts())

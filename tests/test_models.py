@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -109,44 +105,10 @@ def test_rm_asks_only_on_a_terminal(caches: Path) -> None:
     assert path.exists()
 
 
-@pytest.mark.parametrize(("answer", "code", "stays"), [("n", 1, True), ("y", 0, False), ("\x03", 130, True)])
-def test_the_answer_counts(caches: Path, answer: str, code: int, stays: bool) -> None:
-    path = put_catalogue_file(caches)
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvgen", "models", "rm", "smollm2"],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-    )
-    os.close(follower)
-    shown = b""
-    while b"[y/N]" not in shown:
-        shown += os.read(leader, 1024)
-    os.write(leader, f"{answer}\n".encode())
-    assert process.wait(60) == code
-    shown += os.read(leader, 4096)
-    os.close(leader)
-    assert b"Traceback" not in shown
-    assert path.exists() == stays
-
-
 def on_terminal(*arguments: str, answer: str = "", columns: int = 200) -> tuple[int, str]:
     """Run on a pseudo-terminal, answer its question; returns the exit code and all that the terminal got."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS=str(columns))
-        os.execv(sys.executable, [sys.executable, "-m", "kvgen", "models", *arguments])
-    output = b""
-    with contextlib.suppress(OSError):  # the other side is closed
-        while data := os.read(terminal, 4096):
-            output += data
-            if answer and b"[y/N]" in output:
-                os.write(terminal, answer.encode())
-                answer = ""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode()
+    script = [("[y/N]", answer)] if answer else []
+    return program.run_on_terminal("models", *arguments, script=script, environment={"COLUMNS": str(columns)})
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     CheckpointError for arguments or tensors that do not fit.
     """
     source = str(raw.path)
-    net = build_net(raw.metadata, source)
-    expected = net.state_dict()
+    with torch.device("meta"):  # sizes that the tensors do not have are refused before they take memory
+        expected = build_net(raw.metadata, source).state_dict()
     for what, names in (
         ("is missing", expected.keys() - raw.tensors.keys()),
         ("is not part of this model", raw.tensors.keys() - expected.keys()),
@@ -148,6 +148,7 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     ):
         if names:
             raise CheckpointError(f"{source}: the tensor {min(names)!r} {what} ({len(names)} such)")
+    net: Any = build_net(raw.metadata, source)
     net.load_state_dict({name: tensor.read() for name, tensor in raw.tensors.items()})
     net = net.requires_grad_(False).to(device=device, dtype=dtype)
     backend = XTransformersBackend(net, rebuild=lambda: build_net(raw.metadata, source))

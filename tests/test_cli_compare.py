@@ -125,14 +125,14 @@ def test_a_pipe_gets_the_verdicts_in_one_line(tiny_llama) -> None:
     patterns = ["--wrong-pattern", *(word for name in names for word in ("--pattern", name))]
     first, *more = run("compare", "-m", str(folder), "-n", "6", *patterns).stdout.splitlines()
     assert [part.split(":")[0] for part in first.split("   ")] == ["full-sequence", "last-token", *names]
-    assert more[-1].startswith("Not looked at: texts beyond 262 positions")
+    assert more[-1].startswith("Not looked at: texts beyond 259 positions")
 
 
 def test_a_use_that_was_not_checked_is_shown(model_file: str) -> None:
     text = " ".join(compare("-m", f"{model_file}:right").stdout.split())
     assert "the same but for rounding in more steps" in text
     assert "past a window not checked: the model names no window" in text
-    assert "Not looked at: texts beyond 262 positions" in text
+    assert "Not looked at: texts beyond 259 positions" in text
 
 
 def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_path: Path) -> None:

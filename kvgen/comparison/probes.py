@@ -17,13 +17,15 @@ from kvgen.comparison.run import run_forced
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 from kvgen.rounding import LIMIT
 
-_STEPS_UNTIL = 72  # positions that are reached one at a time: past 64, and more than 40 calls
-_CROSSED = ((122, 132), (250, 262))  # where buffers that double are full
+_STEPS_UNTIL = 68  # positions that are reached one at a time: past 64
+_STEPS = 44  # calls with one more token each
+_CROSSED = ((126, 131), (254, 259))  # where buffers that double are full
 _LONGEST = max(end for _, end in _CROSSED)
 _LONGEST_CHANGE = 1100  # positions at which something changes, and up to which passing it is quick
 _BEYOND_CHANGE = 132  # positions behind a change: a window's buffer may have room for 64 or 128 more
-_CHUNKS = (2, 3, 7)
+_CHUNKS, _CHUNK_CALLS = (2, 3, 7), 3
 _REWINDS = range(1, 9)
+_STEPS_IN_TURN = 4
 _ROWS = 3
 
 
@@ -89,14 +91,14 @@ def _first_wrong(judged: Judgement, check: Check) -> int:
 
 def _more_steps(case: Case) -> Iterator[Check]:
     """One token at a time, further than the comparison itself goes."""
-    first, last = case.ids.shape[1], _within(case, max(_STEPS_UNTIL, case.start + _STEPS_UNTIL - 8))
-    if first >= last:
+    last = _within(case, max(_STEPS_UNTIL, case.ids.shape[1] + 8))
+    if case.ids.shape[1] >= last:
         raise UnsupportedError("the context ends before")
     ids = random_text(case, last)
-    lengths = range(case.start, last + 1)
+    lengths = range(max(1, last - _STEPS), last + 1)
     case.reference.rows(ids, lengths)  # where this fails, the cache need not do better
     try:
-        logits = run_forced(case.backend, ids, case.start, lengths).logits
+        logits = run_forced(case.backend, ids, lengths[0], lengths).logits
     except CALL_ERRORS as error:
         raise CacheError(f"fails where uncached decoding does not: {in_one_line(error)}") from error
     yield Check(ids, lengths, logits)
@@ -135,24 +137,27 @@ def _crossed(case: Case, spans: Sequence[tuple[int, int]]) -> Iterator[Check]:
 
 def _in_chunks(case: Case) -> Iterator[Check]:
     """The prompt in two parts, then several tokens on each call."""
-    ids = random_text(case, _within(case, case.start + 2 * max(_CHUNKS)))
+    ids = random_text(case, _within(case, case.start + _CHUNK_CALLS * max(_CHUNKS)))
     for size in _CHUNKS:
-        lengths = [case.start // 2 or 1, *range(case.start, ids.shape[1] + 1, size)]
+        ends = [case.start + size * call for call in range(_CHUNK_CALLS + 1)]
+        lengths = [case.start // 2 or 1, *(end for end in ends if end <= ids.shape[1])]
         yield Check(ids, lengths, run_forced(case.backend, ids, case.start, lengths).logits)
 
 
 def _rewound(case: Case) -> Iterator[Check]:
-    """The last tokens dropped and another put in their place."""
-    end = min(case.ids.shape[1], case.start + 2 * len(_REWINDS))
+    """The last tokens dropped and another put in their place: one, then two, and so on back from the end."""
+    cache, end = None, 0
     for count in _REWINDS:
-        length = end - count
-        if length <= case.start:
+        if count >= case.ids.shape[1]:
             return
-        _, cache = case.backend(case.ids[:, :end], None)
-        edited = case.ids[:, : length + 1].clone()
+        if cache is None or end <= count:
+            _, cache = case.backend(case.ids, None)
+            end = case.ids.shape[1]
+        end += 1 - count
+        edited = case.ids[:, :end].clone()
         edited[:, -1] = _another(case, int(edited[0, -1]))
-        logits, _ = case.backend(edited, cache)
-        yield Check(edited, [length + 1], logits[:, -1].cpu())
+        logits, cache = case.backend(edited, cache)
+        yield Check(edited, [end], logits[:, -1].cpu())
 
 
 def _edited(case: Case) -> Iterator[Check]:
@@ -177,7 +182,7 @@ def _edited(case: Case) -> Iterator[Check]:
 def _in_turn(case: Case) -> Iterator[Check]:
     """Two sequences, each with its own cache, one step of each in turn."""
     texts = [case.ids, case.ids.flip(1)]
-    lengths = range(case.start, min(case.start + 6, case.ids.shape[1]))
+    lengths = range(case.start, min(case.start + _STEPS_IN_TURN, case.ids.shape[1]))
     caches, rows = [None, None], [[], []]  # type: ignore[var-annotated]
     for length in lengths:
         for i, text in enumerate(texts):
@@ -191,7 +196,7 @@ def _side_by_side(case: Case) -> Iterator[Check]:
     """Rows of one batch: the text, the text backwards, and the text turned about."""
     text = case.ids
     rows = torch.cat((text, text.flip(1), text.roll(text.shape[1] // 2, 1)))
-    lengths, cache, found = range(case.start, min(case.start + 4, text.shape[1])), None, []
+    lengths, cache, found = range(case.start, min(case.start + _STEPS_IN_TURN, text.shape[1])), None, []
     for length in lengths:
         logits, cache = case.backend(rows[:, :length], cache)
         found.append(logits[:, -1].cpu())
@@ -205,7 +210,7 @@ def _with_special_tokens(case: Case) -> Iterator[Check]:
     special = sorted(id_ for id_ in case.special_ids if id_ < count)[:4]
     if not special:
         raise UnsupportedError("no special tokens are known")
-    ids = case.ids[:, : case.start + 12].clone()
+    ids = case.ids[:, : case.start + 10].clone()
     ids[0, case.start // 2] = special[0]
     for place, id_ in zip(range(case.start + 1, ids.shape[1] - 2, 2), special, strict=False):
         ids[0, place] = id_

@@ -20,7 +20,7 @@ namespace {
 // Norms over runs of `width` numbers; mode 0 is RMS, 1 layer, 2 the unit vector
 void norm(const Op &op, const Run &run, Shared &shared) {
     int width = op.width, runs = run.rows * (run.widths[op.src] / width);
-    shared.threads->each(runs, width, [&](int r) {
+    shared.threads->each(runs, 4 * width, [&](int r) {
         const float *x = run.slots[op.src] + size_t(r) * width;
         float *y = run.slots[op.dst] + size_t(r) * width;
         int64_t at = op.vector_size ? int64_t(r) * width % op.vector_size : 0;
@@ -51,7 +51,7 @@ void norm(const Op &op, const Run &run, Shared &shared) {
 void rotate(const Op &op, const Run &run, Shared &shared) {
     const Table &table = run.tables[op.mode];
     int half = table.rotated / 2;
-    shared.threads->each(run.rows, op.heads * table.rotated, [&](int r) {
+    shared.threads->each(run.rows, 4 * op.heads * table.rotated, [&](int r) {
         const float *cos = table.cos + size_t(r) * table.rotated, *sin = table.sin + size_t(r) * table.rotated;
         for (int h = 0; h < op.heads; h++) {
             float *x = run.slots[op.src] + size_t(r) * run.widths[op.src] + h * op.width;
@@ -73,7 +73,7 @@ void activate(const Op &op, const Run &run, Shared &shared) {
     const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
     float *y = run.slots[op.dst];
     int blocks = int((size + 255) / 256);
-    shared.threads->each(blocks, 1024, [&](int block) { // an exponential takes as long as four other numbers
+    shared.threads->each(blocks, 16 * 256, [&](int block) { // exponentials
         size_t i = size_t(block) * 256, end = std::min(size, i + 256);
         for (; op.mode == 0 && i + 16 <= end; i += 16) {
             f32x16 v = load<f32x16>(x + i);

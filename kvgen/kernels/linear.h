@@ -242,7 +242,7 @@ void linear(const Op &op, const Run &run, Shared &shared) {
         int groups = w.cols / w.group;
         resize(shared.pairs, size_t(rows) * w.cols / 2);
         resize(shared.scales, size_t(rows) * groups), resize(shared.sums, size_t(rows) * groups);
-        shared.threads->each(rows, w.cols, [&](int r) {
+        shared.threads->each(rows, 4 * w.cols, [&](int r) {
             Rounded to{&shared.pairs[size_t(r) * w.cols / 2], &shared.scales[size_t(r) * groups],
                        &shared.sums[size_t(r) * groups]};
             round_row(x + size_t(r) * w.cols, Kind(w.kind), w.group, groups, to);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,14 +140,11 @@ class Decoding:
         text, drafts = self._text, self._drafts
         start = text.length
         for guess, at in zip([*drafts, None], logits, strict=True):
-            length, last = text.length, at.to("cpu", torch.float32)
-            if not math.isfinite(float(last.max())):
-                raise ModelError(f"the model's logits after {length} positions are not finite numbers")
-            token = self._sampler(last, text.ids[0].cpu(), self._prompt_length)
+            length = text.length
+            token, logprob, top = self._choose(at)
             text.append(token)
             finish = self._finish_reason(token)
             self.finished = finish is not None
-            logprob, top = (None, ()) if self._top_logprobs is None else _logprobs(last, token, self._top_logprobs)
             read = length - text.forgotten
             if length == start:
                 yield Step(token, read, reused, finish, logprob, top, drafted=len(drafts))
@@ -158,6 +156,15 @@ class Decoding:
                 break
         if drafts and self._drafter:
             self._drafter.learn(len(drafts), text.length - start - 1)
+
+    def _choose(self, logits: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
+        """The next token from logits, (vocab,), and the log-probabilities that are wanted, as in `Step`."""
+        with _one_thread():
+            last = logits.to("cpu", torch.float32)
+            if not math.isfinite(float(last.max())):
+                raise ModelError(f"the model's logits after {self._text.length} positions are not finite numbers")
+            token = self._sampler(last, self._text.ids[0].cpu(), self._prompt_length)
+            return token, *((None, ()) if self._top_logprobs is None else _logprobs(last, token, self._top_logprobs))
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         if token in self._limits.eos_ids:
@@ -257,6 +264,17 @@ class _Sequence:
             self._buffer = torch.cat((self._buffer, self._buffer.new_empty(1, end)), dim=1)
         if tokens:
             self._buffer[0, self.length : end] = torch.tensor(tokens)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave torch's threads asleep: to wake them for one row of logits takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_judge(model: Model, use_cache: bool) -> Backend:

@@ -24,6 +24,7 @@ from kvgen.errors import UnsupportedError, UsageError
 from kvgen.families import runs_natively
 from kvgen.hub import default_reference, no_progress, resolve
 from kvgen.kernels.build import library
+from kvgen.memory import available_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
 BACKENDS = ("auto", "own", "native", "x-transformers")
@@ -47,6 +48,8 @@ class Loaded:
     config: what the model is made of: a DecoderConfig for the native decoder, the library's arguments for
         x-transformers, None for a model in Python.
     files: what config and weights were read from; none for a model in Python.
+    cache_budget: bytes that caches may take together unless said otherwise: half of the memory that is left beside the
+        weights. None for no bound.
     """
 
     model: Backend
@@ -54,6 +57,7 @@ class Loaded:
     source: str
     config: Any = None
     files: tuple[SourceFile, ...] = ()
+    cache_budget: int | None = None
 
 
 def load(
@@ -97,7 +101,7 @@ def load(
         return _load_from_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:make")
-    chosen_device = _device(device)
+    chosen_device, available = _device(device), available_memory()
     raw = read_checkpoint(resolve(name, progress=progress))
     arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)
     if kv_dtype != "auto":
@@ -118,7 +122,7 @@ def load(
             model = native = load_native(raw, arithmetic, pool)
             config = native.decoder.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
-    return Loaded(model, chosen, str(raw.path), config, raw.files)
+    return Loaded(model, chosen, str(raw.path), config, raw.files, _cache_budget(model, available))
 
 
 def _runs_in_library(raw: RawCheckpoint, backend: str) -> bool:
@@ -135,15 +139,14 @@ def _runs_in_library(raw: RawCheckpoint, backend: str) -> bool:
 def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:
     if tokenizer is None:
         raise UsageError(f"model {reference!r} has no tokenizer: give --tokenizer FILE, or --ids for plain token ids")
+    available = available_memory()
     model = load_python(reference)
-    return Loaded(model, choose_tokenizer(str(tokenizer), model.vocab_size or model.count_vocabulary()), reference)
+    chosen = choose_tokenizer(str(tokenizer), model.vocab_size or model.count_vocabulary())
+    return Loaded(model, chosen, reference, cache_budget=_cache_budget(model, available))
 
 
-def cache_budget(model: Backend, available: int) -> int:
-    """What caches may take together unless said otherwise: half of the memory that is left beside the weights.
-
-    available: what `available_memory` said before the model was loaded, for weights may be mapped and not yet read.
-    """
+def _cache_budget(model: Backend, available: int) -> int:
+    """See `Loaded`. available: memory before the model was loaded, for weights may be mapped and not yet read."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         return int(free) // 2

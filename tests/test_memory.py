@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvgen import memory
+import kvgen
+from kvgen import loading, memory
 
 V2 = {
     "kubepods/memory.max": "max\n",
@@ -82,3 +83,9 @@ print(json.dumps([count, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss 
     for more in ([], ["--prompt-cache", str(cache)], ["--prompt-cache", str(cache)]):
         assert peak("-f", str(prompt), *more) - short < 60e6
     assert cache.stat().st_size > 150e6
+
+
+def test_caches_may_take_half_of_what_the_weights_leave(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda: 1_000_000)
+    loaded = kvgen.load(tiny_llama()[0], device="cpu")
+    assert loaded.cache_budget == (1_000_000 - loaded.model.weight_bytes) // 2

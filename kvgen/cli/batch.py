@@ -206,19 +206,15 @@ def _here(
     quiet: bool,
 ) -> _Complete:
     """On this machine, in this process."""
-    from kvgen.memory import available_memory
-
-    available = available_memory()
     loaded = how.reading.prepared(source.load(quiet=quiet))
     how.claim(file, source, loaded)
 
     from kvgen import Batch
-    from kvgen.loading import cache_budget
     from kvgen.pipeline.complete import complete_rows
     from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 
     cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
-    budget = cache_budget(loaded.model, available) if how.max_cache_bytes is None else how.max_cache_bytes
+    budget = loaded.cache_budget if how.max_cache_bytes is None else how.max_cache_bytes
     engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=budget, cache=cache)
 
     def complete(going_on: Callable[[], bool]) -> Iterator[Result]:

@@ -74,10 +74,7 @@ def generate(
     first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
     if not first:
         return  # --lines of an empty file: nothing to do
-
-    from kvgen.memory import available_memory
-
-    available, started = available_memory(), time.perf_counter()
+    started = time.perf_counter()
     loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
     loaded = reading.prepared(loaded)
@@ -88,7 +85,6 @@ def generate(
 
     from kvgen import Batch
     from kvgen.generation.batch import in_order
-    from kvgen.loading import cache_budget
 
     cache: Any = None
     if prompt_cache is not None:
@@ -98,7 +94,7 @@ def generate(
     drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
     batch = Batch(
         loaded,
-        max_cache_bytes=cache_budget(loaded.model, available) if lines else None,
+        max_cache_bytes=loaded.cache_budget if lines else None,
         use_cache=not no_cache,
         cache=cache,
         make_drafter=drafter,

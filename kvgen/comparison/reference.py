@@ -14,7 +14,7 @@ from kvgen.contract import Backend
 from kvgen.errors import ModelError
 from kvgen.rounding import LIMIT, distance, typical_floor
 
-_FAR = 100.0  # typical floors, from which on none has to be measured: those that were are within 5 of them
+_FAR = 100.0  # a difference of so many limits needs no measured floor, which stays within 5 typical ones
 _MOST_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from kvgen.contract import Backend, Model
 from kvgen.errors import ContextError, ModelError, UsageError
 from kvgen.generation.drafts import Drafter
-from kvgen.generation.sampling import Sampler
+from kvgen.generation.sampling import Sampler, one_thread
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST
 
 FinishReason = Literal["eos", "stop", "length", "context"]
@@ -159,7 +158,7 @@ class Decoding:
 
     def _choose(self, logits: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
         """The next token from logits, (vocab,), and the log-probabilities that are wanted, as in `Step`."""
-        with _one_thread():
+        with one_thread():
             last = logits.to("cpu", torch.float32)
             if not math.isfinite(float(last.max())):
                 raise ModelError(f"the model's logits after {self._text.length} positions are not finite numbers")
@@ -264,17 +263,6 @@ class _Sequence:
             self._buffer = torch.cat((self._buffer, self._buffer.new_empty(1, end)), dim=1)
         if tokens:
             self._buffer[0, self.length : end] = torch.tensor(tokens)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Leave torch's threads asleep: to wake them for one row of logits takes longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_judge(model: Model, use_cache: bool) -> Backend:

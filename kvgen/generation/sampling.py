@@ -7,7 +7,8 @@ shape (vocab,) and returns new ones, with -inf for the tokens that it rules out;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,6 +24,17 @@ Filter = Callable[[Tensor], Tensor]
 
 _FEW = 256
 _CLOSE = 1e-5
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Leave torch's threads asleep: to wake them for one row of logits takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_sampler(settings: Sampling) -> Sampler:

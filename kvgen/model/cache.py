@@ -247,14 +247,20 @@ class KVCache:
 
 def cache_bytes(config: DecoderConfig, positions: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the buffers for keys and values of `dtype`, when so many positions are cached and no more will be."""
-    row = 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize
     windows = (layer.window for layer in config.layers)
-    return row * sum(positions if window is None else window_capacity(window, positions) for window in windows)
+    return _layer_bytes(config, dtype) * sum(
+        positions if window is None else window_capacity(window, positions) for window in windows
+    )
 
 
 def position_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of keys and values of one more position, while every layer keeps it."""
-    return 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize * len(config.layers)
+    return _layer_bytes(config, dtype) * len(config.layers)
+
+
+def _layer_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one position in one layer."""
+    return 2 * config.kv_heads * row_length(config.head_dim, dtype) * dtype.itemsize
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

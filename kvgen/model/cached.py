@@ -131,12 +131,13 @@ class CachedModel(ABC):
         usable = [*donors, *([] if ended is None else [ended])]
         counts = [(donor.shared(ids, variant), donor) for donor in usable]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
+        capacity = min(most, _MOST_RESERVED)
         if donor is None or not shared:
-            return KVCache(self, self.kv_dtype, min(most, _MOST_RESERVED), most)
+            return KVCache(self, self.kv_dtype, capacity, most)
         if donor is ended and 2 * shared > donor.length:
             donor.most = most
             return donor
-        return donor.branch(shared, min(most, _MOST_RESERVED), most)
+        return donor.branch(shared, capacity, most)
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:

@@ -21,8 +21,7 @@ import torch
 from kvgen.errors import KvgenError, UnsupportedError, in_one_line
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
-from kvgen.loading import cache_budget, load
-from kvgen.memory import available_memory
+from kvgen.loading import load
 from kvgen.pipeline.complete import Result, complete_rows
 from kvgen.pipeline.rows import Row, read_row
 from kvgen.tokenizer.prompt import PromptFormat
@@ -52,13 +51,12 @@ class Worker:
 
     def __init__(self, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
-        available = available_memory()
         loaded = load(**work.load)
         tokenizer = loaded.tokenizer
         if work.chat_template is not None:
             tokenizer = tokenizer.with_chat_template(work.chat_template)
         self._work, self._tokenizer = work, tokenizer
-        budget = cache_budget(loaded.model, available) if work.max_cache_bytes is None else work.max_cache_bytes
+        budget = loaded.cache_budget if work.max_cache_bytes is None else work.max_cache_bytes
         self._batch = Batch(loaded, max_rows=work.max_rows, max_cache_bytes=budget)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:

@@ -16,6 +16,7 @@ import select
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,10 @@ _server.set_forkserver_preload(["torch", *(module.name for module in pkgutil.wal
 def run(
     *arguments: str, input: str | None = None, stdin: int | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run kvgen to its end. stdin: a file descriptor, where there is no `input`; None for an empty one."""
+    """Run kvgen to its end; it is killed after some minutes.
+
+    stdin: a file descriptor, where there is no `input`; None for an empty one.
+    """
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         streams = [os.pipe() for _ in range(3)]
         (read_input, write_input), (read_out, write_out), (read_err, write_err) = streams
@@ -47,11 +51,12 @@ def run(
             os.close(fd)
         outputs = [stack.enter_context(os.fdopen(fd)) for fd in (read_out, read_err)]
         pool.submit(_write, write_input, input or "")
+        hung = threading.Timer(_TIMEOUT, process.kill)
+        hung.start()
         out, errors = pool.map(lambda stream: stream.read(), outputs)
-        process.join(_TIMEOUT)
-    if process.exitcode is None:
-        process.kill()
-        raise subprocess.TimeoutExpired(list(arguments), _TIMEOUT, out, errors)
+        process.join()
+        hung.cancel()
+    assert process.exitcode is not None
     return subprocess.CompletedProcess(list(arguments), process.exitcode, out, errors)
 
 
@@ -94,7 +99,7 @@ def run_on_terminal(
             typed, (wanted, to_type) = to_type, next(steps, ("", ""))
     else:
         process.kill()
-    process.join()
+    process.join(_TIMEOUT)
     os.close(terminal)
     assert process.exitcode is not None
     return process.exitcode, output.decode()

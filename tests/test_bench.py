@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,7 @@ from kvgen.model.cache import KVCache
 from tests import program
 from tests.families import make_checkpoint
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return program.run("bench", *arguments)
+run = partial(program.run, "bench")
 
 
 def test_lengths_that_fit_are_measured(tiny_llama) -> None:

@@ -397,7 +397,7 @@ def test_ctrl_c_keeps_the_line_that_is_not_ended(smollm2_path: Path) -> None:
         assert not select.select([process.stdout], [], [], 1)[0]
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
-        assert len(rest) > 1 and rest[-1:] == b"\n" and (b"a b " * 3000).startswith(rest[:-1])
+        assert len(rest) > 4 and rest[-1:] == b"\n" and (b"a b " * 3000).startswith(rest[:-1])
         assert process.wait(60) == 130
 
 

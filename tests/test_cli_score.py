@@ -11,8 +11,8 @@ import select
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,8 +24,7 @@ def tiny(tiny_llama) -> str:
     return str(tiny_llama()[0])
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return program.run("score", *arguments, **options)
+run = partial(program.run, "score")
 
 
 def test_a_text_comes_from_where_the_options_say(tiny: str, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -220,8 +220,7 @@ def test_sampled_tokens_keep_their_distribution(models) -> None:
     assert chi_squared < int(likely.sum()) + 4 * (2 * int(likely.sum())) ** 0.5  # four standard deviations
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return program.run("generate", *arguments)
+run = partial(program.run, "generate")
 
 
 def test_on_the_command_line_the_text_stays_the_same(smollm2_path) -> None:

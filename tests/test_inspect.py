@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from kvgen.model.cache import cache_bytes, position_bytes
 from tests import program
 from tests.families import CONFIGS, make_checkpoint
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return program.run("inspect", *arguments)
+run = partial(program.run, "inspect")
 
 
 def test_the_default_model_is_described(smollm2_on_torch: kvgen.Loaded, smollm2_path: Path) -> None:

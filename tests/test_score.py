@@ -52,7 +52,9 @@ def each(reference: Any, ids: list[int]) -> list[float]:
     return [float(rows[index, id_]) for index, id_ in enumerate(ids[1:])]
 
 
-@pytest.mark.parametrize(("window", "stride"), [(2048, 1024), (128, 64), (100, 100), (64, 17)])
+@pytest.mark.parametrize(
+    ("window", "stride"), [(2048, 1024), (128, 64), (100, 100), (64, 17), pytest.param(64, 7, marks=pytest.mark.slow)]
+)
 def test_log_likelihood_equals_transformers(
     smollm2_on_torch: kvgen.Loaded, smollm2_reference: Any, window: int, stride: int
 ) -> None:

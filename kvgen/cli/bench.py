@@ -138,7 +138,9 @@ def _print(report: dict[str, Any]) -> None:
             ),
         ),
     ]
-    console.print(Group(*(Text(escape_controls(line)) for line in lines), *tables))
+    for line in lines:
+        console.print(Text(escape_controls(line)), soft_wrap=True)
+    console.print(Group(*tables))
     if report["growth"]:
         points = {way: [(r["length"], 1000 * r[way]) for r in report["growth"]] for way in ("uncached", "cached")}
         console.print(Text(log_chart(points, "ms for a token behind so many", console.width, log_x=True)))

@@ -192,7 +192,7 @@ def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) ->
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], tmp_path: Path) -> None:
     code, shown = run_on_terminal(
-        *("chat", "-n", "2000"),
+        *("chat", "-t", "0", "-n", "2000"),
         script=[(READY, "Tell me a very long story.\r"), ("story.", ""), (" the ", "\x03"), (READY, "\x04")],
         environment=environment,
     )

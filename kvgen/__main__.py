@@ -7,7 +7,7 @@ import types
 
 def main() -> None:
     # A KeyboardInterrupt inside the import of a C extension can be lost, so until torch is there an interruption
-    # ends the process at once; `kvgen.cli.model` then gives the signal back to Python.
+    # ends the process at once. `kvgen.cli.interrupts` makes it an exception then.
     signal.signal(signal.SIGINT, _exit_interrupted)
 
     from kvgen.cli import app

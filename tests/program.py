@@ -99,6 +99,7 @@ def run_on_terminal(
             typed, (wanted, to_type) = to_type, next(steps, ("", ""))
     else:
         process.kill()
+        raise TimeoutError(f"{arguments} waits for {wanted!r} and more after {output[-500:]!r}")
     process.join(_TIMEOUT)
     os.close(terminal)
     assert process.exitcode is not None

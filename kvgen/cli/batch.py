@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import sys
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +16,7 @@ from kvgen.cli import options
 from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.errors import EXIT_INTERRUPTED
 from kvgen.cli.groups import takes_groups
+from kvgen.cli.interrupts import ending_softly
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import open_lines
 from kvgen.cli.render import notes, parse_bytes, print_note, row_progress, write_json
@@ -141,7 +137,7 @@ def batch(
         complete = _on_ray(wanted, how, source, None if ray == "here" else ray, ray_workers, file, quiet=quiet)
     else:
         complete = _here(wanted, how, source, prompt_cache, file, quiet=quiet)
-    with _interruptible(quiet=quiet) as going_on:
+    with ending_softly(quiet=quiet) as going_on:
         totals = _write_all(
             complete(going_on),
             write if unordered else InOrder(write, done),
@@ -293,27 +289,6 @@ class Totals:
             f"{self.rows / seconds:.1f} rows/s, {self.tokens / seconds:.1f} tok/s | "
             f"positions: {format_count(self.reused)} reused, {format_count(self.computed)} computed"
         )
-
-
-@contextmanager
-def _interruptible(*, quiet: bool) -> Iterator[Callable[[], bool]]:
-    """Says whether to go on with further rows. One Ctrl-C makes it say no; the next is a KeyboardInterrupt."""
-    interrupted = False
-
-    def handle(number: int, frame: types.FrameType | None) -> None:
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted = True
-        if not quiet:  # not print_note: a handler may come in the middle of another write
-            with contextlib.suppress(OSError):
-                os.write(sys.stderr.fileno(), b"\nending the rows under way; Ctrl-C again to stop at once\n")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: not interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _count_rows(file: Path, done: int) -> int | None:

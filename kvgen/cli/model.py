@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
+from kvgen.cli.interrupts import raise_interrupts
 from kvgen.cli.render import download_progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ModelOptions:
 
         from kvgen import load
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see kvgen/__main__.py
+        raise_interrupts()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with download_progress(quiet=quiet) as progress:

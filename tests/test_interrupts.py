@@ -28,7 +28,7 @@ _SOFTLY = "with ending_softly(quiet=True):\n        signal.raise_signal(signal.S
 
 def _ends_with(ending: str, before: str) -> subprocess.CompletedProcess[str]:
     program = _PROGRAM.format(ending=ending, before=before)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
 
 
 def test_one_that_python_drops_comes_again() -> None:

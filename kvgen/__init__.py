@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvgen.contract import Model
     from kvgen.conversation import Conversation
     from kvgen.generation.batch import Batch
-    from kvgen.generation.decode import Step
+    from kvgen.generation.completion import Step
     from kvgen.generation.drafts import DraftModel, PromptLookup
     from kvgen.generation.settings import Constraint, Request, Sampling
     from kvgen.generation.stream import generate, stream
@@ -95,7 +95,7 @@ _HOMES = {
     "Request": "kvgen.generation.settings",
     "Sampling": "kvgen.generation.settings",
     "Score": "kvgen.scoring",
-    "Step": "kvgen.generation.decode",
+    "Step": "kvgen.generation.completion",
     "Tokenizer": "kvgen.tokenizer",
     "compare": "kvgen.comparison",
     "generate": "kvgen.generation.stream",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kvgen.errors import KvgenError, NotFoundError, UsageError
+from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
-from kvgen.generation.stream import complete
 from kvgen.generation.text import Chunk
 from kvgen.loading import Loaded
 from kvgen.tokenizer.chat import Message, check_messages
@@ -36,24 +37,23 @@ class Conversation:
         Raises UsageError for a conversation that the template refuses, ContextError for one that fills the context. It
         is then as before.
         """
-        before = len(self.messages)
+        before, batch = len(self.messages), Batch(self.loaded, max_rows=1, cache=self.cache)
         self.messages.append({"role": "user", "content": text})
         answer: Message = {"role": "assistant", "content": ""}
         try:
             prompt = self.loaded.tokenizer.encode_chat(self.messages)
             self.prompt_tokens = len(prompt)
             request = replace(self.request, prompt=prompt)
-            for chunk in complete(self.loaded, request, cache=self.cache, on_cache=self._keep):
-                answer["content"] += chunk.text
-                yield chunk
+            with closing(batch.complete(request)) as chunks:
+                for chunk in chunks:
+                    answer["content"] += chunk.text
+                    yield chunk
         finally:
+            self.cache = batch.cache
             if answer["content"]:
                 self.messages.append(answer)
             else:
                 del self.messages[before:]
-
-    def _keep(self, cache: Any) -> None:
-        self.cache = cache
 
     def undo(self) -> str | None:
         """Take back the last question and its answer; returns the question, None if there is none."""

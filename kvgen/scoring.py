@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvgen.contract import Backend
 from kvgen.errors import ModelError, UsageError
-from kvgen.generation.decode import ids_tensor
 from kvgen.generation.settings import is_whole
 from kvgen.generation.stream import text_ids
 from kvgen.loading import Loaded
@@ -111,7 +111,7 @@ def score_ids(
     for begin, first, end in windows(len(ids), window, stride):
         first = max(first, begin + 1)  # nothing stands before the first token of a window
         if first < end:
-            logprobs[first:end] = _logprobs(model, ids_tensor(model, ids[begin:end]), first - begin)
+            logprobs[first:end] = _logprobs(model, model.ids_tensor(ids[begin:end]), first - begin)
         progress(end, len(ids))
     return Score(tuple(ids), tuple(logprobs), window, stride)
 
@@ -131,7 +131,8 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
     """Log-probabilities of the tokens of `text`, (1, n) int64, from index `first` on, at least 1."""
     found: list[float] = []
-    for logits in model.each_logits(text[:, :-1], range(first - 1, text.shape[1] - 1)):
+    positions = range(first - 1, text.shape[1] - 1)
+    for logits in model.each_logits(text[:, :-1], positions) or _step_by_step(model, text, positions):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         start = first + len(found)
         targets = text[0, start : start + len(logits), None]
@@ -142,3 +143,11 @@ def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
             raise ModelError("the model's logits for this text are not finite numbers")
         found += chosen.tolist()
     return found
+
+
+def _step_by_step(model: Backend, text: Tensor, positions: Iterable[int]) -> Iterator[Tensor]:
+    """Logits after each position, (1, vocab), of a model that gives those of the last one alone."""
+    cache: Any = None
+    for position in positions:
+        logits, cache = model(text[:, : position + 1], cache)
+        yield logits[0, -1:]

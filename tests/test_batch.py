@@ -18,7 +18,8 @@ import kvgen
 from kvgen import Chunk, KvgenError, Sampling, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
-from kvgen.generation.batch import Ahead, Batch, ends, in_order
+from kvgen.generation.batch import Batch, ends, in_order
+from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
 from kvgen.model.cached import CachedModel, Span
@@ -72,7 +73,7 @@ def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str
         if kind == "phi3":
             counts = [1] * len(counts)  # logits before the last are those of a text of this length
         sequences = [torch.tensor([texts[row][:end]]) for row, end in zip(chosen, ends_, strict=True)]
-        logits, written = model.together(sequences, [caches[row] for row in chosen], counts)
+        logits, written = model.forward_batch(sequences, [caches[row] for row in chosen], counts)
         for row, end, count, given_, cache in zip(chosen, ends_, counts, logits, written, strict=True):
             caches[row] = cache
             if kind != "phi3" or end == len(texts[row]) or end <= 20:
@@ -88,7 +89,7 @@ def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CachedMode
     for _ in range(3):
         lengths = [data.draw(st.integers(1, len(text))) for text in texts]
         sequences = [torch.tensor([text[:length]]) for text, length in zip(texts, lengths, strict=True)]
-        logits, caches = model.forward_together(sequences, caches, [1] * len(texts))
+        logits, caches = model.forward_batch(sequences, caches, [1] * len(texts))
         for ids, found in zip(sequences, logits, strict=True):
             torch.testing.assert_close(found[0], model.forward(ids)[0][0, -1], atol=TOLERANCE, rtol=0)
 
@@ -246,12 +247,14 @@ def test_a_cache_that_nobody_uses_is_taken_over_not_copied(small: dict[str, Load
     loaded, text = small["llama"], [*range(2, 60)]
     _, cache = loaded.model(torch.tensor([text]), None)
     batch = Batch(loaded, cache=cache)
-    first = next(batch.run([Request([*text, 70, 71], GREEDY, 5)]))[1]
+    events = batch.run([Request([*text, 70, 71], GREEDY, 5)])
+    first = next(events)[1]
     assert isinstance(first, Chunk)
     assert (first.step.reused, batch._rows[0].cache, batch.cache) == (58, cache, None)
     _, other = loaded.model(torch.tensor([text]), None)
     batch = Batch(loaded, cache=other)
-    first = next(batch.run([Request([2, 3, 4, 70], GREEDY, 5)]))[1]
+    events = batch.run([Request([2, 3, 4, 70], GREEDY, 5)])
+    first = next(events)[1]
     assert isinstance(first, Chunk)
     assert (first.step.reused, batch.cache, other.length) == (3, other, 58)  # most of it would be lost
 
@@ -349,7 +352,7 @@ def test_in_order_puts_rows_together_and_lets_the_first_through_at_once() -> Non
 
 
 def test_reading_ahead_ends_and_raises() -> None:
-    ahead = Ahead(iter([1, 2]), most=1)
+    ahead = Prefetcher(iter([1, 2]), most=1)
     taken = []
     while not ahead.ended:
         taken.append(ahead.take(wait=True))
@@ -383,3 +386,14 @@ def test_a_thousand_rows_are_those_of_single_runs(smollm2: Loaded) -> None:
     prompts = (f"The {n} of {n % 7} {'small ' * (n % 5)}stories begins" for n in range(1000))
     requests = [Request(smollm2.tokenizer.encode(prompt), GREEDY, 16) for prompt in prompts]
     assert tokens_of(smollm2, requests) == [alone(smollm2, request) for request in requests]
+
+
+def test_a_completion_that_is_given_up_leaves_its_cache(small: dict[str, Loaded]) -> None:
+    """So that a chat goes on from an answer that was interrupted, whatever kind of cache the model has."""
+    batch = Batch(small["llama"], max_rows=1)
+    chunks = batch.complete(Request([5, 6, 7], GREEDY, 20))
+    told = [next(chunks).step.token for _ in range(4)]
+    chunks.close()
+    assert batch.cache.tokens[0].tolist() == [5, 6, 7, *told[:3]]
+    again = next(batch.complete(Request([5, 6, 7, *told, 9], GREEDY, 20)))
+    assert (again.step.reused, again.step.computed) == (6, 2)

@@ -17,8 +17,9 @@ from kvgen.backends.python import PythonBackend
 from kvgen.comparison.comparison import Comparison, Row, compare_ids
 from kvgen.comparison.patterns import PATTERNS
 from kvgen.comparison.report import as_data
+from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
-from kvgen.generation.verify import VerifiedBackend
+from kvgen.comparison.verified import VerifiedBackend
 from tests.faults import FAULTS, SmallDecoder
 from tests.native_faults import FAULTS as NATIVE_FAULTS
 from tests.native_faults import SPECIAL, Faulty
@@ -290,7 +291,7 @@ def test_the_default_goes_past_the_first_window() -> None:
 
 def test_a_wider_twin_shares_the_weights() -> None:
     for backend in (PythonBackend(SmallDecoder().bfloat16()), NativeBackend(make_decoder().bfloat16())):
-        twin = backend.in_wider(torch.float32)
+        twin = subject_of(backend).in_wider(torch.float32)
         assert twin is not None and twin.module is not None and backend.module is not None
         shared = {parameter.data_ptr() for parameter in backend.module.parameters()}
         assert {parameter.data_ptr() for parameter in twin.module.parameters()} <= shared
@@ -334,16 +335,16 @@ def test_a_model_in_training_mode_is_not_comparable_and_its_modules_are_named() 
 
 
 def test_a_model_that_cannot_cache_is_unsupported() -> None:
-    backend = PythonBackend(SmallDecoder())
-    backend.cannot_cache = "it has no cache"
-    row = compare_ids(backend, PROMPT, steps=4).rows[1]
+    model = SmallDecoder()
+    model.cannot_cache = "it has no cache"
+    row = run(model, steps=4).rows[1]
     assert (row.verdict, row.reason) == (Verdict.UNSUPPORTED, "it has no cache")
 
 
 def test_a_declared_loss_is_lossy_and_acceptable() -> None:
-    backend = PythonBackend(SmallDecoder("8-bit cache"))
-    backend.lossy = "keys and values in 8 bits"
-    comparison = compare_ids(backend, PROMPT, steps=8)
+    model = SmallDecoder("8-bit cache")
+    model.lossy = "keys and values in 8 bits"
+    comparison = run(model, steps=8)
     assert comparison.rows[1].verdict is Verdict.LOSSY
     assert comparison.rows[1].gap.kl > 0
     assert comparison.acceptable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 
 import kvgen
 from kvgen import ModelError, UsageError
-from kvgen.generation.decode import Limits, decode
+from kvgen.generation.completion import Limits
 from kvgen.generation.sampling import make_sampler
-from kvgen.generation.text import StopMatcher, to_chunks
+from kvgen.generation.text import CompletionText, StopMatcher
+from tests.loop import decode
 
 GREEDY = kvgen.Sampling(temperature=0)
 
@@ -34,12 +36,12 @@ class Counting:
 
 def run(model: Any, prompt: list[int], max_tokens: int = 4, **options: Any) -> list[kvgen.Step]:
     limits = Limits(max_tokens, options.pop("eos_ids", ()), options.pop("context_length", None))
-    return list(decode(model, torch.tensor([prompt]), make_sampler(GREEDY), limits, **options))
+    return decode(model, torch.tensor([prompt], dtype=torch.int64), make_sampler(GREEDY), limits, **options)
 
 
 def test_the_model_always_gets_the_whole_sequence_and_its_own_cache() -> None:
     model, caches = Counting(), []
-    steps = run(model, [3, 4], max_tokens=3, on_cache=caches.append)
+    steps = run(model, [3, 4], max_tokens=3, caches=caches)
     assert model.calls == [([3, 4], None), ([3, 4, 5], "cache 1"), ([3, 4, 5, 6], "cache 2")]
     assert [step.token for step in steps] == [5, 6, 7]
     assert caches == ["cache 1", "cache 2", "cache 3"]
@@ -102,11 +104,11 @@ def test_log_probabilities_are_the_models_own() -> None:
 def test_penalties_see_the_sequence_so_far_and_know_where_the_completion_begins() -> None:
     seen: list[tuple[list[int], int]] = []
 
-    def sampler(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
-        seen.append((ids.tolist(), prompt_length))
+    def sampler(logits: Tensor, ids: Sequence[int], prompt_length: int) -> int:
+        seen.append((list(ids), prompt_length))
         return int(logits.argmax())
 
-    list(decode(Counting(), torch.tensor([[3, 4]]), sampler, Limits(3)))
+    decode(Counting(), torch.tensor([[3, 4]]), sampler, Limits(3))
     assert seen == [([3, 4], 2), ([3, 4, 5], 2), ([3, 4, 5, 6], 2)]
 
 
@@ -122,9 +124,13 @@ def test_cached_and_uncached_text_are_the_same(smollm2) -> None:
 
 
 def test_a_second_prompt_reuses_what_it_shares_with_the_first(smollm2) -> None:
-    caches: list[Any] = []
-    list(kvgen.stream(smollm2, "The capital of France is", GREEDY, max_tokens=3, on_cache=caches.append))
-    second = list(kvgen.stream(smollm2, "The capital of Japan is", GREEDY, max_tokens=3, cache=caches[-1]))
+    france, japan = (
+        kvgen.Request(smollm2.tokenizer.encode(f"The capital of {country} is"), GREEDY, max_tokens=3)
+        for country in ("France", "Japan")
+    )
+    batch = kvgen.Batch(smollm2, max_rows=1)
+    list(batch.complete(france))
+    second = list(batch.complete(japan))
     assert (second[0].step.reused, second[0].step.computed) == (3, 2)
     fresh = kvgen.generate(smollm2, "The capital of Japan is", GREEDY, max_tokens=3)
     assert "".join(chunk.text for chunk in second) == fresh
@@ -158,7 +164,8 @@ def test_the_tail_that_was_held_back_comes_with_the_last_token(smollm2) -> None:
     """A completion that is cut inside a character ends with U+FFFD, as decoding all of it at once does."""
     ids = smollm2.tokenizer.encode("😀")
     steps = [kvgen.Step(id_, 1, 0, "length" if id_ == ids[-2] else None) for id_ in ids[:-1]]
-    chunks = list(to_chunks(steps, smollm2.tokenizer))
+    text = CompletionText(smollm2.tokenizer)
+    chunks = [text.add(step) for step in steps]
     assert "".join(chunk.text for chunk in chunks) == smollm2.tokenizer.decode(ids[:-1]) != ""
 
 
@@ -192,7 +199,7 @@ def test_a_long_text_loses_its_middle_again_and_again() -> None:
     model = Counting()
     options = {"max_context": 6, "keep_first": 2}
     limits = Limits(9, (), 8, **options)
-    steps = list(decode(model, torch.tensor([[3, 4, 5, 6, 7]]), make_sampler(GREEDY), limits))
+    steps = decode(model, torch.tensor([[3, 4, 5, 6, 7]]), make_sampler(GREEDY), limits)
     assert [step.token for step in steps] == [8, 9, 0, 1, 2, 3, 4, 5, 6]
     assert [ids for ids, _ in model.calls] == [
         [3, 4, 5, 6, 7],
@@ -211,7 +218,7 @@ def test_a_long_text_loses_its_middle_again_and_again() -> None:
 
 def test_a_prompt_longer_than_may_be_seen_loses_its_middle_at_once() -> None:
     model = Counting()
-    list(decode(model, torch.arange(10)[None], make_sampler(GREEDY), Limits(1, (), 8, 6, 0)))
+    decode(model, torch.arange(10)[None], make_sampler(GREEDY), Limits(1, (), 8, 6, 0))
     assert model.calls[0][0] == [7, 8, 9]
 
 

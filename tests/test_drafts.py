@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 import kvgen
 from kvgen import DraftModel, PromptLookup, UsageError
 from kvgen.backends.native import NativeBackend
-from kvgen.generation.decode import Limits, decode
+from kvgen.comparison.verified import VerifiedBackend
+from kvgen.generation.completion import Limits
 from kvgen.generation.drafts import MOST, Confidence
 from kvgen.generation.sampling import make_sampler
 from tests import program
 from tests.families import make_checkpoint
+from tests.loop import decode
 
 
 class Scripted:
@@ -54,7 +57,7 @@ def complete(model: NativeBackend, prompt: list[int], sampling: kvgen.Sampling, 
         model.context_length,
         options.pop("max_context", None),
     )
-    return list(decode(model, torch.tensor([prompt]), make_sampler(sampling), limits, **options))
+    return decode(model, torch.tensor([prompt]), make_sampler(sampling), limits, **options)
 
 
 prompts = st.lists(st.integers(2, 95), min_size=1, max_size=30)
@@ -188,14 +191,17 @@ def test_logits_of_positions_that_are_cached_are_computed_again(models) -> None:
     model, ids = models["llama"], torch.randint(2, 96, (1, 20))
     expected = model.all_logits(ids)[:, -4:]
     _, cache = model(ids, None)
-    logits, cache = model.speculate(ids, cache, 4)
-    assert torch.equal(logits, expected)
+    (logits,), (cache,) = model.forward_batch([ids], [cache], [4])
+    assert torch.equal(logits[None], expected)
     assert (cache.reused, cache.computed) == (16, 4)
 
 
-def test_speculation_without_a_cache_or_a_judge_is_refused(models) -> None:
+def test_speculation_without_a_cache_or_a_judge_is_refused(smollm2) -> None:
     with pytest.raises(UsageError, match="needs the cache"):
-        complete(models["llama"], [5], kvgen.Sampling(), drafter=PromptLookup(), use_cache=False)
+        kvgen.stream(smollm2, [5], drafter=PromptLookup(), use_cache=False)
+    unjudged = replace(smollm2, model=VerifiedBackend(smollm2.model, every=1))
+    with pytest.raises(UsageError, match="without --verify-cache"):
+        kvgen.stream(unjudged, [5], drafter=PromptLookup())
 
 
 def test_sampled_tokens_keep_their_distribution(models) -> None:

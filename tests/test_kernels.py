@@ -21,6 +21,7 @@ import kvgen
 from kvgen.backends.native import NativeBackend
 from kvgen.checkpoint.grouped import Grouped, quantized, read_blocks
 from kvgen.comparison.comparison import compare_ids
+from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
 from kvgen.kernels import build
 from kvgen.kernels.packed import Packed
@@ -146,8 +147,8 @@ def test_prompts_are_computed_in_passes_of_bounded_size(
     assert told == [*((done, 199) for done in range(0, 199, most)), (199, 199)]
     assert torch.equal(model.all_logits(ids), logits)
     assert torch.equal(torch.cat(list(model.each_logits(ids, range(100, 199)))), logits[0, 100:])
-    assert torch.equal(model.logits_at(ids, [150, 3, 198, 3]), logits[0, [150, 3, 198, 3]])
-    together, _ = model.together([ids, ids[:, :90]], [None, None], [1, 3])
+    assert torch.equal(subject_of(model).logits_at(ids, [150, 3, 198, 3]), logits[0, [150, 3, 198, 3]])
+    together, _ = model.forward_batch([ids, ids[:, :90]], [None, None], [1, 3])
     assert torch.equal(together[0], expected[0])
     assert max(sizes) <= most
 
@@ -374,9 +375,9 @@ def test_what_is_no_text_is_refused_on_every_path(small: dict[str, NativeBackend
         lambda: model(ids, None),
         lambda: model(ids, cache),
         lambda: model.all_logits(ids),
-        lambda: model.speculate(ids, None, 1),
-        lambda: model.together([good, ids], [None, None], [1, 1]),
-        lambda: model.trusting(ids, None),
+        lambda: model.forward_batch([ids], [None], [1]),
+        lambda: model.forward_batch([good, ids], [None, None], [1, 1]),
+        lambda: subject_of(model).trusting(ids, None),
     ):
         with pytest.raises(kvgen.UsageError, match=message):
             use()

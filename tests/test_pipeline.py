@@ -18,9 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvgen
-from kvgen import KvgenError, Sampling, UsageError
-from kvgen.generation.settings import Request
-from kvgen.generation.stream import complete
+from kvgen import Batch, KvgenError, Request, Sampling, UsageError
 from kvgen.pipeline.results import InOrder, ResultsFile
 from kvgen.pipeline.rows import SAMPLING_FIELDS, Row, read_row, read_rows
 from tests.odd_rows import odd_rows
@@ -244,7 +242,7 @@ def test_no_row_ends_a_run_and_those_beside_odd_ones_are_what_they_are_alone(
             continue
         row = read_row(value["index"], line)
         request = row.request(Request((), Sampling(temperature=0, seed=1), 8), most_tokens=8)
-        chunks = list(complete(loaded, replace(request, prompt=loaded.tokenizer.encode(row.prompt))))
+        chunks = list(Batch(loaded).complete(replace(request, prompt=loaded.tokenizer.encode(row.prompt))))
         assert value["completion"] == "".join(chunk.text for chunk in chunks)
         assert (value["completion_tokens"], value["finish_reason"]) == (len(chunks), chunks[-1].finish_reason)
 

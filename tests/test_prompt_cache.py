@@ -211,7 +211,7 @@ def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content
 
 
 def test_a_model_of_another_backend_has_none(tiny_llama, tmp_path: Path) -> None:
-    from kvgen.generation.verify import VerifiedBackend
+    from kvgen.comparison.verified import VerifiedBackend
 
     loaded = kvgen.load(tiny_llama()[0])
     path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")

@@ -77,7 +77,7 @@ def draw(
     settings_: Sampling, logits: torch.Tensor, ids: list[int] = (), prompt_length: int = 0, n: int = 1
 ) -> list[int]:
     sampler = sampling.make_sampler(settings_)
-    return [sampler(logits, torch.tensor(ids, dtype=torch.int64), prompt_length) for _ in range(n)]
+    return [sampler(logits, list(ids), prompt_length) for _ in range(n)]
 
 
 def test_samples_follow_the_distribution() -> None:

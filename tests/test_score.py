@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def test_a_stride_of_a_window_scores_windows_apart() -> None:
 class LastOnly(NativeBackend):
     """A model that gives the last position's logits alone."""
 
-    def all_logits(self, ids: Tensor) -> None:  # type: ignore[override]
+    def each_logits(self, ids: Tensor, positions: Sequence[int]) -> None:  # type: ignore[override]
         return None
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kvgen.backends.reading import Arithmetic, Reader, draw_blueprint
-from kvgen.backends.widened import widened
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CacheError
@@ -44,8 +43,6 @@ class NativeBackend(Backend):
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
-        shorts = {rotary.short_length + 1 for rotary in decoder.config.rotaries if rotary.long_frequencies}
-        self.changes_at = tuple(sorted(shorts | {window for window in decoder.config.windows if window}))
         self.position_bytes = position_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
     def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
@@ -59,16 +56,11 @@ class NativeBackend(Backend):
         return True
 
     def all_logits(self, ids: Tensor) -> Tensor:
+        """Uncached logits after every position of `ids`, (B, n): (B, n, vocab)."""
         return self.decoder.all_logits(ids)
 
-    def logits_at(self, ids: Tensor, positions: Sequence[int]) -> Tensor:
-        ascending = sorted(set(positions))
-        found = torch.cat([logits for (logits,) in self.decoder.each_logits(ids, ascending)])
-        return found[[ascending.index(position) for position in positions]]
-
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
-        for (logits,) in self.decoder.each_logits(ids, positions):
-            yield logits
+        return (logits for (logits,) in self.decoder.each_logits(ids, positions))
 
     def restored(self, tokens: Tensor, rooms: Iterable[Room], variant: int) -> KVCache:
         """The cache that `KVCache.held` described, of these token ids: a copy, made layer by layer.
@@ -96,13 +88,10 @@ class NativeBackend(Backend):
         room = (self.context_length or sys.maxsize) - length
         return max(0, min([room, *(end - length for end in ends if length <= end)]))
 
-    def speculate(self, ids: Tensor, cache: KVCache | None, count: int) -> tuple[Tensor, KVCache]:
-        return self.decoder.forward(ids, cache, last=count)
-
-    def together(
+    def forward_batch(
         self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[Any]]:
-        logits, written = self.decoder.forward_together(sequences, caches, counts)
+        logits, written = self.decoder.forward_batch(sequences, caches, counts)
         return logits, list(written)
 
     def cache_for(self, ids: Tensor, most: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
@@ -110,23 +99,6 @@ class NativeBackend(Backend):
 
     def cache_bytes(self, positions: int) -> int:
         return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
-
-    def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """With the guard switched off, what a cache does that does not know its text: positions restart at 0."""
-        return self.decoder.append(new, cache, start=0)
-
-    def placed(self, ids: Tensor, cache: KVCache | None, positions: Tensor) -> tuple[Tensor, KVCache]:
-        """Keys are cached as they were rotated, so only the positions of what is new can be chosen."""
-        known = 0 if cache is None else cache.length
-        return self.decoder.append(ids[:, known:], cache, start=int(positions[known]))
-
-    def in_wider(self, dtype: torch.dtype) -> NativeBackend | None:
-        """None on the kernels, where equal texts give equal bits and nothing is left to be sharper about."""
-        if not isinstance(self.decoder, Decoder):
-            return None
-        twin: Decoder = widened(self.decoder, dtype)
-        twin.kv_dtype = None
-        return NativeBackend(twin)
 
 
 def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvgen.backends.widened import widened
 from kvgen.contract import Backend
 from kvgen.errors import KvgenError, ModelError, UnsupportedError, UsageError
 
@@ -21,40 +20,36 @@ from kvgen.errors import KvgenError, ModelError, UnsupportedError, UsageError
 class PythonBackend(Backend):
     """Any callable with the contract's signature. It may return logits for all positions, the new ones or the last.
 
-    The callable may say more of itself in attributes: `vocab_size`, `context_length`, `changes_at` (the lengths of its
-    windows, for example), and `rewinds = True` if its cache may be handed any sequence, not only one that goes on from
-    what it has seen. If it takes a keyword
-    `positions`, (n,) int64 for the whole sequence, the diagnosis can tell wrong positions from other faults.
+    The callable may say more of itself in attributes: `vocab_size`, `context_length`, and `rewinds = True` if its cache
+    may be handed any sequence, not only one that continues what it has seen. For `kvgen compare`: `changes_at` (the
+    lengths of its windows, for example), `lossy` or `cannot_cache` (a reason). If it takes a keyword `positions`, (n,)
+    int64 for the whole sequence, the diagnosis can tell wrong positions from other faults.
     """
 
     name = "python"
 
     def __init__(self, model: Callable[..., Any]) -> None:
-        self._model = model
+        self.model = model
         self.module = model if isinstance(model, nn.Module) else None
         parameter = next(self.module.parameters(), None) if self.module is not None else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.vocab_size = getattr(model, "vocab_size", None)
         self.context_length = getattr(model, "context_length", None)
-        self._takes_positions = "positions" in _parameters(model)
+        self.takes_positions = "positions" in _parameters(model)
         self.rewinds = bool(getattr(model, "rewinds", False))
-        changes_at = getattr(model, "changes_at", None)
-        self.changes_at = None if changes_at is None else tuple(changes_at)
 
-    @torch.no_grad()
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
-        return _checked(ids, self._run(ids, cache))
+        return self.call(ids, cache)
 
     @torch.no_grad()
-    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
-        if not self._takes_positions:
-            return super().placed(ids, cache, positions)
-        return _checked(ids, self._run(ids, cache, positions=positions))
+    def call(self, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
+        """Call the model with more than the contract asks for; its result is checked as ever."""
+        return _checked(arguments[0], self._run(*arguments, **options))
 
     def _run(self, *arguments: Any, **options: Any) -> Any:
         try:
-            return self._model(*arguments, **options)
+            return self.model(*arguments, **options)
         except KvgenError:
             raise
         except Exception as error:  # the user's code may raise anything
@@ -64,18 +59,6 @@ class PythonBackend(Backend):
         """The width of the logits, for a model that does not say its vocab_size."""
         logits, _ = self(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
         return logits.shape[-1]
-
-    def in_wider(self, dtype: torch.dtype) -> PythonBackend | None:
-        """For a torch module that follows the dtype of its weights, so that its logits have the wider one."""
-        if self.module is None:
-            return None
-        try:
-            twin = PythonBackend(widened(self.module, dtype))
-            logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
-        except (ModelError, RuntimeError, TypeError):  # it cannot be copied, or insists on a dtype
-            return None
-        twin.dtype = dtype
-        return twin if logits.dtype == dtype else None
 
 
 def _described(error: Exception) -> str:

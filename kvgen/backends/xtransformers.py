@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +39,10 @@ class XTransformersBackend(Backend):
 
     name = "x-transformers"
     rewinds = True
+    cannot_cache: str | None = None
 
     def __init__(self, net: Any, rebuild: Callable[[], nn.Module] | None = None) -> None:
-        self._rebuild = rebuild
+        self.rebuild = rebuild
         self.module: Any = net.eval()  # no dropout, no stochastic depth
         parameter = next(net.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -54,43 +54,14 @@ class XTransformersBackend(Backend):
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, cache: XTransformersCache | None = None, /) -> tuple[Tensor, Any]:
-        return self._call(ids, cache)
+        return self.call(ids, cache)
 
-    @torch.no_grad()
-    def by_default(self, ids: Tensor, cache: XTransformersCache | None = None) -> tuple[Tensor, Any]:
-        """The library's own call with its defaults: of several new positions it computes the last alone."""
-        self._check(ids)
-        known = None if cache is None else cache.intermediates
-        logits, intermediates = self.module(ids, cache=known, return_intermediates=True)
-        reused = 0 if known is None else known.cache_length
-        return logits, XTransformersCache(intermediates, ids, reused, intermediates.cache_length - reused)
-
-    def trusting(self, new: Tensor, cache: XTransformersCache | None = None) -> tuple[Tensor, Any]:
-        """The same call, handed a slice: positions are then counted from the length of the slice."""
-        return self.by_default(new, cache)
-
-    @torch.no_grad()
-    def placed(self, ids: Tensor, cache: XTransformersCache | None, positions: Tensor) -> tuple[Tensor, Any]:
-        """Keys are cached before they are rotated, so the positions of all of them can be chosen."""
-        return self._call(ids, cache, pos=positions)
-
-    def in_wider(self, dtype: torch.dtype) -> XTransformersBackend | None:
-        """A copy, built anew: with tied embeddings a deep copy's head still reads the first one's."""
-        net = copy.deepcopy(self.module) if self._rebuild is None else self._rebuild()
-        net.load_state_dict(self.module.state_dict())
-        twin = XTransformersBackend(net.to(device=self.device, dtype=dtype))
-        try:
-            logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.device), None)
-        except RuntimeError:  # a part of it insists on another dtype
-            return None
-        return twin if logits.dtype == dtype else None
-
-    def _check(self, ids: Tensor) -> None:
+    def check(self, ids: Tensor) -> None:
         check_form(ids)
         check_range(ids, self.module.num_tokens)
 
-    def _call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
-        self._check(ids)
+    def call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
+        self.check(ids)
         n = ids.shape[1]
         if self.context_length is not None and n > self.context_length:
             raise UsageError(f"the sequence has {n} positions, but the model has {self.context_length} (max_seq_len)")

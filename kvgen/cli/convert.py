@@ -25,12 +25,12 @@ def convert(
     """
     loaded = ModelOptions(model, dtype="float32", device="cpu", compile="off").load(quiet=quiet)
 
+    from kvgen.backends.native import NativeBackend
     from kvgen.convert import convert_to_xtransformers
     from kvgen.model.decoder import Decoder
 
-    decoder = loaded.model.module
-    if not isinstance(decoder, Decoder):
+    if not isinstance(loaded.model, NativeBackend) or not isinstance(loaded.model.decoder, Decoder):
         raise UnsupportedError(f"{loaded.source}: only models of the native backend can be converted")
-    convert_to_xtransformers(decoder, loaded.tokenizer, folder)
+    convert_to_xtransformers(loaded.model.decoder, loaded.tokenizer, folder)
     if not quiet:
         print_note(f"wrote {folder} for {to}")

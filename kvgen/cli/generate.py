@@ -186,7 +186,7 @@ def _chunks(event: Chunk | KvgenError, more: Iterator[tuple[int, Chunk | KvgenEr
 
 def _verified(loaded: Loaded, every: int | None) -> Loaded:
     """With its cache checked as was asked for; and once in any case if kvgen did not write the cache."""
-    from kvgen.generation.verify import VerifiedBackend
+    from kvgen.comparison.verified import VerifiedBackend
 
     if every is not None:
         return replace(loaded, model=VerifiedBackend(loaded.model, every))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvgen.comparison.reference import Judgement, Reference
-from kvgen.contract import Backend
+from kvgen.comparison.subjects import Subject
 from kvgen.errors import KvgenError
 
 # What a library may raise when it is called in a way that it does not foresee, as wrong patterns do.
@@ -34,8 +34,8 @@ class Case:
     special_ids: frozenset[int] = frozenset()
 
     @property
-    def backend(self) -> Backend:
-        return self.reference.backend
+    def subject(self) -> Subject:
+        return self.reference.subject
 
     @property
     def lengths(self) -> range:
@@ -63,13 +63,13 @@ class Case:
     @cached_property
     def wider(self) -> Case | None:
         """The case in the next wider dtype, where rounding hides less; None if the model cannot compute so."""
-        twin = self.backend.in_wider(torch.float32 if self.backend.dtype in _NARROW else torch.float64)
+        twin = self.subject.in_wider(torch.float32 if self.subject.dtype in _NARROW else torch.float64)
         return None if twin is None else make_case(Reference(twin), self.ids, self.start, self.special_ids)
 
     @property
     def sharp(self) -> Case:
         """The case to experiment on: 16 bits hide too much."""
-        return self.wider or self if self.backend.dtype in _NARROW else self
+        return self.wider or self if self.subject.dtype in _NARROW else self
 
 
 def make_case(reference: Reference, ids: Tensor, start: int, special_ids: frozenset[int] = frozenset()) -> Case:

@@ -17,10 +17,10 @@ from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.comparison.probes import Probe, run_probes, unseen
 from kvgen.comparison.reference import Judgement, Reference
 from kvgen.comparison.run import Run, run_forced, run_free
+from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
-from kvgen.generation.decode import ids_tensor
 
 _DOUBTFUL = 3.0  # noise floors from which on a wider dtype has to decide, up to
 _BEYOND_DOUBT = 100.0
@@ -103,12 +103,12 @@ def compare_ids(
     that are not numbers.
     """
     chosen = [_pattern(name) for name in patterns]
-    start, steps = ids_tensor(backend, prompt), _steps_that_fit(backend, prompt, steps)
-    reference = Reference(backend)
+    start, steps = backend.ids_tensor(prompt), _steps_that_fit(backend, prompt, steps)
+    reference = Reference(subject_of(backend))
     own = _reference_text(reference, start, steps)
     case, cached = own.case, own.cached
     if continuation is not None:
-        ids = torch.cat((start, ids_tensor(backend, tuple(continuation)[:steps])), dim=1)
+        ids = torch.cat((start, backend.ids_tensor(tuple(continuation)[:steps])), dim=1)
         case, cached = make_case(reference, ids, len(prompt)), None
     case = replace(case, special_ids=special_ids)
     seconds, alone = _timed(case)
@@ -141,17 +141,17 @@ def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Own:
     With the cache it is faster, and then one uncached pass over the text shows whether uncached decoding chooses the
     same. Where it does not, or where the cache fails, every step is computed.
     """
-    backend = reference.backend
-    if not backend.cannot_cache:
+    subject = reference.subject
+    if not subject.cannot_cache:
         try:
-            run = run_free(FULL_SEQUENCE.call(backend), prompt, steps)
+            run = run_free(FULL_SEQUENCE.call(subject), prompt, steps)
         except CALL_ERRORS:
             run = None
         if run is not None:
             case = _case_of(reference, prompt, run.tokens)
             if tuple(case.expected.argmax(-1).tolist()) == run.tokens:
                 return _Own(case, run.tokens, run)
-    run = run_free(UNCACHED.call(backend), prompt, steps)
+    run = run_free(UNCACHED.call(subject), prompt, steps)
     return _Own(_case_of(reference, prompt, run.tokens), run.tokens, None)
 
 
@@ -166,7 +166,7 @@ def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
     case.alone(case.ids[:, : lengths[0]])  # what is set up once is not counted
     logits, began = {}, time.perf_counter()
     for length in lengths:
-        logits[length] = case.backend(case.ids[:, :length], None)[0][0, -1].cpu()
+        logits[length] = case.subject(case.ids[:, :length], None)[0][0, -1].cpu()
     return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits
 
 
@@ -204,23 +204,23 @@ def _pattern(name: str) -> Pattern:
 
 def _compare_pattern(case: Case, pattern: Pattern, own: _Own, run: Run | None) -> tuple[Row, Judgement | None]:
     """The result of a pattern, and how far its logits are. run: the pattern on the text, if it was run already."""
-    backend = case.backend
-    if backend.cannot_cache:
-        return Row(pattern, Verdict.UNSUPPORTED, reason=backend.cannot_cache), None
+    subject = case.subject
+    if subject.cannot_cache:
+        return Row(pattern, Verdict.UNSUPPORTED, reason=subject.cannot_cache), None
     try:
-        run = run or run_forced(pattern.call(backend), case.ids, case.start)
+        run = run or run_forced(pattern.call(subject), case.ids, case.start)
     except CALL_ERRORS as error:
         return Row(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
     probes = run_probes(case) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
-    verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if backend.lossy else Verdict.DIFFERENT
+    verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
     tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, own, run)
     row = Row(
         pattern,
         verdict,
-        reason=backend.lossy or "" if verdict is Verdict.LOSSY else "",
+        reason=subject.lossy or "" if verdict is Verdict.LOSSY else "",
         gap=gap(case.expected, run.logits, case.targets),
         exact=judged.exact,
         ratio=judged.ratio,
@@ -248,7 +248,7 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
         return judged.wrong
     steps = max(_SHARP_STEPS, judged.length - case.start + 1)
     try:
-        run = run_forced(pattern.call(case.wider.backend), case.ids[:, : case.start + steps], case.start)
+        run = run_forced(pattern.call(case.wider.subject), case.ids[:, : case.start + steps], case.start)
     except CALL_ERRORS:
         return judged.wrong
     return case.wider.judge(run.logits).wrong
@@ -263,7 +263,7 @@ def _tokens_of(
         if chosen == own.tokens:
             return chosen, None, Verdict.EQUIVALENT
     try:
-        free = run_free(pattern.call(case.backend), case.ids[:, : case.start], len(own.tokens))
+        free = run_free(pattern.call(case.subject), case.ids[:, : case.start], len(own.tokens))
     except CALL_ERRORS:  # logits that are not numbers, for example
         return None, None, None
     pairs = zip(own.tokens, free.tokens, strict=False)

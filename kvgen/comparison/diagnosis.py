@@ -12,8 +12,8 @@ from kvgen.comparison.experiments import EXPERIMENTS, Finding, Trial, attempt, l
 from kvgen.comparison.patterns import Pattern
 from kvgen.comparison.probes import Probe
 from kvgen.comparison.reference import Judgement
+from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.run import run_forced
-from kvgen.rounding import LIMIT, distance, size, typical_floor
 
 _LEAK = 64  # typical rounding errors: what leaks from the future is far more
 _SMALL = 2**-5  # of the size of the logits
@@ -28,15 +28,15 @@ def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float
     """
     gaps = [(logits, case.expected[length - case.start]) for length, logits in alone.items()]
     largest = max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in gaps)
-    first, second = (case.backend(case.ids[:, : case.start], None)[0][0, -1].cpu() for _ in range(2))
+    first, second = (case.subject(case.ids[:, : case.start], None)[0][0, -1].cpu() for _ in range(2))
     # Not held against the measured noise: where chance is at work, that is large.
-    if distance(first, second) > LIMIT * typical_floor(first, case.backend.dtype):
-        return largest, [nondeterministic(case.backend, float((first - second).abs().max()))]
+    if distance(first, second) > LIMIT * typical_floor(first, case.subject.dtype):
+        return largest, [nondeterministic(case.subject, float((first - second).abs().max()))]
     sharp = case.sharp
     if sharp is not case:
         gaps = [(sharp.alone(case.ids[:, :length]), sharp.expected[length - case.start]) for length in alone]
     leak = max(distance(a, b) for a, b in gaps)
-    if leak <= _LEAK * typical_floor(sharp.expected, sharp.backend.dtype):
+    if leak <= _LEAK * typical_floor(sharp.expected, sharp.subject.dtype):
         return largest, []
     finding = Finding(
         "not causal",
@@ -66,13 +66,13 @@ def diagnose(
         return [_not_numbers(case.lengths[broken.index(True)])]
     sharp = case.sharp
     if sharp is not case:
-        logits = run_forced(pattern.call(sharp.backend), sharp.ids, sharp.start).logits
+        logits = run_forced(pattern.call(sharp.subject), sharp.ids, sharp.start).logits
         judged = sharp.judge(logits)
     step = _first_wrong(judged)
     if step is None:
         return [_unexplained(case, judged, "it vanishes in a wider dtype")]
     trial = _with_another_prompt(sharp, pattern) or Trial(
-        sharp, pattern, pattern.call(sharp.backend), sharp.lengths[step], logits[step]
+        sharp, pattern, pattern.call(sharp.subject), sharp.lengths[step], logits[step]
     )
     found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
     for alone in ("not deterministic", "context lost"):
@@ -104,13 +104,13 @@ def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
     else:
         other = make_case(case.reference, case.ids[:, case.start - longest :], longest)
     try:
-        logits = run_forced(pattern.call(case.backend), other.ids, other.start).logits
+        logits = run_forced(pattern.call(case.subject), other.ids, other.start).logits
     except CALL_ERRORS:
         return None
     step = _first_wrong(other.judge(logits))
     if step is None:
         return None
-    return Trial(other, pattern, pattern.call(case.backend), other.lengths[step], logits[step])
+    return Trial(other, pattern, pattern.call(case.subject), other.lengths[step], logits[step])
 
 
 def _unexplained(case: Case, judged: Judgement, more: str = "") -> Finding:

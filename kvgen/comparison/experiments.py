@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kvgen.comparison.case import CALL_ERRORS, Case
 from kvgen.comparison.patterns import Pattern
-from kvgen.contract import Backend, Model
-from kvgen.rounding import distance, size
+from kvgen.comparison.rounding import distance, size
+from kvgen.comparison.subjects import Subject
+from kvgen.contract import Model
 
 _OFFSETS = (-2, -1, 1, 2)
 _MOST_FOREIGN = 8
@@ -68,8 +69,8 @@ class Trial:
 
     def placed(self, positions: Tensor) -> Tensor:
         """The right cache after all but the newest token, and the newest with the given positions: (vocab,)."""
-        _, cache = self.case.backend(self.ids[:, :-1], None)
-        logits, _ = self.case.backend.placed(self.ids, cache, positions)
+        _, cache = self.case.subject(self.ids[:, :-1], None)
+        logits, _ = self.case.subject.placed(self.ids, cache, positions)
         return logits[0, -1].cpu()
 
 
@@ -84,7 +85,7 @@ def _not_deterministic(trial: Trial) -> Finding | None:
     again = trial.run(trial.ids)
     if trial.is_like(again, trial.ids):
         return None
-    return nondeterministic(trial.case.backend, float((again - trial.wrong).abs().max()))
+    return nondeterministic(trial.case.subject, float((again - trial.wrong).abs().max()))
 
 
 def _is_of_text(trial: Trial, ids: Tensor) -> bool:
@@ -296,8 +297,8 @@ def _first_wrong_length(trial: Trial, begin: int) -> int | None:
     return None
 
 
-def nondeterministic(backend: Backend, difference: float) -> Finding:
-    training = [] if backend.module is None else _in_training_mode(backend.module)
+def nondeterministic(subject: Subject, difference: float) -> Finding:
+    training = [] if subject.module is None else _in_training_mode(subject.module)
     why = (
         "dropout or stochastic depth is on. Put it in evaluation mode: model.eval()."
         if training

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgen.contract import Backend, Model
+from kvgen.comparison.subjects import Subject
+from kvgen.contract import Model
 
 _PADS = 4
 _RENEWED = 4  # steps after which a sequence beside is begun anew
@@ -19,7 +20,7 @@ _RENEWED = 4  # steps after which a sequence beside is begun anew
 class Pattern:
     """A way to call a model.
 
-    call: makes of a backend something with the contract's signature, so that the one decoding loop runs it.
+    call: makes of a subject something with the contract's signature, so that the one decoding loop runs it.
     summary: what it hands the model. For a wrong one, advice: what to write instead, and harmless: why it does no
         harm on a model where it does none.
     right: whether its logits must equal uncached ones.
@@ -27,7 +28,7 @@ class Pattern:
 
     name: str
     summary: str
-    call: Callable[[Backend], Model]
+    call: Callable[[Subject], Model]
     advice: str = ""
     harmless: str = ""
 
@@ -36,39 +37,39 @@ class Pattern:
         return not self.advice
 
 
-def _uncached(backend: Backend) -> Model:
-    return lambda ids, cache=None: (backend(ids, None)[0], None)
+def _uncached(subject: Subject) -> Model:
+    return lambda ids, cache=None: (subject(ids, None)[0], None)
 
 
-def _full_sequence(backend: Backend) -> Model:
-    return backend
+def _full_sequence(subject: Subject) -> Model:
+    return subject
 
 
-def _last_token(backend: Backend) -> Model:
-    return lambda ids, cache=None: backend.trusting(ids if cache is None else ids[:, -1:], cache)
+def _last_token(subject: Subject) -> Model:
+    return lambda ids, cache=None: subject.trusting(ids if cache is None else ids[:, -1:], cache)
 
 
-def _stale_chunk(backend: Backend) -> Model:
+def _stale_chunk(subject: Subject) -> Model:
     def call(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         if cache is None and ids.shape[1] > 1:
-            _, cache = backend.by_default(ids[:, : ids.shape[1] // 2], None)
-        return backend.by_default(ids, cache)
+            _, cache = subject.by_default(ids[:, : ids.shape[1] // 2], None)
+        return subject.by_default(ids, cache)
 
     return call
 
 
-def _wrong_offset(backend: Backend) -> Model:
+def _wrong_offset(subject: Subject) -> Model:
     def call(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         positions = torch.arange(ids.shape[1], device=ids.device)
         if cache is not None:
             positions[-1] += 1
-        return backend.placed(ids, cache, positions)
+        return subject.placed(ids, cache, positions)
 
     return call
 
 
-def _left_pad_ignored(backend: Backend) -> Model:
-    return lambda ids, cache=None: backend(torch.cat((ids.new_zeros(ids.shape[0], _PADS), ids), dim=1), cache)
+def _left_pad_ignored(subject: Subject) -> Model:
+    return lambda ids, cache=None: subject(torch.cat((ids.new_zeros(ids.shape[0], _PADS), ids), dim=1), cache)
 
 
 @dataclass
@@ -81,7 +82,7 @@ class _Side:
     computed: int | None
 
 
-def _batched(backend: Backend) -> Model:
+def _batched(subject: Subject) -> Model:
     """Three sequences stand beside: one shorter, one that goes elsewhere, and one that ends and is begun anew."""
 
     def call(ids: Tensor, cache: _Side | None = None, /) -> tuple[Tensor, _Side]:
@@ -91,7 +92,7 @@ def _batched(backend: Backend) -> Model:
         if length % _RENEWED == 0:
             known = [*known[:2], None]
         given = [None if cache is None else cache.own, *known]
-        logits, (own, *others) = backend.together([ids, *beside], given, [1] * 4)
+        logits, (own, *others) = subject.forward_batch([ids, *beside], given, [1] * 4)
         return logits[0][None], _Side(own, others, getattr(own, "reused", None), getattr(own, "computed", None))
 
     return call

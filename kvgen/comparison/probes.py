@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, random_text
 from kvgen.comparison.reference import Judgement
+from kvgen.comparison.rounding import LIMIT
 from kvgen.comparison.run import run_forced
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
-from kvgen.rounding import LIMIT
 
 _STEPS_UNTIL = 68  # positions that are reached one at a time: past 64
 _STEPS = 44  # calls with one more token each
@@ -59,12 +59,12 @@ def run_probes(case: Case) -> tuple[Probe, ...]:
 
     A use raises UnsupportedError to say why it shows nothing on this model, CacheError for a cache that fails in it.
     """
-    none = case.backend.changes_at is not None and _change(case) is None
+    none = case.subject.changes_at is not None and _change(case) is None
     return tuple(_run(case, name, use) for name, use in USES.items() if not (none and use is _past_a_change))
 
 
 def _run(case: Case, name: str, use: Callable[[Case], Iterator[Check]]) -> Probe:
-    if name in _REWINDING and not case.backend.rewinds:
+    if name in _REWINDING and not case.subject.rewinds:
         return Probe(name, None, note="not checked: the model does not say that its cache may go back (rewinds = True)")
     worst, exact, length = 0.0, True, None
     try:
@@ -98,7 +98,7 @@ def _more_steps(case: Case) -> Iterator[Check]:
     lengths = range(max(1, last - _STEPS), last + 1)
     case.reference.rows(ids, lengths)  # where this fails, the cache need not do better
     try:
-        logits = run_forced(case.backend, ids, lengths[0], lengths).logits
+        logits = run_forced(case.subject, ids, lengths[0], lengths).logits
     except CALL_ERRORS as error:
         raise CacheError(f"fails where uncached decoding does not: {in_one_line(error)}") from error
     yield Check(ids, lengths, logits)
@@ -131,7 +131,7 @@ def _past_a_change(case: Case) -> Iterator[Check]:
 def _crossed(case: Case, spans: Sequence[tuple[int, int]]) -> Iterator[Check]:
     ids = random_text(case, max(end for _, end in spans))
     lengths = [length for begin, end in spans for length in range(begin, end + 1)]
-    logits = [run_forced(case.backend, ids, begin, range(begin, end + 1)).logits for begin, end in spans]
+    logits = [run_forced(case.subject, ids, begin, range(begin, end + 1)).logits for begin, end in spans]
     yield Check(ids, lengths, torch.cat(logits))
 
 
@@ -141,7 +141,7 @@ def _in_chunks(case: Case) -> Iterator[Check]:
     for size in _CHUNKS:
         ends = [case.start + size * call for call in range(_CHUNK_CALLS + 1)]
         lengths = [case.start // 2 or 1, *(end for end in ends if end <= ids.shape[1])]
-        yield Check(ids, lengths, run_forced(case.backend, ids, case.start, lengths).logits)
+        yield Check(ids, lengths, run_forced(case.subject, ids, case.start, lengths).logits)
 
 
 def _rewound(case: Case) -> Iterator[Check]:
@@ -151,12 +151,12 @@ def _rewound(case: Case) -> Iterator[Check]:
         if count >= case.ids.shape[1]:
             return
         if cache is None or end <= count:
-            _, cache = case.backend(case.ids, None)
+            _, cache = case.subject(case.ids, None)
             end = case.ids.shape[1]
         end += 1 - count
         edited = case.ids[:, :end].clone()
         edited[:, -1] = _another(case, int(edited[0, -1]))
-        logits, cache = case.backend(edited, cache)
+        logits, cache = case.subject(edited, cache)
         yield Check(edited, [end], logits[:, -1].cpu())
 
 
@@ -166,16 +166,16 @@ def _edited(case: Case) -> Iterator[Check]:
     Each leaves one position to compute, so that this asks nothing of calls with several new tokens. Last comes a text
     as long as the one before, with another token in its middle.
     """
-    _, cache = case.backend(case.ids, None)
+    _, cache = case.subject(case.ids, None)
     for length in (case.ids.shape[1], case.start + 1, case.start // 2 + 1):
         edited = case.ids[:, :length].clone()
         edited[:, -1] = _another(case, int(edited[0, -1]))
-        logits, cache = case.backend(edited, cache)
+        logits, cache = case.subject(edited, cache)
         yield Check(edited, [length], logits[:, -1].cpu())
-    _, cache = case.backend(case.ids, None)
+    _, cache = case.subject(case.ids, None)
     edited, middle = case.ids.clone(), case.ids.shape[1] // 2
     edited[0, middle] = _another(case, int(edited[0, middle]))
-    logits, _ = case.backend(edited, cache)
+    logits, _ = case.subject(edited, cache)
     yield Check(edited, [case.ids.shape[1]], logits[:, -1].cpu())
 
 
@@ -186,7 +186,7 @@ def _in_turn(case: Case) -> Iterator[Check]:
     caches, rows = [None, None], [[], []]  # type: ignore[var-annotated]
     for length in lengths:
         for i, text in enumerate(texts):
-            logits, caches[i] = case.backend(text[:, :length], caches[i])
+            logits, caches[i] = case.subject(text[:, :length], caches[i])
             rows[i].append(logits[0, -1].cpu())
     for text, found in zip(texts, rows, strict=True):
         yield Check(text, lengths, torch.stack(found))
@@ -198,7 +198,7 @@ def _side_by_side(case: Case) -> Iterator[Check]:
     rows = torch.cat((text, text.flip(1), text.roll(text.shape[1] // 2, 1)))
     lengths, cache, found = range(case.start, min(case.start + _STEPS_IN_TURN, text.shape[1])), None, []
     for length in lengths:
-        logits, cache = case.backend(rows[:, :length], cache)
+        logits, cache = case.subject(rows[:, :length], cache)
         found.append(logits[:, -1].cpu())
     for row in range(_ROWS):
         yield Check(rows[row : row + 1], lengths, torch.stack([logits[row] for logits in found]))
@@ -215,7 +215,7 @@ def _with_special_tokens(case: Case) -> Iterator[Check]:
     for place, id_ in zip(range(case.start + 1, ids.shape[1] - 2, 2), special, strict=False):
         ids[0, place] = id_
     lengths = range(case.start, ids.shape[1])
-    yield Check(ids, lengths, run_forced(case.backend, ids, case.start).logits)
+    yield Check(ids, lengths, run_forced(case.subject, ids, case.start).logits)
 
 
 USES: dict[str, Callable[[Case], Iterator[Check]]] = {
@@ -234,12 +234,12 @@ _REWINDING = ("rewinds", "edits")
 
 def unseen(case: Case) -> str:
     """What the uses above do not show, in one line."""
-    change, context = _change(case), case.backend.context_length
+    change, context = _change(case), case.subject.context_length
     longest = max(case.ids.shape[1], _within(case, _LONGEST))
     if change is not None and change <= _LONGEST_CHANGE:
         longest = max(longest, _within(case, change + _BEYOND_CHANGE))
     parts = [] if context is not None and longest >= context else [f"texts beyond {longest} positions"]
-    parts += [f"what changes at {length}" for length in case.backend.changes_at or () if length >= longest]
+    parts += [f"what changes at {length}" for length in case.subject.changes_at or () if length >= longest]
     return ", ".join([*parts, f"batches of more than {_ROWS} rows", f"chunks of other sizes than {_sizes()}"])
 
 
@@ -249,12 +249,12 @@ def _sizes() -> str:
 
 def _change(case: Case) -> int | None:
     """The first length at which something changes, beyond those that single steps pass anyway."""
-    return next((length for length in sorted(case.backend.changes_at or ()) if length >= _STEPS_UNTIL - 8), None)
+    return next((length for length in sorted(case.subject.changes_at or ()) if length >= _STEPS_UNTIL - 8), None)
 
 
 def _within(case: Case, length: int) -> int:
     """A length, or the context if that ends before."""
-    context = case.backend.context_length
+    context = case.subject.context_length
     return length if context is None else min(length, context)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvgen.contract import Backend
+from kvgen.comparison.rounding import LIMIT, distance, typical_floor
+from kvgen.comparison.subjects import Subject
 from kvgen.errors import ModelError
-from kvgen.rounding import LIMIT, distance, typical_floor
 
 _FAR = 100.0  # a difference of so many limits needs no measured floor, which stays within 5 typical ones
 _MOST_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
@@ -48,8 +48,8 @@ class Reference:
     logits: a pass over the text up to the step, and a longer pass. No floor is below a typical rounding error.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
     def alone(self, ids: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Reference:
         if key not in self._kept:
             if len(self._kept) == _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = self.backend(ids, None)[0][0, -1].cpu()
+            self._kept[key] = self.subject(ids, None)[0][0, -1].cpu()
         return self._kept[key]
 
     def rows(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -72,10 +72,10 @@ class Reference:
         wanted = [length - 1 for length in lengths]
         end = max(lengths) + 1
         passed = torch.cat((ids, ids[:, :1]), dim=1)[:, :end]
-        longest = self.backend.context_length
+        longest = self.subject.context_length
         if longest is not None and end > longest:
             passed = passed[:, :longest]
-        found = self.backend.logits_at(passed, wanted)
+        found = self.subject.logits_at(passed, wanted)
         if found is None:
             found = torch.stack([self.alone(ids[:, :length]) for length in lengths])
         found = found.cpu()
@@ -86,14 +86,14 @@ class Reference:
     def floor(self, ids: Tensor) -> float:
         """The noise floor of the logits after `ids`, (1, n)."""
         expected, length = self.alone(ids), ids.shape[1]
-        return max(typical_floor(expected, self.backend.dtype), distance(expected, self.rows(ids, [length])[0]))
+        return max(typical_floor(expected, self.subject.dtype), distance(expected, self.rows(ids, [length])[0]))
 
     def same(self, a: Tensor, b: Tensor, ids: Tensor) -> bool:
         """Whether two computations of the logits after `ids`, (vocab,) each, differ by no more than rounding."""
         apart = distance(a.cpu(), b.cpu())
         if apart == 0 or not math.isfinite(apart):
             return apart == 0
-        if apart > _FAR * LIMIT * typical_floor(b, self.backend.dtype):
+        if apart > _FAR * LIMIT * typical_floor(b, self.subject.dtype):
             return False
         return apart <= LIMIT * self.floor(ids)
 
@@ -107,7 +107,7 @@ class Reference:
         if not any(distances):
             return Judgement(True, 0.0, tuple(distances), lengths[-1])
         worst = max(range(len(lengths)), key=distances.__getitem__)
-        floor = typical_floor(expected, self.backend.dtype)
+        floor = typical_floor(expected, self.subject.dtype)
         if math.isfinite(distances[worst]):
             for step in {worst, 0, len(lengths) // 2, len(lengths) - 1}:
                 other = self.alone(ids[:, : lengths[step]])

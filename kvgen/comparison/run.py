@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgen.contract import Model
-from kvgen.generation.decode import Limits, decode
+from kvgen.contract import Model, one_by_one
+from kvgen.errors import KvgenError
+from kvgen.generation.completion import Completion, Limits
+from kvgen.generation.loop import Row, decode_step
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import Sampling
 
@@ -65,5 +67,10 @@ def run_free(model: Model, prompt: Tensor, steps: int) -> Run:
         return logits, cache
 
     began = time.perf_counter()
-    tokens = tuple(step.token for step in decode(recorded, prompt, make_sampler(_GREEDY), Limits(steps)))
+    row = Row(completion=Completion(prompt, make_sampler(_GREEDY), Limits(steps)))
+    while not row.completion.finished:
+        for _, step in decode_step(one_by_one(recorded), [row]):
+            if isinstance(step, KvgenError):
+                raise step
+    tokens = tuple(row.completion.tokens[prompt.shape[1] :])
     return Run(tokens, torch.stack(rows), time.perf_counter() - began, computed)

@@ -1,102 +1,58 @@
 """Continuous batching: many completions side by side, each as if it were alone.
 
-A pass computes one position of every row that is decoding, and the prompts of those that begin. A row that ends leaves
-its place to the next request at once (Yu et al. 2022, Orca). What a prompt shares with another row is copied from that
+Each pass computes one position of every row that is decoding, and the prompts of rows that begin. When a row ends, the
+next request takes its place at once (Yu et al. 2022, Orca). What a prompt shares with another row is copied from that
 row's cache, not computed again.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from kvgen.errors import KvgenError, UsageError, of_item
-from kvgen.generation.decode import Decoding, check_judge, check_prompt, ids_tensor
+from kvgen.generation.completion import Completion, Limits, Step, check_prompt
 from kvgen.generation.drafts import Drafter
+from kvgen.generation.loop import Row, decode_step
+from kvgen.generation.prefetch import Prefetcher
+from kvgen.generation.sampling import Sampler, make_sampler
 from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
-from kvgen.generation.stream import limits, sampler_for
-from kvgen.generation.text import Chunk, Texts
+from kvgen.generation.text import Chunk, CompletionText
 from kvgen.loading import Loaded
 from kvgen.model.cached import MOST_NEW
 
 _WORTH_WAITING = 8  # positions that a row waits one pass for, so that another one computes them for it
-_PATIENCE = 0.1  # seconds after which a wait for input is interrupted to see whether to go on
-
-T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """Reads an iterable on a thread, so that what comes late does not hold up what is under way.
+@dataclass(eq=False, kw_only=True)
+class _Row(Row):
+    """A request under way.
 
-    ended: whether there is nothing more to take.
+    new: positions of its prompt to compute. nbytes: what its cache may take. ended: nothing more comes of it.
     """
 
-    def __init__(self, items: Iterable[T], most: int) -> None:
-        """most: how many items to read ahead."""
-        self.ended, self._closed = False, False
-        self._read: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)
-        threading.Thread(target=self._fill, args=(items,), daemon=True).start()
-
-    def take(self, *, wait: bool) -> T | None:
-        """The next item; None where there is none yet, and none came soon if `wait`. Raises what reading raised."""
-        try:
-            item, error = self._read.get(timeout=_PATIENCE) if wait else self._read.get_nowait()
-        except queue.Empty:
-            return None
-        self.ended = item is None
-        if error is not None:
-            raise error
-        return item
-
-    def close(self) -> None:
-        """Read no further. A thread that waits for items to be taken ends, one that waits for input after that."""
-        self._closed = True
-        with suppress(queue.Empty):
-            while True:
-                self._read.get_nowait()
-
-    def _fill(self, items: Iterable[T]) -> None:
-        try:
-            for item in items:
-                self._read.put((item, None))
-                if self._closed:
-                    return
-        except BaseException as error:  # noqa: BLE001 (it is raised again where items are taken)
-            self._read.put((None, error))
-            return
-        self._read.put((None, None))
-
-
-@dataclass(eq=False)
-class _Row:
-    """A completion that is under way. new: positions of its prompt to compute. nbytes: what its cache may take."""
-
     number: int
-    prompt: Sequence[int]
-    decoding: Decoding
-    texts: Texts
-    cache: Any
+    text: CompletionText
     new: int
     nbytes: int
+    ended: bool = False
 
 
 class Batch:
     """Completes requests side by side.
 
     max_rows: the most at a time. A backend that cannot batch computes one at a time.
-    max_cache_bytes: the most that caches may take together, that which is kept of a row that ended included; None for
-        no bound.
-    use_cache: False computes every position anew on each step. cache: of an earlier completion, to begin with.
+    max_cache_bytes: the most that all caches may take together, the kept one included; None for no bound.
+    use_cache: False computes every position anew on each step. cache: of an earlier completion, to go on from.
     make_drafter: makes a new drafter for each row.
 
-    Its attribute `cache` is that of the row that ended last, unless a row has taken it over or it had to make room;
-    `pass_began` is when the pass began that the last chunks are from, by `time.perf_counter`.
+    Attribute `cache`: of the row that ended or was given up last, for the next request to go on from; None when a row
+    has taken it over or it had to make room. Attribute `pass_began`: when the pass of the last chunks began, in
+    seconds of `time.perf_counter`.
 
     Raises UsageError for drafts and a model that cannot judge them.
     """
@@ -111,8 +67,8 @@ class Batch:
         cache: Any = None,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
-        if make_drafter is not None:
-            check_judge(loaded.model, use_cache)
+        if make_drafter is not None and not (use_cache and loaded.model.most_drafts(1)):
+            raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
         self.cache = cache
         self.pass_began = 0.0
         self._loaded, self._max_cache_bytes = loaded, max_cache_bytes
@@ -120,23 +76,47 @@ class Batch:
         self._use_cache, self._make_drafter = use_cache, make_drafter
         self._rows: list[_Row] = []
 
+    def complete(self, request: Request) -> Generator[Chunk, None, None]:
+        """One completion, a chunk for each token.
+
+        Raises UsageError at once for a request that cannot be completed, and later what goes wrong on the way.
+        """
+        self._give_up()
+        row = self._begin(0, request, [])
+        assert row is not None  # nothing else is under way that it would have to wait for
+        self._rows = [row]
+        return self._chunks()
+
+    def _chunks(self) -> Generator[Chunk, None, None]:
+        try:
+            while self._rows:
+                for _, event in self._pass():
+                    if isinstance(event, KvgenError):
+                        raise event
+                    yield event
+        finally:
+            self._give_up()
+
     def run(
         self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = lambda: True
     ) -> Iterator[tuple[int, Chunk | KvgenError]]:
         """Chunks as they come, each with the number of its request, counted from 0.
 
-        A request that cannot be completed gives its error in place of chunks, and the others go on; so does an error
-        that stands where a request should. Requests are read as they are needed, on a thread. What reading raises is
-        raised when all rows before it have ended.
+        A request that fails gives its error in place of chunks, and the others go on; so does an error that stands in
+        place of a request. Requests are read on a thread, as they are needed. What reading raises is raised when all
+        rows before it have ended.
         admit: asked before another request is begun. Once it says no, rows that are under way end, and that is all.
         """
-        with closing(Ahead(requests, most=self._max_rows)) as source:
-            yield from self._run(source, admit)
+        self._give_up()
+        try:
+            with closing(Prefetcher(requests, most=self._max_rows)) as source:
+                yield from self._run(source, admit)
+        finally:
+            self._give_up()
 
     def _run(
-        self, source: Ahead[Request | KvgenError], admit: Callable[[], bool]
+        self, source: Prefetcher[Request | KvgenError], admit: Callable[[], bool]
     ) -> Iterator[tuple[int, Chunk | KvgenError]]:
-        self._rows = []  # of a run that was given up
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:
@@ -151,7 +131,7 @@ class Batch:
                     break
                 try:
                     row = self._begin(number, waiting, begun)
-                except Exception as error:  # noqa: BLE001 (whatever it is, it is this row's: samplers meet odd settings)
+                except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                     yield number, of_item(error)
                 else:
                     if row is None:
@@ -170,9 +150,9 @@ class Batch:
         """A row for a request, or None if it has to wait. Raises UsageError for one that cannot be completed."""
         if isinstance(request, KvgenError):
             raise request
-        model, prompt, ends_at = self._loaded.model, request.prompt, limits(self._loaded, request)
-        ids = ids_tensor(model, prompt)
-        check_prompt(len(prompt), ends_at)
+        model, prompt, limits = self._loaded.model, request.prompt, self._limits(request)
+        ids = model.ids_tensor(prompt)
+        check_prompt(len(prompt), limits)
         most = request.most_positions(model.context_length)
         nbytes = model.cache_bytes(most) if self._use_cache else 0
         self._check_size(nbytes)
@@ -183,15 +163,15 @@ class Batch:
             donors = [row.cache for row in self._rows if row not in begun]
             cache = model.cache_for(ids, most, donors, self.cache)
             shared = getattr(cache, "length", 0)
-            if any(_shared(row.prompt, prompt) > shared + _WORTH_WAITING for row in begun):
+            if any(_shared(row.completion.tokens, prompt) > shared + _WORTH_WAITING for row in begun):
                 return None  # once that row is computed, this one has more to copy
         new = len(prompt) - shared
         if begun and sum(row.new for row in begun) + new > MOST_NEW:
             return None
-        decoding = Decoding(
+        completion = Completion(
             ids,
-            sampler_for(self._loaded, request),
-            ends_at,
+            self._sampler(request),
+            limits,
             top_logprobs=request.top_logprobs,
             drafter=self._make_drafter() if self._make_drafter else None,
             most_drafts=model.most_drafts,
@@ -201,7 +181,20 @@ class Batch:
             self.cache, nbytes = None, max(nbytes, kept)
         elif not self._has_room(nbytes + kept):
             self.cache = None
-        return _Row(number, prompt, decoding, Texts(self._loaded.tokenizer, request.stop), cache, new, nbytes)
+        text = CompletionText(self._loaded.tokenizer, request.stop)
+        return _Row(completion=completion, cache=cache, number=number, text=text, new=new, nbytes=nbytes)
+
+    def _limits(self, request: Request) -> Limits:
+        eos_ids, context_length = self._loaded.tokenizer.eos_ids, self._loaded.model.context_length
+        return Limits(request.most_tokens, eos_ids, context_length, request.max_context, request.keep_first)
+
+    def _sampler(self, request: Request) -> Sampler:
+        sampler = make_sampler(request.sampling)
+        if request.constraint is None:
+            return sampler
+        from kvgen.generation.constraint import constrained  # llguidance takes time to import
+
+        return constrained(sampler, request.constraint, self._loaded.tokenizer, self._loaded.model.vocab_size)
 
     def _has_room(self, nbytes: int) -> bool:
         """Whether so many bytes fit beside the rows that are under way."""
@@ -215,37 +208,32 @@ class Batch:
             raise UsageError(f"its cache may take {nbytes / 1e6:.0f} MB; the most for all is {most / 1e6:.0f} MB")
 
     def _pass(self) -> Iterator[tuple[int, Chunk | KvgenError]]:
-        """One pass over all rows, and what comes of it for each."""
+        """One step of the decoding loop, and the text that it releases of each row."""
         self.pass_began = time.perf_counter()
-        rows = self._rows
-        sequences = [row.decoding.ahead() for row in rows]
-        caches = [row.cache if self._use_cache else None for row in rows]
-        try:
-            logits, written = self._loaded.model.together(sequences, caches, [row.decoding.count for row in rows])
-        except KvgenError as error:
-            self._rows = []
-            yield from ((row.number, error) for row in rows)
-            return
-        going_on = []
-        for row, given, cache in zip(rows, logits, written, strict=True):
-            row.cache = cache
-            reused = getattr(cache, "reused", None) if self._use_cache else 0
-            ended = False
-            try:
-                for step in row.decoding.take(given, reused):
-                    chunk = row.texts.add(step)
-                    ended = ends(chunk)
-                    yield row.number, chunk
-                    if ended:
-                        break
-            except Exception as error:  # noqa: BLE001 (as in `run`: the other rows are not to end with this one)
-                ended = True
-                yield row.number, of_item(error)
-            if ended:
-                self.cache = cache
-            else:
-                going_on.append(row)
-        self._rows = going_on
+        for row, step in decode_step(self._loaded.model.forward_batch, self._rows, use_cache=self._use_cache):
+            if row.ended:  # by a stop text, inside a draft
+                continue
+            event = _chunk(row, step)
+            row.ended = ends(event)
+            if row.ended and not isinstance(event, KvgenError):
+                self.cache = row.cache
+            yield row.number, event
+        self._rows = [row for row in self._rows if not row.ended]
+
+    def _give_up(self) -> None:
+        """End what is under way, if anything is; what has been computed of it is kept."""
+        if self._use_cache and self._rows:
+            self.cache = self._rows[-1].cache
+        self._rows = []
+
+
+def _chunk(row: _Row, step: Step | KvgenError) -> Chunk | KvgenError:
+    if isinstance(step, KvgenError):
+        return step
+    try:
+        return row.text.add(step)
+    except Exception as error:  # noqa: BLE001 (a tokenizer's; the other rows go on)
+        return of_item(error)
 
 
 def ends(event: Chunk | KvgenError) -> bool:
@@ -269,5 +257,5 @@ def in_order(events: Iterable[tuple[int, Chunk | KvgenError]]) -> Iterator[tuple
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two prompts begin with alike."""
+    """Length of the longest prefix that two prompts share."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

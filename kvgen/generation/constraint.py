@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,7 +33,7 @@ def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, 
     words = torch.zeros((vocab_size + 31) // 32, dtype=torch.int32)
     bits = torch.arange(32, dtype=torch.int32)
 
-    def sample(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
+    def sample(logits: Tensor, ids: Sequence[int], prompt_length: int) -> int:
         matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.nbytes)
         if matcher.is_error():
             raise ModelError(f"{constraint.kind} cannot be followed: {_first_line(matcher.get_error())}")

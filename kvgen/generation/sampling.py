@@ -7,7 +7,7 @@ shape (vocab,) and returns new ones, with -inf for the tokens that it rules out;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from kvgen.errors import ModelError, UsageError
 from kvgen.generation.settings import Sampling
 
-Sampler = Callable[[Tensor, Tensor, int], int]
-"""logits (vocab,) fp32 on the CPU, ids so far (n,) int64, how many of them are the prompt -> the next id."""
+Sampler = Callable[[Tensor, Sequence[int], int], int]
+"""logits (vocab,) fp32 on the CPU, ids so far, how many of them are the prompt -> the next id."""
 
 Filter = Callable[[Tensor], Tensor]
 
@@ -49,7 +49,7 @@ def make_sampler(settings: Sampling) -> Sampler:
     else:
         generator.manual_seed(settings.seed)
 
-    def sample(logits: Tensor, ids: Tensor, prompt_length: int) -> int:
+    def sample(logits: Tensor, ids: Sequence[int], prompt_length: int) -> int:
         logits = penalties(logits, ids, prompt_length)
         for apply in filters:
             logits = apply(logits)
@@ -70,20 +70,20 @@ def _filters(settings: Sampling) -> list[Filter]:
     return [apply for wanted, apply in choices if wanted]
 
 
-def _penalties(settings: Sampling) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _penalties(settings: Sampling) -> Callable[[Tensor, Sequence[int], int], Tensor]:
     """What depends on the ids so far, and the bias that comes before it."""
     bias_ids = torch.tensor(list(settings.logit_bias), dtype=torch.int64)
     bias = torch.tensor(list(settings.logit_bias.values()), dtype=torch.float32)
 
-    def apply(logits: Tensor, ids: Tensor, prompt_length: int) -> Tensor:
+    def apply(logits: Tensor, ids: Sequence[int], prompt_length: int) -> Tensor:
         if len(bias_ids):
             if int(bias_ids.max()) >= len(logits) or int(bias_ids.min()) < 0:
                 raise UsageError(f"logit_bias names a token id outside the vocabulary of {len(logits)}")
             logits = logits.index_add(0, bias_ids, bias)
         if settings.repetition_penalty != 1:
-            logits = repetition_penalty(logits, ids, settings.repetition_penalty)
+            logits = repetition_penalty(logits, torch.tensor(ids), settings.repetition_penalty)
         if settings.presence_penalty or settings.frequency_penalty:
-            counts = torch.bincount(ids[prompt_length:], minlength=len(logits))
+            counts = torch.bincount(torch.tensor(ids[prompt_length:], dtype=torch.int64), minlength=len(logits))
             logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
         return logits
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvgen.generation.decode import FinishReason, Step
+from kvgen.generation.completion import FinishReason, Step
 from kvgen.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The text that has become certain with one step; it may be empty. All chunks together are the completion.
+    """Text released by one step; it may be empty. All chunks together are the completion.
 
     finish_reason: set on the last chunk alone.
     """
@@ -21,8 +21,8 @@ class Chunk:
     finish_reason: FinishReason | None
 
 
-class Texts:
-    """Turns the steps of one completion into chunks, one for each, until one of the texts in `stop` occurs."""
+class CompletionText:
+    """Turns the steps of one completion into chunks, one for each, until a stop text occurs."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = tokenizer.detokenizer()
@@ -39,16 +39,6 @@ class Texts:
         if step.finish_reason:
             certain += self._matcher.flush()
         return Chunk(certain, step, step.finish_reason)
-
-
-def to_chunks(steps: Iterable[Step], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[Chunk]:
-    """The chunks of steps, up to the one that ends the completion."""
-    texts = Texts(tokenizer, stop)
-    for step in steps:
-        chunk = texts.add(step)
-        yield chunk
-        if chunk.finish_reason:
-            return
 
 
 class StopMatcher:

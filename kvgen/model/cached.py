@@ -102,7 +102,7 @@ class CachedModel(ABC):
         return self._logits(hidden[:, -last:]), span.cache
 
     @torch.inference_mode()
-    def forward_together(
+    def forward_batch(
         self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[KVCache]]:
         """`forward` for sequences of any lengths, (1, n) each and with a cache of its own, side by side.

@@ -1,4 +1,4 @@
-"""Checking a cache while it is used: some steps are computed again, uncached, and compared."""
+"""Check a cache while it is used: compute some steps again, uncached, and compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvgen.comparison.reference import Reference
+from kvgen.comparison.subjects import subject_of
 from kvgen.contract import Backend
 from kvgen.errors import CacheError
-from kvgen.rounding import LIMIT, distance, typical_floor
 
 
 class VerifiedBackend(Backend):
-    """A backend whose cached logits are held against uncached ones.
+    """A backend whose cached logits are held against uncached ones of the same text.
 
     every: check one cached step in so many, the first one included; None for the first one alone.
     on_wrong: called with what was found, after which everything is computed uncached. None to raise CacheError.
@@ -36,33 +37,24 @@ class VerifiedBackend(Backend):
         logits, new_cache = self._inner(ids, cache)
         if cache is None or not self._is_due():
             return logits, new_cache
-        uncached, _ = self._inner(ids, None)
-        if uncached[:, -1].isnan().any():
+        reference = Reference(subject_of(self._inner))
+        rows = [ids[row : row + 1] for row in range(ids.shape[0])]
+        uncached = torch.stack([reference.alone(row) for row in rows])[:, None].to(logits.device)  # (B, 1, vocab)
+        if uncached.isnan().any():
             return uncached, None  # the model's fault, not the cache's: the decoding loop says so
-        apart = max(distance(*pair) for pair in zip(logits[:, -1], uncached[:, -1], strict=True))
-        if apart == 0:
-            return logits, new_cache
-        floor = self._floor(ids, uncached[:, -1])
-        if apart <= LIMIT * floor:
+        judgements = [reference.judge_one(row[-1].cpu(), ids) for row, ids in zip(logits, rows, strict=True)]
+        wrong = max(judgements, key=lambda judgement: judgement.ratio)
+        if not wrong.wrong:
             return logits, new_cache
         found = (
-            f"after {ids.shape[1]} positions cached logits differ from uncached ones by {apart:.2g} (RMS), where "
-            f"rounding is about {floor:.1g}; `kvgen compare` shows why"
+            f"after {ids.shape[1]} positions cached logits differ from uncached ones by {max(wrong.distances):.2g} "
+            f"(RMS), where rounding is about {wrong.floor:.1g}; `kvgen compare` shows why"
         )
         if self._on_wrong is None:
             raise CacheError(f"the KV cache is wrong: {found}")
         self._on_wrong(found)
         self._uncached_only = True
         return uncached, None
-
-    def _floor(self, ids: Tensor, uncached: Tensor) -> float:
-        """The noise floor of this very text: what a longer uncached pass over it changes in its logits, (B, vocab)."""
-        floor = typical_floor(uncached, self.dtype)
-        longest = self.context_length
-        if ids.shape[0] > 1 or (longest is not None and ids.shape[1] >= longest):
-            return floor
-        longer = self._inner.logits_at(torch.cat((ids, ids[:, :1]), dim=1), [ids.shape[1] - 1])
-        return floor if longer is None else max(floor, distance(longer[0], uncached[0]))
 
     def watch(self, progress: Callable[[int, int], None] | None) -> bool:
         return self._inner.watch(progress)

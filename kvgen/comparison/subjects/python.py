@@ -1,0 +1,42 @@
+"""A model that the user brings, under comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvgen.backends.python import PythonBackend
+from kvgen.comparison.subjects.subject import Subject
+from kvgen.comparison.subjects.widened import widened
+from kvgen.errors import ModelError
+
+
+class PythonSubject(Subject):
+    """Reads what the model says of itself in attributes, and chooses positions if it takes them."""
+
+    def __init__(self, backend: PythonBackend) -> None:
+        super().__init__(backend)
+        self._backend, self.module = backend, backend.module
+        self.cannot_cache = getattr(backend.model, "cannot_cache", None)
+        self.lossy = getattr(backend.model, "lossy", None)
+        changes_at = getattr(backend.model, "changes_at", None)
+        self.changes_at = None if changes_at is None else tuple(changes_at)
+
+    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
+        if not self._backend.takes_positions:
+            return super().placed(ids, cache, positions)
+        return self._backend.call(ids, cache, positions=positions)
+
+    def in_wider(self, dtype: torch.dtype) -> PythonSubject | None:
+        """For a torch module that follows the dtype of its weights, so that its logits have the wider one."""
+        if self.module is None:
+            return None
+        try:
+            twin = PythonBackend(widened(self.module, dtype))
+            logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.backend.device), None)
+        except (ModelError, RuntimeError, TypeError):  # it cannot be copied, or insists on a dtype
+            return None
+        twin.dtype = dtype
+        return PythonSubject(twin) if logits.dtype == dtype else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvgen.backends.xtransformers import build_net
 from kvgen.checkpoint.xtransformers import LIBRARY
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.model.config import DecoderConfig, Layer
+from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.tokenizer import Tokenizer
 
@@ -53,41 +54,33 @@ def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Pat
 
 
 _LONGEST_SHOWN = 60  # characters of a value
-_SIZES = (
-    "vocab_size",
-    "context_length",
-    "dim",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn_dim",
-    "norm_eps",
-    "tied_head",
-)
 
 
-def _obstacle(config: DecoderConfig, name: str) -> str:
-    """What the library lacks, by the field of the configuration that it has no place for."""
-    if name == "layers":
-        windows = any(layer.window is not None for layer in config.layers)
-        return "its layers have sliding windows" if windows else "its layers rotate in different ways"
-    value = repr(getattr(config, name))
-    return f"{name} is {value}" if len(value) <= _LONGEST_SHOWN else f"it has no {name} like this model's"
+def _obstacles(config: DecoderConfig) -> Iterator[str]:
+    """What the library has no place for: whatever is not the default, but for sizes and biases."""
+    layer = config.layers[0]
+    if any(config.windows):
+        yield "its layers have sliding windows"
+    if len(set(config.layers)) > 1:
+        yield "its layers rotate in different ways"
+    sizes = {"norm_eps", "tied_head", "biases", "rotary"}
+    for part in (layer.mixer, layer.ffn, config):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if field.name not in sizes and field.default is not MISSING and value != field.default:
+                shown = repr(value)
+                short = len(shown) <= _LONGEST_SHOWN
+                yield f"{field.name} is {shown}" if short else f"it has no {field.name} like this model's"
 
 
 def library_config(config: DecoderConfig) -> dict[str, Any]:
     """The library's arguments for a decoder of this kind."""
     if config.biases - {"ffn.down"}:
         raise UnsupportedError(f"x-transformers has no place for the biases of {', '.join(sorted(config.biases))}")
-    rotary = config.layers[0].rotary
-    plain = DecoderConfig(
-        **{name: getattr(config, name) for name in _SIZES}, layers=(Layer(rotary),) * len(config.layers)
-    )
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name != "biases" and value != getattr(plain, field.name):
-            raise UnsupportedError(f"cannot be converted to x-transformers: {_obstacle(config, field.name)}")
-    if rotary is None or len(rotary.inverse_frequencies) * 2 != config.head_dim or rotary.long_frequencies:
+    for obstacle in _obstacles(config):
+        raise UnsupportedError(f"cannot be converted to x-transformers: {obstacle}")
+    attention, rotary = config.attention, config.attention.rotary
+    if rotary is None or len(rotary.inverse_frequencies) * 2 != attention.head_dim or rotary.long_frequencies:
         raise UnsupportedError("cannot be converted to x-transformers: its rotation is not of whole heads")
     if rotary.scale != 1:
         raise UnsupportedError("x-transformers does not scale rotated queries and keys, as this model does")
@@ -102,15 +95,15 @@ def library_config(config: DecoderConfig) -> dict[str, Any]:
     decoder = {
         "dim": config.dim,
         "depth": len(config.layers),
-        "heads": config.heads,
-        "attn_dim_head": config.head_dim,
-        "attn_kv_heads": config.kv_heads,
+        "heads": attention.heads,
+        "attn_dim_head": attention.head_dim,
+        "attn_kv_heads": attention.kv_heads,
         "rotary_pos_emb": True,
-        "rotary_emb_dim": config.head_dim,
+        "rotary_emb_dim": attention.head_dim,
         "use_rmsnorm": True,
         "ff_glu": True,
         "ff_swish": True,
-        "ff_mult": config.ffn_dim / config.dim,
+        "ff_mult": config.mlp.width / config.dim,
         "verbose": False,
     }
     return {"library": LIBRARY, "wrapper": wrapper, "decoder": decoder}
@@ -125,7 +118,8 @@ def library_state(decoder: Decoder) -> dict[str, Tensor]:
     The rotary frequencies are a buffer, so stretched ones need nothing more.
     """
     config, ours = decoder.config, decoder.state_dict()
-    groups = torch.arange(config.heads).view(config.kv_heads, -1).T.reshape(-1)  # library head -> ours
+    heads, kv_heads, head_dim = config.attention.heads, config.attention.kv_heads, config.attention.head_dim
+    groups = torch.arange(heads).view(kv_heads, -1).T.reshape(-1)  # library head -> ours
     state = {
         "token_emb.emb.weight": ours["token_embd.weight"],
         "attn_layers.rotary_pos_emb.inv_freq": decoder.get_buffer("rotaries.0.frequencies"),
@@ -137,9 +131,9 @@ def library_state(decoder: Decoder) -> dict[str, Tensor]:
         prefix = f"blk.{index}."
         block = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
         attention, feed_forward = f"attn_layers.layers.{2 * index}", f"attn_layers.layers.{2 * index + 1}"
-        q = block["attn.q.weight"].view(config.heads, config.head_dim, config.dim)[groups]  # (H, D, dim)
-        k = block["attn.k.weight"].view(config.kv_heads, config.head_dim, config.dim)  # (H_kv, D, dim)
-        out = block["attn.output.weight"].view(config.dim, config.heads, config.head_dim)[:, groups]  # (dim, H, D)
+        q = block["attn.q.weight"].view(heads, head_dim, config.dim)[groups]  # (H, D, dim)
+        k = block["attn.k.weight"].view(kv_heads, head_dim, config.dim)  # (H_kv, D, dim)
+        out = block["attn.output.weight"].view(config.dim, heads, head_dim)[:, groups]  # (dim, H, D)
         state |= {
             f"{attention}.0.0.g": block["attn_norm.weight"] - 1,
             f"{attention}.1.to_q.weight": interleave(q).reshape(-1, config.dim),
@@ -148,7 +142,7 @@ def library_state(decoder: Decoder) -> dict[str, Tensor]:
             f"{attention}.1.to_out.weight": out.reshape(config.dim, -1),
             f"{feed_forward}.0.0.g": block["ffn_norm.weight"] - 1,
             f"{feed_forward}.1.ff.0.proj.weight": torch.cat((block["ffn.up.weight"], block["ffn.gate.weight"])),
-            f"{feed_forward}.1.ff.0.proj.bias": q.new_zeros(2 * config.ffn_dim),
+            f"{feed_forward}.1.ff.0.proj.bias": q.new_zeros(2 * config.mlp.width),
             f"{feed_forward}.1.ff.2.weight": block["ffn.down.weight"],
             f"{feed_forward}.1.ff.2.bias": block.get("ffn.down.bias", q.new_zeros(config.dim)),
         }

@@ -93,23 +93,24 @@ def mechanisms(config: DecoderConfig) -> dict[str, str]:
         "ffn_norm": "before the MLP",
         "post_ffw_norm": "after the MLP",
     }
+    attention, mlp = config.attention, config.mlp
     described = {
         "layers": f"{len(config.layers)} of width {config.dim}" + (", attention and MLP in parallel" * config.parallel),
-        "attention": f"{config.heads} heads of size {config.head_dim}, {config.kv_heads} of keys and values",
+        "attention": f"{attention.heads} heads of size {attention.head_dim}, {attention.kv_heads} of keys and values",
         "positions": _positions(config),
         "windows": _windows(config),
         "norms": f"{norm} " + ", ".join(text for name, text in places.items() if name in config.norms),
-        "MLP": f"{config.activation}, {'gated' if config.gated else 'plain'}, width {config.ffn_dim}",
+        "MLP": f"{mlp.activation}, {'gated' if mlp.gated else 'plain'}, width {mlp.width}",
         "head": "the embedding (tied)" if config.tied_head else "its own",
         "biases": ", ".join(sorted(config.biases)) or "none",
     }
-    if config.qk_norm is not None:
-        described["query-key norm"] = f"{config.qk_norm.kind}, over {config.qk_norm.over}"
-    caps = {"scores": config.attention_softcap, "logits": config.logit_softcap}
+    if attention.qk_norm is not None:
+        described["query-key norm"] = f"{attention.qk_norm.kind}, over {attention.qk_norm.over}"
+    caps = {"scores": attention.softcap, "logits": config.logit_softcap}
     if any(caps.values()):
         described["soft caps"] = ", ".join(f"{name} {cap:g}" for name, cap in caps.items() if cap)
     scales = {
-        "attention": config.attention_scale or 1,
+        "attention": attention.scale or 1,
         "embedding": config.embedding_scale,
         "residual": config.residual_scale,
         "logits": config.logit_scale,
@@ -120,13 +121,13 @@ def mechanisms(config: DecoderConfig) -> dict[str, str]:
 
 
 def _positions(config: DecoderConfig) -> str:
-    kinds = [_rotary(rotary, config.head_dim) for rotary in config.rotaries]
-    still = sum(layer.rotary is None for layer in config.layers)
+    kinds = [_rotary(rotary, config.attention.head_dim) for rotary in config.rotaries]
+    still = sum(layer.mixer.rotary is None for layer in config.layers)
     if kinds and still:
         kinds.append(f"none in {still} of {len(config.layers)} layers")
     if config.learned_positions:
         kinds.append(f"learned, {config.learned_positions}")
-    if config.alibi:
+    if config.attention.alibi:
         kinds.append("ALiBi")
     return "; ".join(kinds) or "none"
 
@@ -143,7 +144,7 @@ def _rotary(rotary: Rotary, head_dim: int) -> str:
 
 
 def _windows(config: DecoderConfig) -> str:
-    counts = Counter(layer.window for layer in config.layers if layer.window is not None)
+    counts = Counter(layer.mixer.window for layer in config.layers if layer.mixer.window is not None)
     described = [f"{window} in {count} of {len(config.layers)} layers" for window, count in counts.items()]
     return ", ".join(described) or "none"
 
@@ -178,12 +179,12 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
             "context_length": config.context_length,
             "layers": len(config.layers),
             "dim": config.dim,
-            "heads": config.heads,
-            "kv_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "ffn_dim": config.ffn_dim,
+            "heads": config.attention.heads,
+            "kv_heads": config.attention.kv_heads,
+            "head_dim": config.attention.head_dim,
+            "ffn_dim": config.mlp.width,
             "vocab_size": config.vocab_size,
-            "windows": [layer.window for layer in config.layers],
+            "windows": [layer.mixer.window for layer in config.layers],
         }
     )
     return {

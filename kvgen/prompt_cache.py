@@ -27,7 +27,7 @@ from kvgen.contract import Backend
 from kvgen.errors import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.loading import Loaded
 from kvgen.model.cache import KVCache
-from kvgen.model.stores import Room
+from kvgen.model.states import KeyValues
 
 _FORMAT = "1"
 
@@ -102,7 +102,7 @@ def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
         raise _damaged(path, "token ids outside the vocabulary")
     try:
         rooms = (
-            Room(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
+            KeyValues(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
             for n, first in enumerate(json.loads(metadata["first"]))
         )
         return native.restored(tokens.to(native.device), rooms, int(metadata["variant"]))

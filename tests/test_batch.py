@@ -22,7 +22,7 @@ from kvgen.generation.batch import Batch, ends, in_order
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
 from kvgen.loading import Loaded
-from kvgen.model.cached import CachedModel, Span
+from kvgen.model.cached import CachedModel
 from tests.families import make_checkpoint
 from tests.test_cache import MODELS, TOLERANCE, any_model
 
@@ -97,13 +97,12 @@ def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CachedMode
 def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
     model = MODELS["windows"]
     rows, single = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1]]), torch.tensor([[9, 8, 7]])
-    spans = [Span(ids, model.cache_for(ids, 0, ()), 0, ids.shape[1]) for ids in (rows, single)]
+    spans = [model._span(ids, model.cache_for(ids, 0, ()), 0, ids.shape[1]) for ids in (rows, single)]
     with torch.inference_mode():
         hidden = model.extend(spans)
-    torch.testing.assert_close(
-        hidden[:14].view(2, 7, -1), model._extend_one(Span(rows, model._checked(rows, None), 0, 7))
-    )
-    torch.testing.assert_close(hidden[14:][None], model._extend_one(Span(single, model._checked(single, None), 0, 3)))
+    for ids, found in ((rows, hidden[:14]), (single, hidden[14:])):
+        alone = model._span(ids, model._checked(ids, None), 0, ids.shape[1])
+        torch.testing.assert_close(found.view(*ids.shape, -1), model._extend_one(alone))
 
 
 @any_model

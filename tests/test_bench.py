@@ -53,8 +53,8 @@ def test_bytes_that_the_cache_holds(kind: str, tmp_path: Path) -> None:
     cache: KVCache | None = None
     for length in (1, 2, 50, 60):
         _, cache = model(torch.zeros(1, length, dtype=torch.int64), cache)
-        entries = [min(layer.keys.shape[2], length) for layer in cache._layers]
-        row = 2 * 4 * model.decoder.config.kv_heads * model.decoder.config.head_dim
+        entries = [min(layer.keys.shape[2], length) for layer in cache.states]
+        row = 2 * 4 * model.decoder.config.attention.kv_heads * model.decoder.config.attention.head_dim
         held = sum(entries) * row
         assert cache.nbytes_held <= cache.nbytes
         assert cache.nbytes_held == held if kind == "llama" else cache.nbytes_held <= held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,35 +12,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgen import CacheError, KVCache, UsageError
-from kvgen.model.config import DecoderConfig, Layer, Rotary
+from kvgen.model.config import MLP, Attention, DecoderConfig, Layer, Rotary
 from kvgen.model.decoder import Decoder
 
 VOCAB = 50
 TOLERANCE = 2e-5  # fp32 rounding on logits of size 10; measured below 5e-6
+ROTARY = Rotary((1.0, 0.1))
+SLOPES = (0.5, 0.25, 0.125, 0.1, 0.05, 0.01)
+
+
+def layer(rotary: Rotary | None = None, window: int | None = None, gated: bool = True, **attention: Any) -> Layer:
+    return Layer(Attention(6, 2, 4, rotary, window, **attention), MLP(32, gated))
+
+
 CONFIG = DecoderConfig(
     vocab_size=VOCAB,
     context_length=1024,
     dim=24,
-    layers=(Layer(Rotary((1.0, 0.1))),) * 3,
-    heads=6,
-    kv_heads=2,
-    head_dim=4,
-    ffn_dim=32,
+    layers=(layer(ROTARY),) * 3,
     norm_eps=1e-5,
     tied_head=False,
 )
-ROTARY = CONFIG.layers[0].rotary
 CONFIGS = {
     "plain": CONFIG,
-    "windows": replace(CONFIG, layers=(Layer(ROTARY, 5), Layer(None), Layer(ROTARY, 3))),
-    "windows-of-one": replace(CONFIG, layers=(Layer(ROTARY, 1), Layer(ROTARY, 2), Layer(ROTARY))),
+    "windows": replace(CONFIG, layers=(layer(ROTARY, 5), layer(), layer(ROTARY, 3))),
+    "windows-of-one": replace(CONFIG, layers=(layer(ROTARY, 1), layer(ROTARY, 2), layer(ROTARY))),
     "windows-and-soft-caps": replace(
-        CONFIG, layers=(Layer(ROTARY, 5), Layer(ROTARY), Layer(ROTARY, 20)), attention_softcap=2.0, logit_softcap=9.0
+        CONFIG, layers=tuple(layer(ROTARY, window, softcap=2.0) for window in (5, None, 20)), logit_softcap=9.0
     ),
-    "alibi": replace(CONFIG, layers=(Layer(), Layer(window=5), Layer()), alibi=(0.5, 0.25, 0.125, 0.1, 0.05, 0.01)),
-    "learned-positions": replace(CONFIG, layers=(Layer(),) * 3, learned_positions=1024),
-    "long-rope": replace(CONFIG, layers=(Layer(Rotary((1.0, 0.1), 1.1, (0.5, 0.01), 20)), Layer(ROTARY), Layer())),
-    "parallel": replace(CONFIG, parallel=True, norms=frozenset({"attn_norm"}), norm="layer", gated=False),
+    "alibi": replace(CONFIG, layers=tuple(layer(window=window, alibi=SLOPES) for window in (None, 5, None))),
+    "learned-positions": replace(CONFIG, layers=(layer(),) * 3, learned_positions=1024),
+    "long-rope": replace(CONFIG, layers=(layer(Rotary((1.0, 0.1), 1.1, (0.5, 0.01), 20)), layer(ROTARY), layer())),
+    "parallel": replace(
+        CONFIG, layers=(layer(ROTARY, gated=False),) * 3, parallel=True, norms=frozenset({"attn_norm"}), norm="layer"
+    ),
 }
 
 
@@ -144,8 +150,8 @@ def test_buffers_grow_by_doubling_so_that_copies_stay_few() -> None:
     ids = torch.zeros(1, 1000, dtype=torch.int64)
     for end in range(1, 1001):
         _, cache = MODEL(ids[:, :end], cache)
-        growths += cache._layers[0].keys is not previous
-        previous = cache._layers[0].keys
+        growths += cache.states[0].keys is not previous
+        previous = cache.states[0].keys
     assert growths <= 5  # 64, 128, 256, 512, 1024
 
 
@@ -220,7 +226,7 @@ def test_a_model_in_fewer_bits_keeps_its_positions() -> None:
     assert make_decoder().to(torch.float64).rotaries[0].frequencies.dtype == torch.float64
 
 
-WINDOWED = make_decoder(replace(CONFIG, layers=(Layer(ROTARY, 8),) * 3))
+WINDOWED = make_decoder(replace(CONFIG, layers=(layer(ROTARY, 8),) * 3))
 
 
 def test_a_window_keeps_only_its_positions() -> None:
@@ -229,7 +235,7 @@ def test_a_window_keeps_only_its_positions() -> None:
     for end in range(1, 400):
         _, cache = WINDOWED(torch.zeros(1, end, dtype=torch.int64), cache)
         sizes.add(cache.nbytes)
-    row = 3 * 2 * CONFIG.kv_heads * CONFIG.head_dim * 4
+    row = 3 * 2 * CONFIG.attention.kv_heads * CONFIG.attention.head_dim * 4
     assert max(sizes) <= (8 - 1 + 2 * 8) * row
     assert WINDOWED(torch.zeros(1, 500, dtype=torch.int64), None)[1].nbytes <= (8 - 1 + 2 * 8) * row
 

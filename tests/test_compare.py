@@ -20,10 +20,11 @@ from kvgen.comparison.report import as_data
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
 from kvgen.comparison.verified import VerifiedBackend
+from kvgen.model.config import MLP, Attention, Layer
 from tests.faults import FAULTS, SmallDecoder
 from tests.native_faults import FAULTS as NATIVE_FAULTS
 from tests.native_faults import SPECIAL, Faulty
-from tests.test_cache import CONFIG, CONFIGS, make_decoder
+from tests.test_cache import CONFIG, CONFIGS, ROTARY, make_decoder
 
 PROMPT = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(7)).tolist()
 SHAPES = [
@@ -91,8 +92,8 @@ def test_most_faults_are_named() -> None:
 
 TINY = [
     make_decoder(),
-    make_decoder(replace(CONFIG, layers=CONFIG.layers[:2], dim=32, heads=4, kv_heads=4, head_dim=8), seed=1),
-    make_decoder(replace(CONFIG, layers=CONFIG.layers[:1] * 4, heads=8), seed=2),
+    make_decoder(replace(CONFIG, layers=(Layer(Attention(4, 4, 8, ROTARY), MLP(32)),) * 2, dim=32), seed=1),
+    make_decoder(replace(CONFIG, layers=(Layer(Attention(8, 2, 4, ROTARY), MLP(32)),) * 4), seed=2),
 ]
 
 

@@ -284,6 +284,7 @@ def test_keys_of_zeros_are_stored(tiny_llama) -> None:
     folder, _ = tiny_llama()
     model = kvgen.load(folder, compile="off", kv_dtype="int8").model
     cache = KVCache(model.decoder, torch.int8)
+    cache.states = model.decoder.new_states(1, model.device, cache.dtype)
     keys, values = cache.append(0, torch.zeros(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
     assert not keys.any()
     assert torch.equal(values, torch.ones(1, 2, 3, 8))

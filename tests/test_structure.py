@@ -25,7 +25,7 @@ ROOMS = [
     "kvgen.memory",
     "kvgen.plots",
     "kvgen.model.config",
-    "kvgen.model.stores",
+    "kvgen.model.states",
     "kvgen.model.cache",
     "kvgen.model.ids",
     "kvgen.model.cached",

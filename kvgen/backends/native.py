@@ -14,12 +14,11 @@ from torch import Tensor
 from kvgen.backends.reading import Arithmetic, Reader, draw_blueprint
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
-from kvgen.errors import CacheError
 from kvgen.kernels.fused import FusedDecoder
 from kvgen.kernels.packed import Packed
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
-from kvgen.model.stores import Room, row_length
+from kvgen.model.states import KeyValues
 
 
 class NativeBackend(Backend):
@@ -62,23 +61,14 @@ class NativeBackend(Backend):
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
         return (logits for (logits,) in self.decoder.each_logits(ids, positions))
 
-    def restored(self, tokens: Tensor, rooms: Iterable[Room], variant: int) -> KVCache:
+    def restored(self, tokens: Tensor, layers: Iterable[KeyValues], variant: int) -> KVCache:
         """The cache that `KVCache.held` described, of these token ids: a copy, made layer by layer.
 
         Raises CacheError where it does not fit.
         """
-        config, dtype = self.decoder.config, self.decoder.kv_dtype
-        shape = (tokens.shape[0], config.kv_heads, row_length(config.head_dim, dtype))
-
-        def fitting() -> Iterator[Room]:
-            for room in rooms:
-                for tensor in (room.keys, room.values):
-                    if tensor.dtype != (dtype or self.dtype) or (*tensor.shape[:2], *tensor.shape[3:]) != shape:
-                        raise CacheError(f"a layer of {tensor.dtype} and shape {tuple(tensor.shape)}")
-                yield room
-
-        cache = KVCache(self.decoder, dtype)
-        cache.restore(tokens, fitting(), [layer.window for layer in config.layers], variant)
+        cache = KVCache(self.decoder, self.decoder.kv_dtype)
+        cache.states = self.decoder.new_states(tokens.shape[0], tokens.device, cache.dtype)
+        cache.restore(tokens, layers, variant)
         return cache
 
     def most_drafts(self, length: int) -> int:

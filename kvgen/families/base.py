@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import GGUF_NAMES, NameTable, block_part, parameter_sources, parts_of
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf
-from kvgen.model.config import DecoderConfig, Layer, Rotary
+from kvgen.model.config import MLP, Activation, Attention, DecoderConfig, Layer, QKNorm, Rotary
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -68,6 +69,12 @@ def hf_config(
     rotaries: Sequence[Rotary | None] | None = None,
     windows: Sequence[int | None] | None = None,
     tied_head: bool = False,
+    kv_heads: int | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    gated: bool = True,
+    activation: Activation | None = None,
     **mechanisms: Any,
 ) -> DecoderConfig:
     """The config of a family that names its sizes as most do.
@@ -75,33 +82,29 @@ def hf_config(
     names: its tensors, which say what biases there are beside `mechanisms["biases"]`. eps, activation_field: the names
     of those fields. rotary_share: the share of a head that is rotated, unless the file says. rotaries, windows:
     one for each layer; the file's rotary everywhere, and no window, if not given. tied_head: if the file does not
-    say. mechanisms: further fields of DecoderConfig.
+    say. kv_heads, activation: None for what the file says. mechanisms: further fields of DecoderConfig.
     """
     fields = hf_fields(raw)
-    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    layers = hf_layers(raw)
-    head_dim = hf_head_dim(fields)
+    heads, layers, head_dim = fields.count("num_attention_heads"), hf_layers(raw), hf_head_dim(fields)
     if rotaries is None:
         rotaries = [rotary_from_hf(fields, head_dim, default_share=rotary_share)] * layers
-    chosen: dict[str, Any] = {
-        "tied_head": hf_tied_head(raw, fields, names, default=tied_head),
-        **mechanisms,
-        "biases": stored_biases(raw, names) | mechanisms.get("biases", frozenset()),
-    }
-    if "kv_heads" not in chosen:
-        chosen["kv_heads"] = kv_heads(fields, "num_key_value_heads", heads)
-    if "activation" not in chosen:
-        chosen["activation"] = _activation(fields, activation_field)
+    if kv_heads is None:
+        kv_heads = read_kv_heads(fields, "num_key_value_heads", heads)
+    if activation is None:
+        activation = _activation(fields, activation_field)
+    attention = Attention(heads, kv_heads, head_dim, qk_norm=qk_norm, scale=attention_scale, softcap=attention_softcap)
+    mlp = MLP(fields.count("intermediate_size"), gated, activation)
     return DecoderConfig(
         vocab_size=fields.count("vocab_size"),
         context_length=fields.count("max_position_embeddings"),
-        dim=dim,
-        layers=make_layers(fields, layers, rotaries, windows),
-        heads=heads,
-        head_dim=head_dim,
-        ffn_dim=fields.count("intermediate_size"),
+        dim=fields.count("hidden_size"),
+        layers=make_layers(fields, layers, attention, mlp, rotaries, windows),
         norm_eps=fields.number(eps),
-        **chosen,
+        **{
+            "tied_head": hf_tied_head(raw, fields, names, default=tied_head),
+            **mechanisms,
+            "biases": stored_biases(raw, names) | mechanisms.get("biases", frozenset()),
+        },
     )
 
 
@@ -113,6 +116,11 @@ def gguf_config(
     rotaries: Sequence[Rotary | None] | None = None,
     windows: Sequence[int | None] | None = None,
     scaled_attention: bool = False,
+    qk_norm: QKNorm | None = None,
+    attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    gated: bool = True,
+    activation: Activation = "silu",
     **mechanisms: Any,
 ) -> DecoderConfig:
     """As `hf_config`, from GGUF keys. scaled_attention: whether the family reads `attention.scale` itself."""
@@ -120,8 +128,7 @@ def gguf_config(
     if keys.get("expert_count"):
         raise UnsupportedError(f"{raw.path}: {keys.prefix}expert_count: mixtures of experts are not supported")
     dim, heads = keys.count("embedding_length"), keys.count("attention.head_count")
-    layers = gguf_layers(raw)
-    head_dim = gguf_head_dim(keys)
+    layers, head_dim = gguf_layers(raw), gguf_head_dim(keys)
     keys.require("attention.value_length", head_dim)
     keys.require("attention.clamp_kqv", None)
     if not scaled_attention:
@@ -131,36 +138,44 @@ def gguf_config(
         raise CheckpointError(f"{raw.path}: the tensor token_embd.weight is missing")
     if rotaries is None:
         rotaries = [rotary_from_gguf(raw, keys, head_dim)] * layers
-    chosen: dict[str, Any] = {
-        "tied_head": "output.weight" not in raw.tensors,
-        **mechanisms,
-        "biases": stored_biases(raw, names) | mechanisms.get("biases", frozenset()),
-    }
+    kv_heads = read_kv_heads(keys, "attention.head_count_kv", heads)
+    attention = Attention(heads, kv_heads, head_dim, qk_norm=qk_norm, scale=attention_scale, softcap=attention_softcap)
+    mlp = MLP(keys.count("feed_forward_length"), gated, activation)
     return DecoderConfig(
         vocab_size=embedding.shape[0],
         context_length=keys.count("context_length"),
         dim=dim,
-        layers=make_layers(keys, layers, rotaries, windows),
-        heads=heads,
-        kv_heads=kv_heads(keys, "attention.head_count_kv", heads),
-        head_dim=head_dim,
-        ffn_dim=keys.count("feed_forward_length"),
+        layers=make_layers(keys, layers, attention, mlp, rotaries, windows),
         norm_eps=keys.number(eps),
-        **chosen,
+        **{
+            "tied_head": "output.weight" not in raw.tensors,
+            **mechanisms,
+            "biases": stored_biases(raw, names) | mechanisms.get("biases", frozenset()),
+        },
     )
 
 
 def make_layers(
-    fields: Fields, count: int, rotaries: Sequence[Rotary | None], windows: Sequence[int | None] | None
+    fields: Fields,
+    count: int,
+    attention: Attention,
+    mlp: MLP,
+    rotaries: Sequence[Rotary | None],
+    windows: Sequence[int | None] | None,
 ) -> tuple[Layer, ...]:
-    """One Layer for each block. Raises CheckpointError if the lists that a file gives are not as long."""
+    """One Layer for each block; they differ in rotation and window alone.
+
+    Raises CheckpointError if the lists that a file gives are not as long.
+    """
     windows = [None] * count if windows is None else windows
     if len(rotaries) != count or len(windows) != count:
         raise CheckpointError(f"{fields.path}: its lists of layers do not have one entry for each of {count} layers")
-    return tuple(Layer(rotary, window) for rotary, window in zip(rotaries, windows, strict=True))
+    pairs = zip(rotaries, windows, strict=True)
+    return tuple(Layer(replace(attention, rotary=rotary, window=window), mlp) for rotary, window in pairs)
 
 
-def kv_heads(fields: Fields, name: str, heads: int) -> int:
+def read_kv_heads(fields: Fields, name: str, heads: int) -> int:
+    """How many heads keys and values have; as many as queries, if the file does not say."""
     count = fields.count(name, heads)
     if heads % count:
         raise CheckpointError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
@@ -240,7 +255,7 @@ def sliding_windows(fields: Fields, default_types: Sequence[bool]) -> list[int |
     return [window if slides else None for slides in slide]
 
 
-def _activation(fields: Fields, name: str) -> str:
+def _activation(fields: Fields, name: str) -> Activation:
     value = fields.get(name)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UnsupportedError(

@@ -124,8 +124,9 @@ def take_apart(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[Te
     part = block_part(parameter)
     if part not in _FUSED:
         return [tensor]
-    rows = {"attn.q": config.heads * config.head_dim, "ffn.gate": config.ffn_dim, "ffn.up": config.ffn_dim}
-    key_rows = config.kv_heads * config.head_dim
+    attention, width = config.attention, config.mlp.width
+    rows = {"attn.q": attention.heads * attention.head_dim, "ffn.gate": width, "ffn.up": width}
+    key_rows = attention.kv_heads * attention.head_dim
     return list(torch.split(tensor, [rows.get(piece, key_rows) for piece in _FUSED[part]]))
 
 

@@ -34,7 +34,7 @@ def gguf_mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
 
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
-    names = config.norms | {"output_norm"} | ({"attn.q_norm", "attn.k_norm"} if config.qk_norm else set())
+    names = config.norms | {"output_norm"} | ({"attn.q_norm", "attn.k_norm"} if config.attention.qk_norm else set())
     return dict.fromkeys(names, plus_one)
 
 

@@ -65,7 +65,7 @@ def regroup(rows: Tensor, heads: int) -> Tensor:
 
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
-    return {"attn.qkv": partial(regroup, heads=config.heads)}
+    return {"attn.qkv": partial(regroup, heads=config.attention.heads)}
 
 
 FAMILY = Family("gpt_neox", "gptneox", read_config, _HF_NAMES, hf_transforms=hf_transforms)

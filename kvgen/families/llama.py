@@ -24,8 +24,8 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 def gguf_transforms(config: DecoderConfig) -> dict[str, Transform]:
     """llama.cpp rotates this family's queries and keys by pairs of neighbours."""
     return {
-        "attn.q": partial(split_halves, heads=config.heads),
-        "attn.k": partial(split_halves, heads=config.kv_heads),
+        "attn.q": partial(split_halves, heads=config.attention.heads),
+        "attn.k": partial(split_halves, heads=config.attention.kv_heads),
     }
 
 

@@ -50,7 +50,7 @@ def _norms(parallel: bool) -> dict[str, Any]:
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
     """One head's norm is not stacked."""
-    return dict.fromkeys(("attn.q_norm", "attn.k_norm"), lambda weight: weight.view(-1, config.head_dim))
+    return dict.fromkeys(("attn.q_norm", "attn.k_norm"), lambda weight: weight.view(-1, config.attention.head_dim))
 
 
 FAMILY = Family("stablelm", "stablelm", read_config, _HF_NAMES, hf_transforms=hf_transforms)

@@ -16,7 +16,7 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.base import layer_count
 from kvgen.families.family import Family, Transform, plus_one, split_halves
 from kvgen.families.fields import Fields
-from kvgen.model.config import DecoderConfig, Layer, QKNorm, Rotary
+from kvgen.model.config import MLP, Attention, DecoderConfig, Layer, QKNorm, Rotary
 
 # Options that do not change what an evaluated model computes.
 _INDIFFERENT = {
@@ -132,28 +132,28 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     no_bias = bool(decoder.get("ff_no_bias"))
     positions = 0 if _no_positions(wrapper, decoder, rotates) else wrapper.count("max_seq_len")
     normed = bool(decoder.get("attn_qk_norm"))
+    capped = bool(decoder.get("attn_softclamp_logits"))
+    attention = Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        rotary=_rotary(raw, decoder) if rotates else None,
+        qk_norm=_qk_norm(decoder) if normed else None,
+        alibi=_slopes(decoder, heads, kv_heads) if decoder.get("alibi_pos_bias") else (),
+        scale=_qk_scale(decoder, head_dim) if normed else None,
+        softcap=decoder.number("attn_logit_softclamp_value", 50.0) if capped else None,
+    )
+    mlp = MLP(int(dim * decoder.number("ff_mult", 4)), gated, "silu" if decoder.get("ff_swish") else "gelu")
     return DecoderConfig(
         vocab_size=wrapper.count("num_tokens"),
         context_length=positions or None,
         dim=dim,
-        layers=(Layer(_rotary(raw, decoder) if rotates else None),) * layer_count(raw, decoder, "depth"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_dim=int(dim * decoder.number("ff_mult", 4)),
+        layers=(Layer(attention, mlp),) * layer_count(raw, decoder, "depth"),
         norm="rms" if decoder.get("use_rmsnorm") else "layer",
         norm_eps=_NO_EPS if decoder.get("use_rmsnorm") else 1e-5,
         tied_head=tied,
         biases=frozenset((up if gated or not no_bias else set()) | (set() if no_bias else {"ffn.down"})),
-        gated=gated,
-        activation="silu" if decoder.get("ff_swish") else "gelu",
-        qk_norm=_qk_norm(decoder) if normed else None,
-        attention_scale=_qk_scale(decoder, head_dim) if normed else None,
-        attention_softcap=decoder.number("attn_logit_softclamp_value", 50.0)
-        if decoder.get("attn_softclamp_logits")
-        else None,
         learned_positions=positions,
-        alibi=_slopes(decoder, heads, kv_heads) if decoder.get("alibi_pos_bias") else (),
         logit_scale=wrapper.number("tie_embedding_scale", dim**-0.5) if tied else 1.0,
     )
 
@@ -202,16 +202,16 @@ def head_order(heads: int, kv_heads: int) -> list[int]:
 
 def transforms(config: DecoderConfig) -> dict[str, Transform]:
     """Norms add 1; rotation is of neighbours; query heads come in another order; positions are scaled."""
-    order = head_order(config.heads, config.kv_heads)
-    rotary = config.layers[0].rotary
+    heads, kv_heads, rotary = config.attention.heads, config.attention.kv_heads, config.attention.rotary
+    order = head_order(heads, kv_heads)
     rotated = 0 if rotary is None else 2 * len(rotary.inverse_frequencies)
 
     def in_order(rows: Tensor) -> Tensor:
-        by_head = rows.reshape(config.heads, -1, *rows.shape[1:])
+        by_head = rows.reshape(heads, -1, *rows.shape[1:])
         return by_head[order].reshape(rows.shape)
 
     def queries(rows: Tensor) -> Tensor:
-        return split_halves(in_order(rows), config.heads, rotated)
+        return split_halves(in_order(rows), heads, rotated)
 
     def norms(weight: Tensor, heads: int, order: list[int]) -> Tensor:
         scales = weight.reshape(heads, -1)[order]  # (H, D)
@@ -221,10 +221,10 @@ def transforms(config: DecoderConfig) -> dict[str, Transform]:
         **dict.fromkeys(("attn_norm", "ffn_norm", "output_norm"), plus_one),
         "position_embd": lambda table: table * config.dim**-0.5,
         "attn.q": queries,
-        "attn.k": partial(split_halves, heads=config.kv_heads, rotated=rotated),
+        "attn.k": partial(split_halves, heads=kv_heads, rotated=rotated),
         "attn.output": lambda weight: in_order(weight.T).T.contiguous(),
-        "attn.q_norm": partial(norms, heads=config.heads, order=order),
-        "attn.k_norm": partial(norms, heads=config.kv_heads, order=list(range(config.kv_heads))),
+        "attn.q_norm": partial(norms, heads=heads, order=order),
+        "attn.k_norm": partial(norms, heads=kv_heads, order=list(range(kv_heads))),
     }
 
 

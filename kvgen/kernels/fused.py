@@ -20,7 +20,7 @@ from kvgen.model.cache import KVCache
 from kvgen.model.cached import CachedModel, Span, positions_of
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import RotaryTables
-from kvgen.model.stores import Room
+from kvgen.model.states import KeyValues
 
 _RUNNING = threading.Lock()  # scratch memory is kept from run to run
 
@@ -77,7 +77,7 @@ class _Run(ctypes.Structure):
 class _Place:
     """Buffers of a cache, and for each of its batch rows where they are."""
 
-    rooms: Sequence[Room]
+    rooms: Sequence[KeyValues]
     rows: Sequence[ctypes.Array[_Layer]]
 
 
@@ -88,12 +88,14 @@ class FusedDecoder(CachedModel):
     Raises UnsupportedError where the kernels cannot be built.
     """
 
+    dtype = torch.float32
+
     def __init__(self, config: DecoderConfig, weights: Mapping[str, Packed | Tensor]) -> None:
         self.config, self.weights = config, weights
         self.rotaries = [RotaryTables(rotary) for rotary in config.rotaries]
         self._library = library()
-        self._slopes = torch.tensor(config.alibi) if config.alibi else None
-        self._windows = [layer.window for layer in config.layers]
+        self._slopes = torch.tensor(config.attention.alibi) if config.attention.alibi else None
+        self._windows = [layer.mixer.window for layer in config.layers]
         self._places: WeakKeyDictionary[KVCache, _Place] = WeakKeyDictionary()
         body, head = Programmer(config, weights), Programmer(config, weights)
         for i in range(len(config.layers)):
@@ -142,15 +144,13 @@ class FusedDecoder(CachedModel):
     def _place(self, span: Span) -> Sequence[ctypes.Array[_Layer]]:
         """Where keys and values of each layer go, for each batch row of a span."""
         batch, count = span.new.shape
-        # A tensor as one layer adds it to the cache, (B, H_kv, T, D); it takes no memory.
-        new = torch.empty(1).expand(batch, self.config.kv_heads, count, self.config.head_dim)
-        rooms = span.cache.reserve(new, self._windows)
+        rooms = span.cache.reserve(count)
         place = self._places.get(span.cache)
         if place is None or place.rooms is not rooms:
             place = self._places[span.cache] = _Place(rooms, [self._layers(rooms, row) for row in range(batch)])
         return place.rows
 
-    def _layers(self, rooms: Sequence[Room], row: int) -> ctypes.Array[_Layer]:
+    def _layers(self, rooms: Sequence[KeyValues], row: int) -> ctypes.Array[_Layer]:
         layers = (_Layer * len(rooms))()
         for layer, room, window in zip(layers, rooms, self._windows, strict=True):
             layer.keys, layer.values = room.keys[row].data_ptr(), room.values[row].data_ptr()

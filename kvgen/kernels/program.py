@@ -61,8 +61,8 @@ class Op(ctypes.Structure):
 
 def slot_widths(config: DecoderConfig) -> dict[Slot, int]:
     """The width of each buffer but that of the logits, which is of another size than the others."""
-    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    dim, ffn = config.dim, config.ffn_dim
+    attention, dim, ffn = config.attention, config.dim, config.mlp.width
+    heads, kv_heads = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     widths = (dim, dim, heads, kv_heads, kv_heads, heads, dim, ffn, ffn)
     return dict(zip(Slot, widths, strict=False))
 
@@ -78,15 +78,15 @@ class Programmer:
 
     def block(self, i: int) -> None:
         """Attention, then an MLP; or, of a parallel block, both of what came in."""
-        config, name = self.config, f"blk.{i}"
+        config = self.config
         read = self._block_norm(i, "attn_norm", Slot.X)
         self._attention(i, read)
         if config.parallel:  # its MLP reads the stream before attention is added to it
-            self._mlp(name, read if "ffn_norm" not in config.norms else self._block_norm(i, "ffn_norm", Slot.X))
+            self._mlp(i, read if "ffn_norm" not in config.norms else self._block_norm(i, "ffn_norm", Slot.X))
         self._add(i, "attn.output", Slot.MIXED, "post_attention_norm")
         if not config.parallel:
-            self._mlp(name, self._block_norm(i, "ffn_norm", Slot.X))
-        self._add(i, "ffn.down", Slot.GATE if config.gated else Slot.UP, "post_ffw_norm")
+            self._mlp(i, self._block_norm(i, "ffn_norm", Slot.X))
+        self._add(i, "ffn.down", Slot.GATE if config.layers[i].ffn.gated else Slot.UP, "post_ffw_norm")
 
     def head(self) -> None:
         """Logits of the stream."""
@@ -94,37 +94,37 @@ class Programmer:
         self._linear("token_embd" if self.config.tied_head else "output", Slot.NORMED, Slot.LOGITS)
 
     def _attention(self, i: int, read: Slot) -> None:
-        config, name = self.config, f"blk.{i}.attn"
+        spec, name = self.config.layers[i].mixer, f"blk.{i}.attn"
         for part, slot in (("q", Slot.Q), ("k", Slot.K), ("v", Slot.V)):
             self._linear(f"{name}.{part}", read, slot)
-        for slot, heads in ((Slot.Q, config.heads), (Slot.K, config.kv_heads)):
-            if config.qk_norm is not None:
-                norm = config.qk_norm
-                width = heads * config.head_dim if norm.over == "all" else config.head_dim
+        for slot, heads in ((Slot.Q, spec.heads), (Slot.K, spec.kv_heads)):
+            if spec.qk_norm is not None:
+                norm = spec.qk_norm
+                width = heads * spec.head_dim if norm.over == "all" else spec.head_dim
                 eps = _L2_EPS if norm.kind == "l2" else norm.eps
                 self._norm(f"{name}.{slot.name.lower()}_norm", slot, slot, norm.kind, width, eps)
-            rotary = config.layers[i].rotary
-            if rotary is not None:
-                table = config.rotaries.index(rotary)
-                self._write(Kind.ROTATE, slot, slot, mode=table, width=config.head_dim, heads=heads)
+            if spec.rotary is not None:
+                table = self.config.rotaries.index(spec.rotary)
+                self._write(Kind.ROTATE, slot, slot, mode=table, width=spec.head_dim, heads=heads)
         self._write(
             Kind.ATTEND,
             Slot.Q,
             Slot.MIXED,
             other=Slot.K,
             third=Slot.V,
-            width=config.head_dim,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
+            width=spec.head_dim,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
             layer=i,
-            scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
-            softcap=config.attention_softcap or 0,
+            scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
+            softcap=spec.softcap or 0,
         )
 
-    def _mlp(self, name: str, read: Slot) -> None:
-        mode = _ACTIVATIONS[self.config.activation]
+    def _mlp(self, i: int, read: Slot) -> None:
+        spec, name = self.config.layers[i].ffn, f"blk.{i}"
+        mode = _ACTIVATIONS[spec.activation]
         self._linear(f"{name}.ffn.up", read, Slot.UP)
-        if self.config.gated:
+        if spec.gated:
             self._linear(f"{name}.ffn.gate", read, Slot.GATE)
             self._write(Kind.ACTIVATE, Slot.GATE, Slot.GATE, mode=mode, other=Slot.UP)
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kvgen.errors import CacheError, UsageError
 from kvgen.model.cache import KVCache
-from kvgen.model.config import DecoderConfig
+from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.model.ids import check_form, check_range
+from kvgen.model.states import State, new_state
 
 MOST_NEW = 512
 """The most new positions of prompts in one pass, which bounds its memory, and how long it cannot be interrupted."""
@@ -49,6 +50,19 @@ class Span:
         return first, Span(self.new[:, count:], self.cache, self.start + count, self.total)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of a pass are handed beside hidden states.
+
+    rotations: cosines and sines of the new positions for each of the config's rotaries, (rows, 1, R) each.
+    shared: what one layer has computed for others of its kind.
+    """
+
+    spans: Sequence[Span]
+    rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
 def positions_of(spans: Sequence[Span]) -> Tensor:
     """The position of each row, (rows,) int64."""
     runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
@@ -59,6 +73,8 @@ class CachedModel(ABC):
     """What makes a forward pass the contract: the cache, and what of a sequence is new. How to compute is left open."""
 
     config: DecoderConfig
+    dtype: torch.dtype
+    """Of the computation."""
     rotaries: Iterable[Any]
     """`RotaryTables` of each of the config's rotaries."""
     kv_dtype: torch.dtype | None = None
@@ -85,6 +101,10 @@ class CachedModel(ABC):
     def position_rows(self, positions: Tensor) -> Tensor:
         """The learned embeddings of positions, (rows,): (rows, dim). Asked for only if the config has them."""
 
+    def new_states(self, batch: int, device: torch.device, dtype: torch.dtype | None = None) -> list[State]:
+        """The states of an empty cache. dtype: to store keys and values in; None for that of the computation."""
+        return [new_state(layer.mixer, batch, dtype or self.dtype, device) for layer in self.config.layers]
+
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
         """Logits for the token after `ids`, and the cache to hand in with the next, longer sequence.
@@ -96,7 +116,7 @@ class CachedModel(ABC):
 
         Raises CacheError for a cache that another model wrote, UsageError for ids that are none.
         """
-        span = self._caught_up(self._span(ids, cache, last), last)
+        span = self._caught_up(self._new_span(ids, cache, last), last)
         hidden = self._extend_one(span)
         self._tell_done(span)
         return self._logits(hidden[:, -last:]), span.cache
@@ -111,7 +131,7 @@ class CachedModel(ABC):
         the caches. Raises as `forward` does, before anything is computed.
         """
         wanted = zip(sequences, caches, counts, strict=True)
-        spans = [self._span(ids, cache, count) for ids, cache, count in wanted]
+        spans = [self._new_span(ids, cache, count) for ids, cache, count in wanted]
         spans = [self._caught_up(span, count) for span, count in zip(spans, counts, strict=True)]
         ends = accumulate(span.rows for span in spans)
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
@@ -147,7 +167,7 @@ class CachedModel(ABC):
         """
         cache = self._checked(new, cache)
         cache.reused, cache.computed = cache.length, new.shape[1]
-        span = Span(new, cache, start, cache.length + new.shape[1])
+        span = self._span(new, cache, start, cache.length + new.shape[1])
         return self._logits(self._extend_one(span)[:, -1:]), cache
 
     def all_logits(self, ids: Tensor) -> Tensor:
@@ -171,7 +191,7 @@ class CachedModel(ABC):
         n, most = ids.shape[1], max(1, _MOST_LOGITS // self.config.vocab_size // ids.shape[0])
         begin = 0
         for cut in sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n}):
-            for hidden, start in self._passes(Span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)):
+            for hidden, start in self._passes(self._span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)):
                 end = start + hidden.shape[1]
                 wanted = [position - start for position in positions if max(begin, start) <= position < end]
                 for at in range(0, len(wanted), most):
@@ -209,12 +229,18 @@ class CachedModel(ABC):
             tables.append(make(positions, of_rows.to(positions.device)))
         return tables
 
-    def _span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:
+    def _new_span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:
         """What is new of a whole sequence."""
         cache, n = self._checked(ids, cache), ids.shape[1]
         new = cache.match(ids, self._variant(n), last)
         cache.expect(n)
-        return Span(new, cache, cache.length, n)
+        return self._span(new, cache, cache.length, n)
+
+    def _span(self, new: Tensor, cache: KVCache, start: int, total: int) -> Span:
+        """A span whose cache has a state for each layer."""
+        if not cache.states:
+            cache.states = self.new_states(new.shape[0], new.device, cache.dtype)
+        return Span(new, cache, start, total)
 
     def _most_new(self, span: Span) -> int:
         """How many positions of a span to compute in one pass: on a CPU, fewer of a large model."""

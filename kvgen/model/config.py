@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -29,18 +31,6 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What may be another in each layer.
-
-    rotary: None for a layer that does not rotate.
-    window: how many positions a query sees, its own among them; None for all.
-    """
-
-    rotary: Rotary | None = None
-    window: int | None = None
-
-
-@dataclass(frozen=True)
 class QKNorm:
     """A norm of queries and keys before they are rotated.
 
@@ -55,8 +45,54 @@ class QKNorm:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    rotary: None for no rotation.
+    window: how many positions a query sees, its own among them; None for all.
+    alibi: slopes, one for each head, of a bias that falls with distance (Press et al. 2021, arXiv:2108.12409).
+    scale: of query-key products; None for head_dim ** -0.5.
+    softcap: cap * tanh(x / cap) of scores (arXiv:2408.00118).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: Rotary | None = None
+    window: int | None = None
+    qk_norm: QKNorm | None = None
+    alibi: tuple[float, ...] = ()
+    scale: float | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or without a gate down(act(up(x))).
+
+    width: of the hidden layer. activation: `gelu_tanh` is the tanh approximation.
+    """
+
+    width: int
+    gated: bool = True
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. mixer: what looks at other positions. ffn: what works on each position by itself.
+
+    A new kind is a dataclass here, a module in `kvgen.model` that is entered in `kvgen.model.decoder`, and for a mixer
+    a state in `kvgen.model.states`.
+    """
+
+    mixer: Attention
+    ffn: MLP
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder with grouped-query attention over positions, then an MLP over each.
+    """A decoder-only transformer.
 
     context_length: None if nothing bounds it.
     layers: one entry for each block.
@@ -65,12 +101,9 @@ class DecoderConfig:
     biases: the layers that have a bias, by name inside a block (`attn.q`, `ffn.up`, `attn_norm`, ...), or
         `output`, `output_norm`.
     tied_head: the output head is the token embedding.
-    gated, activation: down(act(gate(x)) * up(x)), or down(act(up(x))). `gelu_tanh` is the tanh approximation.
-    parallel: MLP and attention read the same x; without an `ffn_norm`, the same normed x.
+    parallel: mixer and MLP read the same x; without an `ffn_norm`, the same normed x.
     learned_positions: rows of a table that is added to the token embedding; 0 for none.
-    alibi: slopes, one for each head, of a bias that falls with distance (Press et al. 2021, arXiv:2108.12409).
-    attention_scale: of query-key products; None for head_dim ** -0.5.
-    attention_softcap, logit_softcap: cap * tanh(x / cap) of scores and logits (arXiv:2408.00118).
+    logit_softcap: cap * tanh(x / cap) of logits.
     embedding_scale, residual_scale, logit_scale: of embeddings, of what a block's parts add, of logits.
     """
 
@@ -78,40 +111,43 @@ class DecoderConfig:
     context_length: int | None
     dim: int
     layers: tuple[Layer, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn_dim: int
     norm_eps: float
     tied_head: bool
     norm: Literal["rms", "layer"] = "rms"
     norms: frozenset[str] = frozenset({"attn_norm", "ffn_norm"})
     biases: frozenset[str] = frozenset()
-    gated: bool = True
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     parallel: bool = False
-    qk_norm: QKNorm | None = None
     learned_positions: int = 0
-    alibi: tuple[float, ...] = ()
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
 
+    @property
+    def attention(self) -> Attention:
+        """The first layer's, for what all layers share."""
+        return self.layers[0].mixer
+
+    @property
+    def mlp(self) -> MLP:
+        """The first layer's, for what all layers share."""
+        return self.layers[0].ffn
+
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:
         """The rotations that layers use, each once."""
-        return tuple(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary is not None))
+        return tuple(dict.fromkeys(layer.mixer.rotary for layer in self.layers if layer.mixer.rotary is not None))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The windows that layers use, each once."""
-        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+        return tuple(dict.fromkeys(layer.mixer.window for layer in self.layers))
 
     @cached_property
     def products(self) -> int:
         """Multiplications that a position takes in all layers, but for those of attention with other positions."""
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        return len(self.layers) * self.dim * (attention + (2 + self.gated) * self.ffn_dim)
+        total = 0
+        for layer in self.layers:
+            total += 2 * (layer.mixer.heads + layer.mixer.kv_heads) * layer.mixer.head_dim
+            total += (2 + layer.ffn.gated) * layer.ffn.width
+        return self.dim * total

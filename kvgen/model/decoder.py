@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.attention import Attention, Tables, attention_mask
-from kvgen.model.cached import CachedModel, Span, positions_of
-from kvgen.model.config import DecoderConfig
-from kvgen.model.layers import MLP, Embedding, Linear, RotaryTables, make_norm
+from kvgen.model.attention import AttentionModule
+from kvgen.model.cached import CachedModel, Pass, Span, positions_of
+from kvgen.model.config import MLP, Attention, DecoderConfig
+from kvgen.model.layers import Embedding, Linear, MLPModule, RotaryTables, make_norm
+
+MIXERS = {Attention: AttentionModule}
+FFNS = {MLP: MLPModule}
+"""The module for each kind of a layer's parts."""
 
 
 class Block(nn.Module):
-    """One layer: attention over the positions, an MLP over each, with norms around them and residuals."""
+    """One layer: its mixer over the positions, its MLP over each, with norms around them and residuals."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.parallel, self.scale = config.parallel, config.residual_scale
         self.attn_norm = _block_norm(config, "attn_norm")
-        self.attn = Attention(config, layer)
+        spec = config.layers[layer]
+        self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, layer)
         self.post_attention_norm = _block_norm(config, "post_attention_norm")
         self.ffn_norm = _block_norm(config, "ffn_norm")
-        self.ffn = MLP(config)
+        self.ffn = FFNS[type(spec.ffn)](spec.ffn, config)
         self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
 
-    def forward(
-        self, x: Tensor, tables: Tables | None, spans: Sequence[Span], masks: Sequence[Tensor | None]
-    ) -> Tensor:
+    def forward(self, x: Tensor, batch: Pass) -> Tensor:
         normed = _apply(self.attn_norm, x)
-        mixed = _apply(self.post_attention_norm, self.attn(normed, tables, spans, masks))
+        mixed = _apply(self.post_attention_norm, self.attn(normed, batch))
         if self.parallel:
             read = normed if self.ffn_norm is None else self.ffn_norm(x)
             return x + self._scaled(mixed + _apply(self.post_ffw_norm, self.ffn(read)))
@@ -58,21 +62,17 @@ class Decoder(CachedModel, nn.Module):
         )
         self.eval()
 
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.token_embd.weight.dtype
+
     def extend(self, spans: Sequence[Span]) -> Tensor:
         config, positions = self.config, positions_of(spans)
         x = self.embed(spans, positions)  # (rows, dim)
-        tables: dict[object, Tables | None] = {None: None}
-        for rotary, (cos, sin) in zip(config.rotaries, self.rotations(spans, positions), strict=True):
-            tables[rotary] = (cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
-        masks = {
-            window: [
-                attention_mask(config, window, span.new.shape[1], span.cache.length, x.device, x.dtype)
-                for span in spans
-            ]
-            for window in config.windows
-        }
-        for layer, block in zip(config.layers, self.blk, strict=True):
-            x = block(x, tables[layer.rotary], spans, masks[layer.window])
+        tables = [(cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]) for cos, sin in self.rotations(spans, positions)]
+        batch = Pass(spans, dict(zip(config.rotaries, tables, strict=True)))
+        for block in self.blk:
+            x = block(x, batch)
         for span in spans:
             span.cache.advance(span.new)
         return x

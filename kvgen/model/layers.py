@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import MLP, DecoderConfig, Rotary
 
 
 class Linear(nn.Module):
@@ -96,16 +96,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or without a gate down(act(up(x)))."""
+class MLPModule(nn.Module):
+    """`kvgen.model.config.MLP`."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, spec: MLP, config: DecoderConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        biases = config.biases
-        self.gate = Linear(config.dim, config.ffn_dim, bias="ffn.gate" in biases) if config.gated else None
-        self.up = Linear(config.dim, config.ffn_dim, bias="ffn.up" in biases)
-        self.down = Linear(config.ffn_dim, config.dim, bias="ffn.down" in biases)
+        self.activation = ACTIVATIONS[spec.activation]
+        dim, biases = config.dim, config.biases
+        self.gate = Linear(dim, spec.width, bias="ffn.gate" in biases) if spec.gated else None
+        self.up = Linear(dim, spec.width, bias="ffn.up" in biases)
+        self.down = Linear(spec.width, dim, bias="ffn.down" in biases)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)

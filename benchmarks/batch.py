@@ -47,7 +47,7 @@ def prompts(count: int) -> list[str]:
 def in_a_batch(loaded: kvgen.Loaded, rows: Texts, tokens: int) -> Texts:
     found: Texts = [[] for _ in rows]
     requests = (Request(ids, GREEDY, tokens) for ids in rows)
-    for number, event in Batch(loaded, max_rows=PARALLEL).run(requests):
+    for number, event in Batch(loaded, batch_size=PARALLEL).run(requests):
         assert isinstance(event, kvgen.Chunk)
         found[number].append(event.step.token)
     return found

@@ -1,6 +1,6 @@
 """What kvgen keeps of its speed beside a busy process, and what that one keeps.
 
-    python benchmarks/neighbour.py [--seconds 4] [--runs 5] [--compile off]
+    python benchmarks/neighbour.py [--seconds 4] [--runs 5] [--kernels off]
 
 Decoding with the default model, and a loop in Python that counts: each alone, both at once, and two kvgen at once;
 medians. Nothing else may run on the machine.
@@ -40,10 +40,10 @@ class Process:
         self.process.wait()
 
 
-def be_kvgen(compile: str) -> None:
+def be_kvgen(kernels: str) -> None:
     import kvgen
 
-    loaded, greedy = kvgen.load(compile=compile), kvgen.Sampling(temperature=0)
+    loaded, greedy = kvgen.load(kernels=kernels), kvgen.Sampling(temperature=0)
     for line in sys.stdin:
         end, start, tokens = time.perf_counter() + float(line), time.perf_counter(), 0
         while time.perf_counter() < end:
@@ -78,12 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--kernels", default="auto")
     parser.add_argument("--be", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be:
         return be_loop() if options.be == "loop" else be_kvgen(options.be)
-    first, second, loop = (Process(kind) for kind in (options.compile, options.compile, "loop"))
+    first, second, loop = (Process(kind) for kind in (options.kernels, options.kernels, "loop"))
     together([first, second], 1)  # not counted: the first steps of each
     kept: dict[str, list[float]] = {}
     speeds: list[float] = []

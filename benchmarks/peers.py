@@ -72,7 +72,7 @@ class KvgenOnTorch(Kvgen):
         super().__init__(folder)
         import kvgen
 
-        self.model = kvgen.load(folder / "model.gguf", compile="off").model
+        self.model = kvgen.load(folder / "model.gguf", kernels="off").model
 
 
 class LlamaCpp:
@@ -188,7 +188,7 @@ class XTransformers:
         import kvgen
 
         self.torch = torch
-        self.net = kvgen.load(folder / "x-transformers", backend="own").model.module
+        self.net = kvgen.load(folder / "x-transformers", backend="library").model.module
 
     def _call(self, ids: list[int], cache: Any) -> Any:
         with self.torch.inference_mode():

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from kvgen.hub import resolve
+from kvgen.hub.names import resolve
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -156,7 +156,7 @@ def quality(names: Sequence[str], folder: Path) -> dict[str, tuple[float, float]
     """Mean KL divergence from the exact fp32 weights in nats, and the share of the same most likely token."""
     import kvgen
 
-    ids = kvgen.load(compile="off").tokenizer.encode(TEXT.read_text())[:TEXT_TOKENS]
+    ids = kvgen.load(kernels="off").tokenizer.encode(TEXT.read_text())[:TEXT_TOKENS]
     found = {}
     expected: Any = None
     for name in ("kvgen on torch", *(name for name in names if name in ("kvgen", "llama.cpp", "transformers bf16"))):

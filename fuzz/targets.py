@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFWriter
+from kvgen.backends.reading import draw_blueprint
 from safetensors.torch import save
 
-from kvgen.backends.reading import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
-from kvgen.conversation import Conversation
 from kvgen.errors import KvgenError
+from kvgen.generation.conversation import Conversation
+from kvgen.generation.prompt_cache import describe_prompt_cache, digest
 from kvgen.generation.settings import Request
 from kvgen.pipeline.results import ResultsFile
 from kvgen.pipeline.rows import read_rows
-from kvgen.prompt_cache import describe_prompt_cache, digest
 from kvgen.tokenizer import read_tokenizer
 from kvgen.tokenizer.chat import ChatTemplate
 

@@ -29,16 +29,16 @@ from kvgen.errors import (
 if TYPE_CHECKING:
     from kvgen.comparison import Comparison, compare
     from kvgen.contract import Model
-    from kvgen.conversation import Conversation
     from kvgen.generation.batch import Batch
     from kvgen.generation.completion import Step
+    from kvgen.generation.conversation import Conversation
     from kvgen.generation.drafts import DraftModel, PromptLookup
+    from kvgen.generation.scoring import Score, score
     from kvgen.generation.settings import Constraint, Request, Sampling
     from kvgen.generation.stream import generate, stream
     from kvgen.generation.text import Chunk
-    from kvgen.loading import Loaded, load
+    from kvgen.loading.load import Loaded, load
     from kvgen.model.cache import KVCache
-    from kvgen.scoring import Score, score
     from kvgen.tokenizer import Tokenizer
     from kvgen.tokenizer.chat import Message
 
@@ -85,22 +85,22 @@ _HOMES = {
     "Chunk": "kvgen.generation.text",
     "Comparison": "kvgen.comparison",
     "Constraint": "kvgen.generation.settings",
-    "Conversation": "kvgen.conversation",
+    "Conversation": "kvgen.generation.conversation",
     "DraftModel": "kvgen.generation.drafts",
     "KVCache": "kvgen.model.cache",
-    "Loaded": "kvgen.loading",
+    "Loaded": "kvgen.loading.load",
     "Message": "kvgen.tokenizer.chat",
     "Model": "kvgen.contract",
     "PromptLookup": "kvgen.generation.drafts",
     "Request": "kvgen.generation.settings",
     "Sampling": "kvgen.generation.settings",
-    "Score": "kvgen.scoring",
+    "Score": "kvgen.generation.scoring",
     "Step": "kvgen.generation.completion",
     "Tokenizer": "kvgen.tokenizer",
     "compare": "kvgen.comparison",
     "generate": "kvgen.generation.stream",
-    "load": "kvgen.loading",
-    "score": "kvgen.scoring",
+    "load": "kvgen.loading.load",
+    "score": "kvgen.generation.scoring",
     "stream": "kvgen.generation.stream",
 }
 

@@ -48,7 +48,7 @@ def smollm2_path() -> Path:
     subprocess.run(
         [sys.executable, "-m", "kvgen", "generate", "-p", "x", "-n", "1", "-q"], check=True, stdout=subprocess.DEVNULL
     )
-    from kvgen.hub import resolve
+    from kvgen.hub.names import resolve
 
     return resolve("smollm2")
 
@@ -61,7 +61,7 @@ def smollm2(smollm2_path: Path) -> kvgen.Loaded:
 @pytest.fixture(scope="session")
 def smollm2_on_torch(smollm2_path: Path) -> kvgen.Loaded:
     """The default model in torch's own operations and fp32 throughout."""
-    return kvgen.load(smollm2_path, compile="off")
+    return kvgen.load(smollm2_path, kernels="off")
 
 
 @pytest.fixture(scope="session")

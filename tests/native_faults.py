@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvgen.model.cache import KVCache
-from kvgen.model.cached import CachedModel
+from kvgen.model.causal_lm import CausalLM
 from kvgen.model.layers import RotaryTables, rotate
 
 # fault -> the findings that name it rightly; `unexplained` is never wrong, and never a name.
@@ -72,7 +72,7 @@ class Faulty:
 
     rewinds = True
 
-    def __init__(self, decoder: CachedModel, fault: str | None, special: int = SPECIAL) -> None:
+    def __init__(self, decoder: CausalLM, fault: str | None, special: int = SPECIAL) -> None:
         assert fault is None or fault in FAULTS
         self.decoder, self.fault, self.special = decoder, fault, special
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length

@@ -21,8 +21,8 @@ from kvgen.backends.python import PythonBackend
 from kvgen.generation.batch import Batch, ends, in_order
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
-from kvgen.loading import Loaded
-from kvgen.model.cached import CachedModel
+from kvgen.loading.load import Loaded
+from kvgen.model.causal_lm import CausalLM
 from tests.families import make_checkpoint
 from tests.test_cache import MODELS, TOLERANCE, any_model
 
@@ -36,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     for kind, number in (("llama", 0), ("gemma3_text", 0), ("phi3", 1)):
         folder = tmp_path_factory.mktemp(kind)
         make_checkpoint(kind, number, folder)
-        loaded[kind] = kvgen.load(folder, tokenizer="ids", compile="on")
+        loaded[kind] = kvgen.load(folder, tokenizer="ids", kernels="on")
     return loaded
 
 
@@ -83,7 +83,7 @@ def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str
 @any_model
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CachedModel, data: st.DataObject) -> None:
+def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CausalLM, data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=40), min_size=1, max_size=4))
     caches: list[Any] = [None] * len(texts)
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
 @any_model
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_a_branch_is_right_and_leaves_its_origin_alone(model: CachedModel, data: st.DataObject) -> None:
+def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st.DataObject) -> None:
     ids = st.lists(st.integers(0, 49), min_size=1, max_size=40)
     first, tail = data.draw(ids), data.draw(ids)
     shared = data.draw(st.integers(0, len(first)))
@@ -124,7 +124,7 @@ def test_a_branch_is_right_and_leaves_its_origin_alone(model: CachedModel, data:
 @any_model
 @settings(deadline=None, max_examples=20)
 @given(first=st.lists(st.integers(0, 49), min_size=4, max_size=30), cut=st.integers(1, 3))
-def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CachedModel, first: list[int], cut: int) -> None:
+def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CausalLM, first: list[int], cut: int) -> None:
     _, origin = model.forward(torch.tensor([first]))
     branch = origin.branch(len(first), 64)
     edited = torch.tensor([[*first[:-cut], *(49 - id_ for id_ in first[-cut:])]])
@@ -161,7 +161,7 @@ def test_a_row_gets_the_tokens_that_it_gets_alone(
     small: dict[str, Loaded], requests: list[Request], rows: int, kind: str
 ) -> None:
     loaded = small[kind]
-    assert tokens_of(loaded, requests, max_rows=rows) == [alone(loaded, request) for request in requests]
+    assert tokens_of(loaded, requests, batch_size=rows) == [alone(loaded, request) for request in requests]
 
 
 def test_rows_that_begin_alike_compute_the_beginning_once(small: dict[str, Loaded]) -> None:
@@ -177,7 +177,7 @@ def test_rows_that_begin_alike_compute_the_beginning_once(small: dict[str, Loade
 def test_a_row_begins_with_what_the_last_one_left(small: dict[str, Loaded]) -> None:
     requests = [Request([*range(2, 40), 50 + n], GREEDY, 2) for n in range(3)]
     computed: dict[int, int | None] = {}
-    for number, event in Batch(small["llama"], max_rows=1).run(iter(requests)):
+    for number, event in Batch(small["llama"], batch_size=1).run(iter(requests)):
         assert not isinstance(event, KvgenError)
         computed.setdefault(number, event.step.computed)
     assert computed == {0: 39, 1: 1, 2: 1}
@@ -194,7 +194,7 @@ def test_a_place_that_is_free_is_taken_at_once(small: dict[str, Loaded]) -> None
                 changed.notify()
             yield Request([3, 4, 5 + n], GREEDY, length)
 
-    batch, passes = Batch(small["llama"], max_rows=2), set()
+    batch, passes = Batch(small["llama"], batch_size=2), set()
     for number, _ in batch.run(requests()):
         passes.add(batch.pass_began)
         with changed:  # until the thread that reads is ahead again
@@ -290,7 +290,7 @@ def test_a_slow_source_holds_up_nothing(small: dict[str, Loaded]) -> None:
 def test_once_no_more_are_admitted_those_under_way_end(small: dict[str, Loaded]) -> None:
     requests = [Request([3, 4, n], GREEDY, 6) for n in range(2, 30)]
     seen: list[int] = []
-    batch = Batch(small["llama"], max_rows=3)
+    batch = Batch(small["llama"], batch_size=3)
     for number, _ in batch.run(iter(requests), admit=lambda: len(seen) < 5):
         seen.append(number)
     assert 1 <= len(set(seen)) <= 6
@@ -362,7 +362,7 @@ def test_reading_ahead_ends_and_raises() -> None:
 def test_reading_ends_with_the_run_that_it_was_for(small: dict[str, Loaded], most: int) -> None:
     before = set(threading.enumerate())
     requests = (Request([3, 4], GREEDY, 3) for _ in range(10**9))
-    run = Batch(small["llama"], max_rows=most).run(requests)
+    run = Batch(small["llama"], batch_size=most).run(requests)
     next(run)
     (reader,) = set(threading.enumerate()) - before
     run.close()
@@ -389,7 +389,7 @@ def test_a_thousand_rows_are_those_of_single_runs(smollm2: Loaded) -> None:
 
 def test_a_completion_that_is_given_up_leaves_its_cache(small: dict[str, Loaded]) -> None:
     """So that a chat goes on from an answer that was interrupted, whatever kind of cache the model has."""
-    batch = Batch(small["llama"], max_rows=1)
+    batch = Batch(small["llama"], batch_size=1)
     chunks = batch.complete(Request([5, 6, 7], GREEDY, 20))
     told = [next(chunks).step.token for _ in range(4)]
     chunks.close()

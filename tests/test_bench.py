@@ -35,12 +35,12 @@ def test_lengths_that_fit_are_measured(tiny_llama) -> None:
         measure(model, contexts=[1024])
 
 
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_bytes_of_a_step(tiny_llama, compile: str) -> None:
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_bytes_of_a_step(tiny_llama, kernels: str) -> None:
     """The table of embeddings is looked up, not read; a tied one is read as the head."""
     for tied in (False, True):
         folder, reference = tiny_llama(name=f"tied-{tied}", tie_word_embeddings=tied)
-        model = kvgen.load(folder, compile=compile).model
+        model = kvgen.load(folder, kernels=kernels).model
         weights = sum(parameter.nbytes for parameter in reference.parameters())
         assert weights <= model.weight_bytes <= 1.4 * weights  # panels of 32 rows
         assert model.weight_bytes - model.step_bytes == (0 if tied else 384 * 32 * 4)
@@ -71,7 +71,7 @@ def test_on_a_pipe_json_and_page(tiny_llama, tmp_path: Path) -> None:
     assert data["decode"][0]["rate"] == pytest.approx(1 / data["decode"][0]["seconds"], rel=0.01)
     assert data["engine"] == "C++ kernels"
     assert "<svg" in page.read_text()
-    table = run("-m", str(folder), "--repeat", "1", "--compile", "off").stdout
+    table = run("-m", str(folder), "--repeat", "1", "--kernels", "off").stdout
     assert re.search(r"torch, float32 on cpu, \d+ threads", table)
     assert "\x1b" not in table
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from kvgen import CheckpointError, NotFoundError, catalogue, hub
-from kvgen.catalogue import CatalogueEntry
+from kvgen import CheckpointError, NotFoundError
+from kvgen.hub import catalogue
+from kvgen.hub import names as hub
+from kvgen.hub.catalogue import CatalogueEntry
 
 CONTENT = os.urandom(300_000)
 
@@ -97,7 +99,7 @@ def test_a_file_of_another_size_is_fetched_again(entry: CatalogueEntry, tmp_path
 def test_two_at_once_both_get_the_whole_file(entry: CatalogueEntry, tmp_path: Path) -> None:
     fetch = (
         "import sys, pathlib\n"
-        "from kvgen import catalogue\n"
+        "from kvgen.hub import catalogue\n"
         f"entry = catalogue.{entry!r}\n"
         "path = catalogue.fetch(entry, pathlib.Path(sys.argv[1]), lambda *_: None)\n"
         "assert len(path.read_bytes()) == entry.size\n"
@@ -229,7 +231,7 @@ def test_a_hub_id_is_downloaded_once_and_then_used_offline(hub_server, tmp_path:
 def test_a_hub_id_is_fetched_with_its_progress_told(hub_server, tmp_path: Path, tiny_llama) -> None:
     address, _ = hub_server
     code = (
-        "import sys; from kvgen import hub; seen = []; hub.resolve('owner/name', progress=lambda *u: seen.append(u)); "
+        "from kvgen.hub import names; seen = []; names.resolve('owner/name', progress=lambda *u: seen.append(u)); "
         "print(seen[-1][0], seen[-1][1] == seen[-1][2], seen[-1][2])"
     )
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}

@@ -326,7 +326,7 @@ def test_dtype_and_device_are_what_was_asked_for(tiny_llama) -> None:
 
 
 def test_nothing_trains(tiny_llama) -> None:
-    model = kvgen.load(tiny_llama()[0], compile="off").model.module
+    model = kvgen.load(tiny_llama()[0], kernels="off").model.module
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -14,7 +14,7 @@ import kvgen
 from kvgen import CacheError, ModelError, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
-from kvgen.comparison.comparison import Comparison, Row, compare_ids
+from kvgen.comparison.comparison import Comparison, PatternResult, compare_ids
 from kvgen.comparison.patterns import PATTERNS
 from kvgen.comparison.report import as_data
 from kvgen.comparison.subjects import subject_of
@@ -39,7 +39,7 @@ def run(model: Any, *patterns: str, steps: int = 24, **options: Any) -> Comparis
     return compare_ids(backend, PROMPT, patterns=patterns or ("full-sequence",), steps=steps, **options)
 
 
-def names(row: Row) -> set[str]:
+def names(row: PatternResult) -> set[str]:
     return {finding.name for finding in row.findings}
 
 
@@ -97,7 +97,7 @@ TINY = [
 ]
 
 
-def run_native(decoder: Any, fault: str | None, prompt: list[int] = PROMPT, special: int = SPECIAL) -> Row:
+def run_native(decoder: Any, fault: str | None, prompt: list[int] = PROMPT, special: int = SPECIAL) -> PatternResult:
     model = PythonBackend(Faulty(decoder, fault, special))
     return compare_ids(model, prompt, steps=24, special_ids=frozenset({special})).rows[1]
 

@@ -12,7 +12,7 @@ import kvgen
 from kvgen import Sampling, UsageError
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Constraint, Request
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 from tests.program import run
 
 SCHEMA = {

@@ -15,9 +15,9 @@ from rich.console import Console
 import kvgen
 from kvgen import KvgenError, NotFoundError, Sampling, UsageError
 from kvgen.cli.markdown import MarkdownWriter
-from kvgen.conversation import Conversation
+from kvgen.generation.conversation import Conversation
 from kvgen.generation.settings import Request
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 from tests.program import KVGEN, run, run_on_terminal
 
 GREEDY = Sampling(temperature=0)

@@ -128,7 +128,7 @@ def test_a_second_prompt_reuses_what_it_shares_with_the_first(smollm2) -> None:
         kvgen.Request(smollm2.tokenizer.encode(f"The capital of {country} is"), GREEDY, max_tokens=3)
         for country in ("France", "Japan")
     )
-    batch = kvgen.Batch(smollm2, max_rows=1)
+    batch = kvgen.Batch(smollm2, batch_size=1)
     list(batch.complete(france))
     second = list(batch.complete(japan))
     assert (second[0].step.reused, second[0].step.computed) == (3, 2)

@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]
     for kind in ("llama", "gemma3_text", "phi3"):
         folder = tmp_path_factory.mktemp(kind)
         make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
-        model = kvgen.load(folder, tokenizer="ids", compile="on").model
+        model = kvgen.load(folder, tokenizer="ids", kernels="on").model
         assert isinstance(model, NativeBackend)
         found[kind] = model
     return found
@@ -234,7 +234,7 @@ def test_on_the_command_line_the_text_stays_the_same(smollm2_path) -> None:
     plain, lookup, draft = (
         run(*arguments),
         run(*arguments, "--speculate", "lookup", "--stats"),
-        run(*arguments, "--draft", str(smollm2_path), "--stats"),
+        run(*arguments, "--draft-model", str(smollm2_path), "--stats"),
     )
     assert plain.stdout == lookup.stdout == draft.stdout
     assert "drafts: " in lookup.stderr
@@ -243,8 +243,8 @@ def test_on_the_command_line_the_text_stays_the_same(smollm2_path) -> None:
 
 def test_a_draft_model_with_another_vocabulary_is_refused(smollm2_path, tiny_llama) -> None:
     folder, _ = tiny_llama()
-    result = run("-m", str(smollm2_path), "--draft", str(folder), "-p", "x")
+    result = run("-m", str(smollm2_path), "--draft-model", str(folder), "-p", "x")
     assert result.returncode == 2
     assert "its vocabulary is not that of" in result.stderr
-    assert run("-p", "x", "--draft", str(folder), "--speculate", "lookup").returncode == 2
+    assert run("-p", "x", "--draft-model", str(folder), "--speculate", "lookup").returncode == 2
     assert run("-p", "x", "--speculate", "lookup", "--no-cache").returncode == 2

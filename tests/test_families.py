@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from kvgen import CheckpointError, KvgenError
+from kvgen.backends.blueprint import draw_blueprint
 from kvgen.backends.native import NativeBackend
-from kvgen.backends.reading import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.verdict import Verdict
-from kvgen.loading import load
+from kvgen.loading.load import load
 from tests import gguf_files
 from tests.families import CASES, CONFIGS, make_checkpoint, make_model
 
@@ -33,11 +33,11 @@ every_gguf_file = pytest.mark.parametrize(
 every_case = pytest.mark.parametrize(("kind", "number"), CASES)
 
 
-every_engine = pytest.mark.parametrize("compile", ["on", "off"])
+every_engine = pytest.mark.parametrize("kernels", ["on", "off"])
 
 
-def load_model(folder: Path, dtype: str = "float32", compile: str = "auto") -> NativeBackend:
-    model = load(folder, dtype=dtype, tokenizer="ids", compile=compile).model
+def load_model(folder: Path, dtype: str = "float32", kernels: str = "auto") -> NativeBackend:
+    model = load(folder, dtype=dtype, tokenizer="ids", kernels=kernels).model
     assert isinstance(model, NativeBackend)
     return model
 
@@ -53,9 +53,9 @@ def expected_logits(reference: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @every_engine
 @every_case
-def test_logits_equal_transformers(kind: str, number: int, compile: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
     reference = make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path, compile=compile)
+    model = load_model(tmp_path, kernels=kernels)
     ids = random_ids()
     actual = model.all_logits(ids)
     assert actual.abs().max() > 0.1
@@ -69,26 +69,26 @@ def test_logits_equal_transformers(kind: str, number: int, compile: str, tmp_pat
 
 @every_engine
 @every_case
-def test_cached_equals_uncached_step_by_step(kind: str, number: int, compile: str, tmp_path: Path) -> None:
+def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path, compile=compile)
+    model = load_model(tmp_path, kernels=kernels)
     ids = random_ids()
     cache = None
     for length in range(1, LENGTH + 1):
         cached, cache = model(ids[:, :length], cache)
         uncached, _ = model(ids[:, :length], None)
         assert (cached - uncached).abs().max() < TOLERANCE
-        assert compile == "off" or torch.equal(cached, uncached)  # the kernels sum in one order
+        assert kernels == "off" or torch.equal(cached, uncached)  # the kernels sum in one order
 
 
 @every_engine
 @every_gguf_file
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
-    kind: str, options: dict[str, Any], compile: str, tmp_path: Path
+    kind: str, options: dict[str, Any], kernels: str, tmp_path: Path
 ) -> None:
     reference = make_model(kind, options, seed=7)
     gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, reference)
-    model = load_model(tmp_path / "tiny.gguf", compile=compile)
+    model = load_model(tmp_path / "tiny.gguf", kernels=kernels)
     ids = random_ids()
     actual = model.all_logits(ids)
     for length in (1, 40, LENGTH):

@@ -18,8 +18,8 @@ import torch
 
 import kvgen
 from kvgen import CheckpointError, NotFoundError, UnsupportedError
-from kvgen.backends import reading
-from kvgen.inspection import inspect
+from kvgen.backends import weights
+from kvgen.loading.inspect import inspect
 from tests.program import KVGEN, run_on_terminal
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +99,10 @@ def test_weights_that_no_memory_would_hold_are_refused_before_they_are_read(
     tiny_llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = tiny_llama()
-    monkeypatch.setattr(reading, "total_memory", lambda: 10_000)
+    monkeypatch.setattr(weights, "total_memory", lambda: 10_000)
     for compile_ in ("on", "off"):
         with pytest.raises(UnsupportedError, match="this machine has"):
-            kvgen.load(folder, compile=compile_)
+            kvgen.load(folder, kernels=compile_)
 
 
 SIZES = [2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, 2**64, 10**400, 0, -1, -(2**63), 1e30, math.inf, 1.5, "8", True]
@@ -124,7 +124,7 @@ def test_any_size_in_a_config_is_refused_by_name_or_harmless(tiny_llama, key: st
 
 
 @pytest.mark.parametrize(("part", "key"), [("wrapper", "num_tokens"), ("wrapper", "max_seq_len"), ("decoder", "dim")])
-@pytest.mark.parametrize("backend", ["native", "own"])
+@pytest.mark.parametrize("backend", ["native", "library"])
 def test_any_size_in_a_config_of_x_transformers_is_refused_or_harmless(
     x_rotary: Path, tmp_path: Path, part: str, key: str, backend: str
 ) -> None:

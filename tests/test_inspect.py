@@ -12,7 +12,7 @@ import torch
 
 import kvgen
 from kvgen import UsageError
-from kvgen.inspection import inspect
+from kvgen.loading.inspect import inspect
 from kvgen.model.cache import cache_bytes, position_bytes
 from tests import program
 from tests.families import CONFIGS, make_checkpoint

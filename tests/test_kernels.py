@@ -24,7 +24,7 @@ from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
 from kvgen.kernels import build
-from kvgen.kernels.packed import Packed
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
@@ -53,7 +53,7 @@ def test_blocks_are_read_as_gguf_dequantizes_them(type_name: str) -> None:
     assert grouped is not None
     assert grouped.shape == (50, 512)
     assert torch.equal(grouped.dequantized(), expected)
-    packed = Packed(grouped)
+    packed = PackedMatrix(grouped)
     # One rounding of a fused multiplication and addition.
     assert (packed.unpacked() - expected).abs().max() <= expected.abs().max() * 2**-22
     order = torch.randperm(50)
@@ -68,7 +68,7 @@ def test_a_q4_0_scale_whose_minimum_leaves_fp16_is_kept() -> None:
     grouped = read_blocks("Q4_0", blocks, 32)
     assert grouped is not None
     assert torch.equal(grouped.dequantized(), expected)
-    assert torch.equal(Packed(grouped).unpacked(), expected)
+    assert torch.equal(PackedMatrix(grouped).unpacked(), expected)
 
 
 def test_types_without_groups_are_left_alone() -> None:
@@ -79,7 +79,7 @@ def test_types_without_groups_are_left_alone() -> None:
 def test_float_weights_are_kept_bit_for_bit(dtype: torch.dtype) -> None:
     weights = torch.randn(70, 37).to(dtype)
     weights[0, :4] = torch.tensor([0.0, -0.0, 6e-8, -6e-8]).to(dtype)  # subnormal in fp16
-    assert torch.equal(Packed(weights).unpacked(), weights.float())
+    assert torch.equal(PackedMatrix(weights).unpacked(), weights.float())
 
 
 def test_quantized_weights_are_near() -> None:
@@ -98,7 +98,7 @@ def test_quantized_weights_are_near() -> None:
 
 
 def on_kernels(folder: Path, **options: str) -> NativeBackend:
-    model = kvgen.load(folder, tokenizer="ids", compile="on", **options).model
+    model = kvgen.load(folder, tokenizer="ids", kernels="on", **options).model
     assert isinstance(model, NativeBackend)
     return model
 
@@ -136,7 +136,7 @@ def test_prompts_are_computed_in_passes_of_bounded_size(
     sizes: list[int] = []
     told: list[tuple[int, int]] = []
     extend = model.decoder.extend
-    monkeypatch.setattr("kvgen.model.cached.MOST_NEW", most)
+    monkeypatch.setattr("kvgen.model.causal_lm.MOST_NEW", most)
     monkeypatch.setattr(model.decoder, "extend", lambda spans: (sizes.append(spans[0].rows), extend(spans))[1])
     model.watch(lambda done, total: told.append((done, total)))
     found, cache = model(ids, None)
@@ -156,7 +156,7 @@ def test_prompts_are_computed_in_passes_of_bounded_size(
 def test_an_interrupted_prompt_goes_on_where_whole_passes_ended(
     small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvgen.model.cached.MOST_NEW", 40)
+    monkeypatch.setattr("kvgen.model.causal_lm.MOST_NEW", 40)
     ids = torch.randint(2, 96, (1, 190))
 
     def interrupt(done: int, total: int) -> None:
@@ -214,7 +214,7 @@ def test_a_forked_process_computes_the_same_bits(tmp_path: Path) -> None:
     make_checkpoint("llama", 0, tmp_path)
     script = f"""
 import faulthandler, os, sys, torch, kvgen
-model = kvgen.load({str(tmp_path)!r}, tokenizer="ids", compile="on").model
+model = kvgen.load({str(tmp_path)!r}, tokenizer="ids", kernels="on").model
 ids = torch.randint(2, 96, (1, 199))
 expected = model.all_logits(ids)
 (torch.randn(500, 500) @ torch.randn(500, 500)).exp()  # on torch's own threads
@@ -249,7 +249,7 @@ def test_quantized_at_load(tiny_llama, bits: int) -> None:
     ids = torch.randint(0, 384, (1, 60))
     plain = kvgen.load(folder).model
     model = on_kernels(folder, quantize=f"int{bits}")
-    on_torch = kvgen.load(folder, compile="off", quantize=f"int{bits}").model
+    on_torch = kvgen.load(folder, kernels="off", quantize=f"int{bits}").model
     assert isinstance(plain, NativeBackend)
     assert model.weight_bytes < plain.weight_bytes * (0.35 if bits == 8 else 0.3)
     logits = plain.all_logits(ids)
@@ -264,7 +264,7 @@ def test_narrow_keys_and_values(tiny_llama, stored: str, head_dim: int) -> None:
     folder, _ = tiny_llama(head_dim=head_dim)
     ids = torch.randint(0, 384, (2, 100))
     plain, narrow = on_kernels(folder), on_kernels(folder, kv_dtype=stored)
-    on_torch = kvgen.load(folder, compile="off", kv_dtype=stored).model
+    on_torch = kvgen.load(folder, kernels="off", kv_dtype=stored).model
     logits, cache = narrow(ids, None)
     expected, wide = plain(ids, None)
     size = 2 * head_dim if stored == "bfloat16" else head_dim + 4
@@ -282,7 +282,7 @@ def test_narrow_keys_and_values(tiny_llama, stored: str, head_dim: int) -> None:
 def test_keys_of_zeros_are_stored(tiny_llama) -> None:
     """A row without a largest number has no scale."""
     folder, _ = tiny_llama()
-    model = kvgen.load(folder, compile="off", kv_dtype="int8").model
+    model = kvgen.load(folder, kernels="off", kv_dtype="int8").model
     cache = KVCache(model.decoder, torch.int8)
     cache.states = model.decoder.new_states(1, model.device, cache.dtype)
     keys, values = cache.append(0, torch.zeros(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
@@ -310,7 +310,7 @@ def test_the_kernels_compute_what_float64_does_with_the_packed_weights(small: di
     ids = torch.randint(2, 96, (1, 80))
     for model in small.values():
         weights = model.decoder.weights.items()
-        state = {name: weight.unpacked() if isinstance(weight, Packed) else weight for name, weight in weights}
+        state = {name: weight.unpacked() if isinstance(weight, PackedMatrix) else weight for name, weight in weights}
         twin = Decoder(model.decoder.config).to(torch.float64)
         twin.load_state_dict(state, strict=True)
         assert (twin.all_logits(ids) - model.all_logits(ids)).abs().max() < 1e-4
@@ -339,7 +339,7 @@ def test_a_weight_that_is_no_number_is_not_rounded_away(tiny_llama, part: str, s
     folder, reference = tiny_llama(hidden_size=64, intermediate_size=96)
     reference.get_submodule(f"model.layers.1.{part}").weight.data[7] = torch.nan
     reference.save_pretrained(folder)
-    loaded = kvgen.load(folder, tokenizer="ids", compile="on", quantize="int8", kv_dtype=stored)
+    loaded = kvgen.load(folder, tokenizer="ids", kernels="on", quantize="int8", kv_dtype=stored)
     assert loaded.model(torch.randint(2, 96, (1, 20)), None)[0].isnan().all()
     request = kvgen.Request([5, 6, 7])
     for use in (
@@ -399,7 +399,7 @@ def test_without_a_compiler_torch_computes(tiny_llama, monkeypatch: pytest.Monke
         assert model.engine == "torch (no C++ compiler found ($CXX, g++ or c++))"
         assert model.module is not None
         with pytest.raises(kvgen.UnsupportedError, match="no C\\+\\+ compiler"):
-            kvgen.load(folder, compile="on")
+            kvgen.load(folder, kernels="on")
     finally:
         build.library.cache_clear()
 
@@ -414,7 +414,7 @@ def test_a_compiler_that_fails_is_named(tiny_llama, tmp_path: Path) -> None:
     stats = subprocess.run([*command, "--stats"], env=environment, capture_output=True, text=True, check=True).stderr
     assert "cannot build the kernels: x.cpp:1: error: no such thing" in stats
     refused = subprocess.run(
-        [*command, "--compile", "on"], env=environment, capture_output=True, text=True, check=False
+        [*command, "--kernels", "on"], env=environment, capture_output=True, text=True, check=False
     )
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
@@ -424,9 +424,9 @@ def test_a_compiler_that_fails_is_named(tiny_llama, tmp_path: Path) -> None:
 def test_options_that_do_not_go_together_are_refused(tiny_llama) -> None:
     folder, _ = tiny_llama()
     with pytest.raises(kvgen.UsageError, match="compute in float32 on a CPU, not in bfloat16"):
-        kvgen.load(folder, dtype="bfloat16", compile="on")
-    with pytest.raises(kvgen.UsageError, match="compile 'never'"):
-        kvgen.load(folder, compile="never")
+        kvgen.load(folder, dtype="bfloat16", kernels="on")
+    with pytest.raises(kvgen.UsageError, match="kernels 'never'"):
+        kvgen.load(folder, kernels="never")
     with pytest.raises(kvgen.UsageError, match="quantize 'int2'"):
         kvgen.load(folder, quantize="int2")
     with pytest.raises(kvgen.UsageError, match="kv_dtype 'float16'"):

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 import kvgen
-from kvgen import loading, memory
+from kvgen import system
+from kvgen.loading import load as loading
 
 V2 = {
     "kubepods/memory.max": "max\n",
@@ -50,15 +51,15 @@ def test_a_container_has_what_its_groups_leave(
     for name, text in {"membership": membership, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "membership")
-    assert (memory.total_memory(), memory.available_memory()) == (total, available)
+    monkeypatch.setattr(system, "_GROUPS", tmp_path)
+    monkeypatch.setattr(system, "_MEMBERSHIP", tmp_path / "membership")
+    assert (system.total_memory(), system.available_memory()) == (total, available)
 
 
 def test_without_groups_it_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "nothing")
-    assert memory.total_memory() == psutil.virtual_memory().total
-    assert 0 < memory.available_memory() < memory.total_memory()
+    monkeypatch.setattr(system, "_MEMBERSHIP", tmp_path / "nothing")
+    assert system.total_memory() == psutil.virtual_memory().total
+    assert 0 < system.available_memory() < system.total_memory()
 
 
 @pytest.mark.slow

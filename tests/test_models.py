@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from kvgen import NotFoundError, UsageError, catalogue
-from kvgen.catalogue import CATALOGUE
-from kvgen.inventory import list_models, remove
+from kvgen import NotFoundError, UsageError
+from kvgen.hub import catalogue
+from kvgen.hub.catalogue import CATALOGUE
+from kvgen.hub.inventory import list_models, remove
 from tests import program
 
 COMMIT = "0123456789012345678901234567890123456789"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import kvgen
 from kvgen import Batch, KvgenError, Request, Sampling, UsageError
 from kvgen.pipeline.results import InOrder, ResultsFile
-from kvgen.pipeline.rows import SAMPLING_FIELDS, Row, read_row, read_rows
+from kvgen.pipeline.rows import SAMPLING_FIELDS, InputRow, read_row, read_rows
 from tests.odd_rows import odd_rows
 from tests.program import KVGEN, run, run_on_terminal
 
@@ -111,7 +111,7 @@ def test_a_bad_row_says_what_is_wrong_with_it(line: bytes, message: str) -> None
 @settings(max_examples=300, deadline=None)
 def test_any_line_is_a_row_or_says_why_not(line: bytes) -> None:
     row = read_row(0, line)
-    assert isinstance(row, Row)
+    assert isinstance(row, InputRow)
     assert row.error is None or row.error
     if row.error is None:
         row.request(Request(()))
@@ -203,7 +203,7 @@ def test_each_row_gives_a_line_in_order(tiny: list[str], tmp_path: Path) -> None
 def test_the_same_seed_gives_the_same_bytes(tiny: list[str], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows", 12)
     options = [*tiny, str(rows), "-t", "1", "--seed", "3"]
-    first, second = run(*options), run(*options, "--max-batch", "3")
+    first, second = run(*options), run(*options, "--batch-size", "3")
     assert first.stdout == second.stdout
     assert [value["seed"] for value in results_of(first.stdout)] == list(range(3, 15))
     alone = run("generate", "-m", tiny[2], "-p", "the stone 3", "-n", "5", "-t", "1", "--seed", "6", "--json")
@@ -230,7 +230,7 @@ def test_no_row_ends_a_run_and_those_beside_odd_ones_are_what_they_are_alone(
     lines, plain = zip(*odd_rows(count, seed=count), strict=True)
     rows = tmp_path / "rows"
     rows.write_bytes(b"".join(line + b"\n" for line in lines))
-    found = run(*tiny, str(rows), "-n", "8", "--seed", "1", "--max-batch", "16")
+    found = run(*tiny, str(rows), "-n", "8", "--seed", "1", "--batch-size", "16")
     assert (found.returncode, len(found.stderr.splitlines())) == (1, 1)
     values = results_of(found.stdout)
     assert [value["index"] for value in values] == list(range(count))
@@ -385,7 +385,7 @@ def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
 ) -> None:
     count = 400 + 100 * kills
     rows, out = write_rows(tmp_path / "rows", count), tmp_path / "out"
-    command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--max-batch", "4"]
+    command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--batch-size", "4"]
     chance, killed = random.Random(0), 0
     for number in range(kills):
         process = started(command)
@@ -412,7 +412,9 @@ def test_one_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny_llama, t
     rows, out = tmp_path / "rows", tmp_path / "out"
     counts = [10, 10, 10, *[most] * 400]
     rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": n_}) + "\n" for n, n_ in enumerate(counts)))
-    process = started(["batch", "-m", str(folder), "-t", "0", str(rows), "-o", str(out), "--max-batch", "4", "--stats"])
+    process = started(
+        ["batch", "-m", str(folder), "-t", "0", str(rows), "-o", str(out), "--batch-size", "4", "--stats"]
+    )
     lines_in(out, 3, process)
     process.send_signal(signal.SIGINT)
     if most == 8000:
@@ -446,7 +448,7 @@ def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_told_of_in_a_line(tiny: list[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 60}) + "\n" for n in range(300)))
-    command = " ".join([*KVGEN, *tiny, str(rows), "--max-batch", "4"])
+    command = " ".join([*KVGEN, *tiny, str(rows), "--batch-size", "4"])
     left = subprocess.run(
         ["bash", "-c", f"{command} | head -2; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=300
     )

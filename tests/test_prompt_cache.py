@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import kvgen
 from kvgen import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.checkpoint import digest
-from kvgen.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
+from kvgen.generation.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
 from tests.program import run
 
@@ -27,10 +27,10 @@ from tests.program import run
 @pytest.fixture(scope="module", params=[("llama", "on"), ("gemma3_text", "on"), ("gemma3_text", "off"), ("phi3", "on")])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> kvgen.Loaded:
     """With and without windows, and with rotations that a long text takes other frequencies of."""
-    kind, compile = request.param
+    kind, kernels = request.param
     folder = tmp_path_factory.mktemp(kind)
     make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
-    return kvgen.load(folder, tokenizer="ids", compile=compile)
+    return kvgen.load(folder, tokenizer="ids", kernels=kernels)
 
 
 def saved(loaded: kvgen.Loaded, ids: torch.Tensor, path: Path) -> Path:
@@ -80,7 +80,7 @@ def test_caches_of_other_weights_or_arithmetic_are_refused(tiny_llama, tmp_path:
     path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
     others = [
         kvgen.load(tiny_llama(seed=1, name="other")[0]),
-        kvgen.load(folder, compile="off"),
+        kvgen.load(folder, kernels="off"),
         kvgen.load(folder, quantize="int8"),
         kvgen.load(folder, kv_dtype="bfloat16"),
         kvgen.load(folder, dtype="bfloat16"),
@@ -196,7 +196,7 @@ def test_files_that_do_not_add_up_are_refused(
     rewritten(path, FORGERIES[name])
     with safe_open(path, framework="pt") as file:
         known = file.metadata()["sha256"]
-    monkeypatch.setattr("kvgen.prompt_cache.digest", lambda tensors: known)
+    monkeypatch.setattr("kvgen.generation.prompt_cache.digest", lambda tensors: known)
     with pytest.raises(CacheError, match=r"x\.cache: .* damaged"):
         load_prompt_cache(path, loaded)
 

@@ -20,7 +20,7 @@ from kvgen import ModelError, Score, Tokenizer, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
 from kvgen.cli.surprise import heat_map, pieces, table
-from kvgen.scoring import score_ids, windows
+from kvgen.generation.scoring import score_ids, windows
 from tests.conftest import CORPUS
 from tests.test_cache import make_decoder
 

@@ -188,7 +188,7 @@ def bytes_net(name: str = "rotary") -> TransformerWrapper:
 def test_a_folder_loads_to_the_librarys_logits(tmp_path: Path, wrapped: bool) -> None:
     net = bytes_net()
     folder = save_folder(tmp_path / "x", AutoregressiveWrapper(net) if wrapped else net, "rotary")
-    loaded = kvgen.load(folder, backend="own")
+    loaded = kvgen.load(folder, backend="library")
     ids = torch.tensor([loaded.tokenizer.encode("grüße")])
     assert ids.tolist() == [list("grüße".encode())]
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_the_context_of_absolute_positions_is_known(tmp_path: Path) -> None:
 def test_configs_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes, kind, message: str) -> None:
     folder = save_folder(tmp_path / "x", bytes_net(), "rotary", **changes)
     with pytest.raises(kind, match=message) as caught:
-        kvgen.load(folder, backend="own")
+        kvgen.load(folder, backend="library")
     assert str(folder) in str(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_pickles_are_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder = save_folder(tmp_path / "x", bytes_net(), "rotary")
     torch.save({"weight": Evil()}, folder / "model.pt")
     with pytest.raises(CheckpointError, match="loaded safely"):
-        kvgen.load(folder, backend="own")
+        kvgen.load(folder, backend="library")
     assert capsys.readouterr().out == ""
 
 
@@ -246,7 +246,7 @@ def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path, monkey
     folder = save_folder(tmp_path / "x", bytes_net(), "rotary")
     monkeypatch.setitem(__import__("sys").modules, "x_transformers", None)
     with pytest.raises(UnsupportedError, match=r"kvgen\[x-transformers\]"):
-        kvgen.load(folder, backend="own")
+        kvgen.load(folder, backend="library")
 
 
 # --- On kvgen's own decoder --------------------------------------------------------------------------------------
@@ -326,15 +326,15 @@ def test_only_checkpoints_of_the_library_run_in_it(tiny_llama) -> None:
     ids=str,
 )
 def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_path: Path, config) -> None:
-    from kvgen.convert import convert_to_xtransformers
+    from kvgen.loading.convert import convert_to_xtransformers
 
     folder, reference = tiny_llama(rms_norm_eps=1e-12, **config)  # the library's norm has no epsilon of this kind
-    loaded = kvgen.load(folder, compile="off")
+    loaded = kvgen.load(folder, kernels="off")
     convert_to_xtransformers(loaded.model.module, loaded.tokenizer, tmp_path / "x")
     ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = reference(ids).logits
-    converted = kvgen.load(tmp_path / "x", backend="own")
+    converted = kvgen.load(tmp_path / "x", backend="library")
     assert converted.model.name == "x-transformers"
     assert (converted.model(ids, None)[0] - expected).abs().max() < 1e-4
     native = kvgen.load(tmp_path / "x").model
@@ -345,9 +345,9 @@ def test_a_converted_model_gives_the_same_logits_in_the_library(tiny_llama, tmp_
 
 
 def test_what_the_library_lacks_is_not_converted(tiny_llama, tmp_path: Path) -> None:
-    from kvgen.convert import convert_to_xtransformers
+    from kvgen.loading.convert import convert_to_xtransformers
 
-    loaded = kvgen.load(tiny_llama(attention_bias=True)[0], compile="off")
+    loaded = kvgen.load(tiny_llama(attention_bias=True)[0], kernels="off")
     with pytest.raises(UnsupportedError, match=r"attn\.k"):
         convert_to_xtransformers(loaded.model.module, loaded.tokenizer, tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -355,10 +355,10 @@ def test_what_the_library_lacks_is_not_converted(tiny_llama, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_articles_scenario_on_a_real_model(smollm2, smollm2_on_torch, tmp_path: Path) -> None:
-    from kvgen.convert import convert_to_xtransformers
+    from kvgen.loading.convert import convert_to_xtransformers
 
     convert_to_xtransformers(smollm2_on_torch.model.module, smollm2.tokenizer, tmp_path / "x")
-    loaded = kvgen.load(tmp_path / "x", backend="own")
+    loaded = kvgen.load(tmp_path / "x", backend="library")
     prompt = loaded.tokenizer.encode("Once upon a time,")
     rows = compare_ids(loaded.model, prompt, patterns=["full-sequence", "last-token"], steps=16).rows
     own = kvgen.generate(smollm2, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=16)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgen.backends.reading import Arithmetic, Reader, draw_blueprint
+from kvgen.backends.blueprint import draw_blueprint
+from kvgen.backends.compute import ComputeOptions
+from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
-from kvgen.kernels.fused import FusedDecoder
-from kvgen.kernels.packed import Packed
+from kvgen.kernels.decoder import KernelDecoder
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.states import KeyValues
@@ -32,7 +34,7 @@ class NativeBackend(Backend):
     rewinds = True
     batches = True
 
-    def __init__(self, decoder: Decoder | FusedDecoder, engine: str = "torch", numerics: str = "") -> None:
+    def __init__(self, decoder: Decoder | KernelDecoder, engine: str = "torch", numerics: str = "") -> None:
         self.decoder, self.engine, self.numerics = decoder, engine, numerics
         self.module = decoder if isinstance(decoder, Decoder) else None
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
@@ -44,7 +46,7 @@ class NativeBackend(Backend):
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
         self.position_bytes = position_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
-    def _weights(self) -> Iterable[tuple[str, Tensor | Packed]]:
+    def _weights(self) -> Iterable[tuple[str, Tensor | PackedMatrix]]:
         return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
@@ -91,19 +93,19 @@ class NativeBackend(Backend):
         return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
 
 
-def load_native(raw: RawCheckpoint, arithmetic: Arithmetic, pool: Executor) -> NativeBackend:
+def load_native(raw: RawCheckpoint, arithmetic: ComputeOptions, pool: Executor) -> NativeBackend:
     """Build the decoder that a checkpoint describes and read its tensors, in parallel.
 
     Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement or what no
     memory would hold.
     """
     blueprint = draw_blueprint(raw)
-    reader = Reader(raw, blueprint, arithmetic)
+    reader = WeightReader(raw, blueprint, arithmetic)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
-    decoder: Decoder | FusedDecoder
-    if arithmetic.fused:
-        decoder = FusedDecoder(blueprint.decoder.config, state)
+    decoder: Decoder | KernelDecoder
+    if arithmetic.kernels:
+        decoder = KernelDecoder(blueprint.decoder.config, state)
     else:
         blueprint.decoder.load_state_dict(state, strict=True, assign=True)
         decoder = blueprint.decoder.requires_grad_(False).to(arithmetic.device)

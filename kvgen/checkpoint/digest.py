@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvgen.errors import CheckpointError
-from kvgen.folders import cache_dir
+from kvgen.system import cache_dir
 
 _BLOCK = 16 * 1024 * 1024
 _SETTLED = 2 * 10**9  # nanoseconds after which another change of a file gets another time, on any file system

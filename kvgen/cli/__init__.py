@@ -133,7 +133,7 @@ app.command(
         "Examples:\n\n"
         "kvgen bench\n\n"
         "kvgen bench -m ./my-model --dtype bfloat16 --contexts 16,4096 --html speed.html\n\n"
-        "kvgen bench --compile off --json"
+        "kvgen bench --kernels off --json"
     ),
 )(bench)
 

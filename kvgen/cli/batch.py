@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Exit, Option
 
 from kvgen.cli import options
-from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.errors import EXIT_INTERRUPTED
+from kvgen.cli.generation_options import CompletionOptions, PromptOptions
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.interrupts import ending_softly
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import open_lines
 from kvgen.cli.render import notes, parse_bytes, print_note, row_progress, write_json
 from kvgen.cli.stats import format_count
-from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError
-from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
+from kvgen.generation.counts import total
+from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 
 if TYPE_CHECKING:
     from kvgen import Loaded
     from kvgen.pipeline.complete import Result
     from kvgen.pipeline.results import ResultsFile
-    from kvgen.pipeline.rows import Row
+    from kvgen.pipeline.rows import InputRow
 
     _Complete = Callable[[Callable[[], bool]], Iterator[Result]]
 
@@ -67,7 +67,9 @@ def batch(
     strict: Annotated[
         bool, Option("--strict", help="Stop at a row that cannot be completed.", rich_help_panel=_ROWS)
     ] = False,
-    max_batch: Annotated[int, Option(min=1, help="The most rows at a time.", rich_help_panel=_ROWS)] = DEFAULT_MAX_ROWS,
+    batch_size: Annotated[
+        int, Option(min=1, help="The most rows at a time.", rich_help_panel=_ROWS)
+    ] = DEFAULT_BATCH_SIZE,
     max_cache_memory: Annotated[
         str | None,
         Option(
@@ -119,7 +121,7 @@ def batch(
         reading,
         defaults,
         defaults.max_tokens if _is_given(context, "max_tokens") else None,
-        max_batch,
+        batch_size,
         None if max_cache_memory is None else parse_bytes(max_cache_memory),
     )
 
@@ -176,7 +178,7 @@ class _How:
     reading: PromptOptions
     defaults: Request
     most_tokens: int | None
-    max_rows: int
+    batch_size: int
     max_cache_bytes: int | None
 
     def with_seed(self, seed: int | None) -> _How:
@@ -193,7 +195,7 @@ class _How:
 
 
 def _here(
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     how: _How,
     source: ModelOptions,
     prompt_cache: Path | None,
@@ -206,12 +208,12 @@ def _here(
     how.claim(file, source, loaded)
 
     from kvgen import Batch
+    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
     from kvgen.pipeline.complete import complete_rows
-    from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
 
     cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
     budget = loaded.cache_budget if how.max_cache_bytes is None else how.max_cache_bytes
-    engine = Batch(loaded, max_rows=how.max_rows, max_cache_bytes=budget, cache=cache)
+    engine = Batch(loaded, batch_size=how.batch_size, max_cache_bytes=budget, cache=cache)
 
     def complete(going_on: Callable[[], bool]) -> Iterator[Result]:
         yield from complete_rows(
@@ -224,7 +226,7 @@ def _here(
 
 
 def _on_ray(
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     how: _How,
     source: ModelOptions,
     address: str | None,
@@ -239,7 +241,7 @@ def _on_ray(
     from kvgen.pipeline.ray import Work, complete_on_ray
 
     arguments, reading = source.arguments(), how.reading
-    sizes = how.max_rows, how.max_cache_bytes, how.most_tokens
+    sizes = how.batch_size, how.max_cache_bytes, how.most_tokens
     work = Work(arguments, how.defaults, reading.format, reading.template, *sizes)
     results = complete_on_ray(rows, work, address, workers, notes(quiet=quiet))
     return lambda going_on: takewhile(lambda result: going_on(), results)

@@ -74,7 +74,7 @@ def bench(
         benchmark = measure(loaded.model, **sizes, repeat=repeat, progress=progress)
     report = _as_data(loaded, benchmark)
     if html is not None:
-        from kvgen.bench.html import render_html
+        from kvgen.pages.bench import render_html
 
         write_page(html, render_html(report))
     if json:

@@ -34,7 +34,7 @@ def inspect(
     file: Annotated[Path, Argument(metavar="FILE", help="What --prompt-cache wrote.")], json: options.Json = False
 ) -> None:
     """Say what a prompt cache holds: of which model, how many tokens, how many bytes."""
-    from kvgen.prompt_cache import describe_prompt_cache
+    from kvgen.generation.prompt_cache import describe_prompt_cache
 
     info = describe_prompt_cache(file)
     if json:

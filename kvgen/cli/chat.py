@@ -13,8 +13,8 @@ import typer
 from typer import Option
 
 from kvgen.cli import options
-from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.escape import escape_controls
+from kvgen.cli.generation_options import CompletionOptions, PromptOptions
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.model import ModelOptions
@@ -77,7 +77,7 @@ def chat(
     conversation = Conversation(loaded, request)
     conversation.system = system
     if prompt_cache is not None:
-        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+        from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
 
         conversation.cache = open_prompt_cache(prompt_cache, loaded)
     talk = Talk(conversation, markdown=markdown and sys.stdout.isatty(), stats=stats, quiet=quiet)
@@ -210,7 +210,7 @@ def _session() -> PromptSession[str]:
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
 
-    from kvgen.folders import cache_dir
+    from kvgen.system import cache_dir
 
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def complete_pattern(incomplete: str) -> list[str]:
     return [name for name in _PATTERNS if name.startswith(incomplete)]
 
 
-@takes_groups(backend="own")
+@takes_groups(backend="library")
 def compare(
     *,
     wrong_pattern: Annotated[
@@ -89,7 +89,7 @@ def compare(
     ]
     report = _as_data(loaded, comparisons)
     if html is not None:
-        from kvgen.comparison.html import render_html
+        from kvgen.pages.comparison import render_html
 
         write_page(html, render_html(report))
     with exiting_with(0 if report["acceptable"] else 1):

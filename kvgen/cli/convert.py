@@ -23,10 +23,10 @@ def convert(
 
     Then `kvgen compare --model DIR` checks the cache of that library, not kvgen's.
     """
-    loaded = ModelOptions(model, dtype="float32", device="cpu", compile="off").load(quiet=quiet)
+    loaded = ModelOptions(model, dtype="float32", device="cpu", kernels="off").load(quiet=quiet)
 
     from kvgen.backends.native import NativeBackend
-    from kvgen.convert import convert_to_xtransformers
+    from kvgen.loading.convert import convert_to_xtransformers
     from kvgen.model.decoder import Decoder
 
     if not isinstance(loaded.model, NativeBackend) or not isinstance(loaded.model.decoder, Decoder):

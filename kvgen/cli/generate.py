@@ -12,8 +12,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
-from kvgen.cli.completion import CompletionOptions, PromptOptions
 from kvgen.cli.errors import print_error
+from kvgen.cli.generation_options import CompletionOptions, PromptOptions
 from kvgen.cli.groups import takes_groups
 from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
@@ -59,9 +59,9 @@ def generate(
     if text is not None and prompt is not None:
         raise UsageError("give the prompt once: as PROMPT or with --prompt")
     if draft is not None and speculate != "off":
-        raise UsageError("--draft and --speculate do not go together")
+        raise UsageError("--draft-model and --speculate do not go together")
     if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
-        raise UsageError("--speculate and --draft need the cache, and go without --verify-cache")
+        raise UsageError("--speculate and --draft-model need the cache, and go without --verify-cache")
     if prompt_cache is not None and (no_cache or verify_cache is not None):
         raise UsageError("--prompt-cache needs the cache, and goes without --verify-cache")
     if logprobs is not None and not json:
@@ -88,7 +88,7 @@ def generate(
 
     cache: Any = None
     if prompt_cache is not None:
-        from kvgen.prompt_cache import open_prompt_cache, save_prompt_cache
+        from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
 
         cache = open_prompt_cache(prompt_cache, loaded)
     drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
@@ -208,7 +208,7 @@ def _drafter(
         return PromptLookup if speculate == "lookup" else None
     smaller = ModelOptions(draft, source.tokenizer, source.ids, device=source.device).load(quiet=quiet)
     if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
-        raise UsageError(f"--draft {draft}: its vocabulary is not that of {loaded.source}")
+        raise UsageError(f"--draft-model {draft}: its vocabulary is not that of {loaded.source}")
     return lambda: DraftModel(smaller.model)
 
 

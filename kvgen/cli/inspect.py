@@ -15,7 +15,7 @@ from kvgen.cli.escape import escape_controls
 from kvgen.cli.render import download_progress, format_bytes, terminal, write_json
 
 if TYPE_CHECKING:
-    from kvgen.inspection import Inspection
+    from kvgen.loading.inspect import Inspection
 
 
 def inspect(
@@ -27,8 +27,8 @@ def inspect(
 
     Exit code 0 if kvgen runs it; 1 if not, with the field that is the obstacle.
     """
-    from kvgen.inspection import as_data
-    from kvgen.inspection import inspect as inspect_checkpoint
+    from kvgen.loading.inspect import as_data
+    from kvgen.loading.inspect import inspect as inspect_checkpoint
 
     with download_progress(quiet=quiet) as progress:
         inspection = inspect_checkpoint(model, progress=progress)

@@ -23,7 +23,7 @@ class ModelOptions:
     backend: options.Backend = "auto"
     dtype: options.Dtype = "auto"
     device: options.Device = "auto"
-    compile: options.Compile = "auto"
+    kernels: options.Kernels = "auto"
     quantize: options.Quantize = "auto"
     kv_dtype: options.KVDtype = "auto"
     threads: options.Threads = None
@@ -48,7 +48,7 @@ class ModelOptions:
             "device": self.device,
             "tokenizer": "ids" if self.ids else self.tokenizer,
             "backend": self.backend,
-            "compile": self.compile,
+            "kernels": self.kernels,
             "quantize": self.quantize,
             "kv_dtype": self.kv_dtype,
         }

@@ -20,7 +20,7 @@ from kvgen.cli.render import download_progress, format_bytes, print_note, termin
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvgen.inventory import Entry
+    from kvgen.hub.inventory import Entry
 
 _GAP, _NARROWEST = 3, 20  # columns between those of a table, and of its last one
 
@@ -41,7 +41,7 @@ def _list_by_default(context: typer.Context) -> None:
 @models.command("list", cls=Command, epilog="Example:\n\nkvgen models list --json")
 def list_(json: options.Json = False) -> None:
     """List them: name, state, size, licence, and where they are."""
-    from kvgen.inventory import list_models
+    from kvgen.hub.inventory import list_models
 
     def state(entry: Entry) -> str:
         return "not fetched" if entry.path is None else "here" if entry.whole else "incomplete"
@@ -69,8 +69,8 @@ def list_(json: options.Json = False) -> None:
 )
 def pull(name: _Name, quiet: options.Quiet = False) -> None:
     """Fetch a model into the cache, unless it is there."""
-    from kvgen.catalogue import CATALOGUE
-    from kvgen.hub import resolve
+    from kvgen.hub.catalogue import CATALOGUE
+    from kvgen.hub.names import resolve
 
     if name not in CATALOGUE and name.count("/") != 1:
         raise UsageError(
@@ -88,7 +88,7 @@ def rm(
     quiet: options.Quiet = False,
 ) -> None:
     """Remove a model from the cache. Files that an installed package owns stay."""
-    from kvgen.inventory import remove
+    from kvgen.hub.inventory import remove
 
     if not yes:
         if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -12,7 +12,7 @@ from kvgen.errors import UsageError
 
 def complete_model(incomplete: str) -> list[str]:
     """Names of models, for the shell's completion."""
-    from kvgen.inventory import list_models
+    from kvgen.hub.inventory import list_models
 
     return [entry.name for entry in list_models() if entry.name.startswith(incomplete)]
 
@@ -59,18 +59,18 @@ Dtype = Annotated[
     ),
 ]
 Backend = Annotated[
-    Literal["auto", "own", "native", "x-transformers"],
+    Literal["auto", "native", "library", "x-transformers"],
     Option(
-        help="What runs the model. native: kvgen's decoder. x-transformers: that library, for its checkpoints. own: "
-        "the library that a checkpoint was written for, if kvgen can use it. auto: native wherever that can.",
+        help="What runs the model. native: kvgen's decoder. x-transformers: that library, for its checkpoints. "
+        "library: the one that a checkpoint was written for. auto: native wherever that can.",
         rich_help_panel=_MODEL,
     ),
 ]
-Compile = Annotated[
+Kernels = Annotated[
     Literal["auto", "on", "off"],
     Option(
-        help="Kernels in C++ for a CPU and float32, built once for this machine; they round activations to 16 bits, "
-        "which is lossy (KL 5e-8). auto: where there is g++. off: torch alone.",
+        help="Compute with kernels in C++, for a CPU and float32, built once for this machine; they round activations "
+        "to 16 bits (KL 5e-8). auto: where there is g++. off: torch alone.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -241,7 +241,7 @@ Speculate = Annotated[
 DraftModel = Annotated[
     str | None,
     Option(
-        "--draft",
+        "--draft-model",
         metavar="MODEL",
         help="Let a smaller model with the same vocabulary guess. The completion is the same.",
         rich_help_panel=_CACHE,

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kvgen.catalogue import Progress as ProgressCallback
 from kvgen.cli.escape import escape_controls
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
+from kvgen.hub.catalogue import Progress as ProgressCallback
 
 if TYPE_CHECKING:
     from kvgen.contract import Backend

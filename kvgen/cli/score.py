@@ -130,7 +130,7 @@ def _fields(line: GivenPrompt) -> dict[str, Any]:
 
 
 def _score(loaded: Loaded, text: str, window: int | None, stride: int | None, *, quiet: bool) -> Score:
-    from kvgen.scoring import score
+    from kvgen.generation.scoring import score
 
     with count_progress("scoring", quiet=quiet) as progress:
         return score(loaded, text, window=window, stride=stride, progress=progress)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvgen.counts import total
+from kvgen.generation.counts import total
 
 if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling

@@ -11,7 +11,7 @@ from kvgen.comparison.comparison import Comparison, compare_ids
 from kvgen.errors import UsageError
 from kvgen.generation.settings import is_whole
 from kvgen.generation.stream import text_ids
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 
 __all__ = ["Comparison", "compare"]
 

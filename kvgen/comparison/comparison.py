@@ -29,7 +29,7 @@ _TIMED = 3  # uncached steps that are timed
 
 
 @dataclass(frozen=True)
-class Row:
+class PatternResult:
     """One pattern's result.
 
     verdict: on its logits. tokens_verdict: on the tokens that it chooses by itself.
@@ -70,7 +70,7 @@ class Comparison:
     start: int
     floor: float
     reference_gap: float
-    rows: tuple[Row, ...]
+    rows: tuple[PatternResult, ...]
     unseen: str
 
     @property
@@ -117,7 +117,9 @@ def compare_ids(
     floor = 0.0
     for pattern in chosen:
         if findings:
-            rows.append(Row(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on"))
+            rows.append(
+                PatternResult(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on")
+            )
             continue
         row, judged = _compare_pattern(case, pattern, own, cached if pattern is FULL_SEQUENCE else None)
         rows.append(row)
@@ -180,8 +182,8 @@ def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
     return min(steps, backend.context_length - len(prompt))
 
 
-def _reference_row(case: Case, tokens: tuple[int, ...], seconds: float, findings: list[Finding]) -> Row:
-    return Row(
+def _reference_row(case: Case, tokens: tuple[int, ...], seconds: float, findings: list[Finding]) -> PatternResult:
+    return PatternResult(
         UNCACHED,
         Verdict.NOT_COMPARABLE if findings else Verdict.EQUIVALENT,
         gap=gap(case.expected, case.expected, case.targets),
@@ -202,22 +204,24 @@ def _pattern(name: str) -> Pattern:
     return PATTERNS[name]
 
 
-def _compare_pattern(case: Case, pattern: Pattern, own: _Own, run: Run | None) -> tuple[Row, Judgement | None]:
+def _compare_pattern(
+    case: Case, pattern: Pattern, own: _Own, run: Run | None
+) -> tuple[PatternResult, Judgement | None]:
     """The result of a pattern, and how far its logits are. run: the pattern on the text, if it was run already."""
     subject = case.subject
     if subject.cannot_cache:
-        return Row(pattern, Verdict.UNSUPPORTED, reason=subject.cannot_cache), None
+        return PatternResult(pattern, Verdict.UNSUPPORTED, reason=subject.cannot_cache), None
     try:
         run = run or run_forced(pattern.call(subject), case.ids, case.start)
     except CALL_ERRORS as error:
-        return Row(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
+        return PatternResult(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
     probes = run_probes(case) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
     tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, own, run)
-    row = Row(
+    row = PatternResult(
         pattern,
         verdict,
         reason=subject.lossy or "" if verdict is Verdict.LOSSY else "",

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from kvgen.comparison.comparison import Comparison, Row
+from kvgen.comparison.comparison import Comparison, PatternResult
 from kvgen.tokenizer import Tokenizer
 
 
@@ -27,19 +27,21 @@ def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def speedup(row: Row, reference: Row) -> float | None:
+def speedup(row: PatternResult, reference: PatternResult) -> float | None:
     """How many times as fast as uncached decoding; None if it did not run."""
     return reference.seconds / row.seconds if row.seconds and reference.seconds else None
 
 
-def _split(row: Row, tokenizer: Tokenizer) -> int | None:
+def _split(row: PatternResult, tokenizer: Tokenizer) -> int | None:
     """How many characters of the completion come before the first token that differs; None if none does."""
     if row.tokens is None or row.first_difference is None:
         return None
     return len(tokenizer.decode(row.tokens[: row.first_difference]))
 
 
-def _row_as_data(row: Row, reference: Row, comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
+def _row_as_data(
+    row: PatternResult, reference: PatternResult, comparison: Comparison, tokenizer: Tokenizer
+) -> dict[str, Any]:
     return {
         "pattern": row.pattern.name,
         "what": row.pattern.summary,

@@ -20,10 +20,10 @@ from kvgen.generation.drafts import Drafter
 from kvgen.generation.loop import Row, decode_step
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.sampling import Sampler, make_sampler
-from kvgen.generation.settings import DEFAULT_MAX_ROWS, Request
+from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 from kvgen.generation.text import Chunk, CompletionText
-from kvgen.loading import Loaded
-from kvgen.model.cached import MOST_NEW
+from kvgen.loading.load import Loaded
+from kvgen.model.causal_lm import MOST_NEW
 
 _WORTH_WAITING = 8  # positions that a row waits one pass for, so that another one computes them for it
 
@@ -45,7 +45,7 @@ class _Row(Row):
 class Batch:
     """Completes requests side by side.
 
-    max_rows: the most at a time. A backend that cannot batch computes one at a time.
+    batch_size: the most at a time. A backend that cannot batch computes one at a time.
     max_cache_bytes: the most that all caches may take together, the kept one included; None for no bound.
     use_cache: False computes every position anew on each step. cache: of an earlier completion, to go on from.
     make_drafter: makes a new drafter for each row.
@@ -61,7 +61,7 @@ class Batch:
         self,
         loaded: Loaded,
         *,
-        max_rows: int = DEFAULT_MAX_ROWS,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         max_cache_bytes: int | None = None,
         use_cache: bool = True,
         cache: Any = None,
@@ -72,7 +72,7 @@ class Batch:
         self.cache = cache
         self.pass_began = 0.0
         self._loaded, self._max_cache_bytes = loaded, max_cache_bytes
-        self._max_rows = max_rows if loaded.model.batches else 1
+        self._batch_size = batch_size if loaded.model.batches else 1
         self._use_cache, self._make_drafter = use_cache, make_drafter
         self._rows: list[_Row] = []
 
@@ -109,7 +109,7 @@ class Batch:
         """
         self._give_up()
         try:
-            with closing(Prefetcher(requests, most=self._max_rows)) as source:
+            with closing(Prefetcher(requests, most=self._batch_size)) as source:
                 yield from self._run(source, admit)
         finally:
             self._give_up()
@@ -121,7 +121,7 @@ class Batch:
         number, waiting = 0, None
         while True:
             begun: list[_Row] = []
-            while len(self._rows) < self._max_rows and admit() and failure is None:
+            while len(self._rows) < self._batch_size and admit() and failure is None:
                 if waiting is None and not source.ended:
                     try:
                         waiting = source.take(wait=not self._rows)

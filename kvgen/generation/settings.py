@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 from kvgen.errors import UsageError
 
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_MAX_ROWS = 64  # that are decoded side by side; more gain little on a CPU
+DEFAULT_BATCH_SIZE = 64  # that are decoded side by side; more gain little on a CPU
 DEFAULT_KEEP_FIRST = 4  # attention sinks (Xiao et al. 2023, arXiv:2309.17453)
 _UNLIMITED = 2**40  # tokens: centuries
 _LARGEST = 1e6  # of a bias or a penalty: far beyond any logit, far below where float32 ends

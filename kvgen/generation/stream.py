@@ -18,7 +18,7 @@ from kvgen.generation.settings import (
     are_ids,
 )
 from kvgen.generation.text import Chunk
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 
 
 def stream(
@@ -54,7 +54,7 @@ def stream(
         text_ids(loaded, prompt), sampling, max_tokens, stop, top_logprobs, max_context, keep_first, constraint
     )
     make_drafter = None if drafter is None else lambda: drafter
-    return Batch(loaded, max_rows=1, use_cache=use_cache, make_drafter=make_drafter).complete(request)
+    return Batch(loaded, batch_size=1, use_cache=use_cache, make_drafter=make_drafter).complete(request)
 
 
 def generate(loaded: Loaded, prompt: str | Sequence[int], sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> str:

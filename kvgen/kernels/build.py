@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kvgen.errors import UnsupportedError
-from kvgen.folders import cache_dir
+from kvgen.system import cache_dir
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))

@@ -30,7 +30,7 @@ class Weight(ctypes.Structure):
     )
 
 
-class Packed:
+class PackedMatrix:
     """A matrix of R rows and K columns.
 
     tensors: what it is made of, in memory that the kernels read.

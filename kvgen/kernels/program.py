@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from kvgen.kernels.packed import Packed, Weight
+from kvgen.kernels.packed import PackedMatrix, Weight
 from kvgen.model.config import DecoderConfig
 
 
@@ -70,7 +70,7 @@ def slot_widths(config: DecoderConfig) -> dict[Slot, int]:
 class Programmer:
     """Writes the operations of a decoder, block by block, as `kvgen.model.decoder` states them."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Packed | Tensor]) -> None:
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, PackedMatrix | Tensor]) -> None:
         """weights: matrices packed, and vectors in fp32, by the decoder's names for them."""
         self.config, self.weights = config, weights
         self.ops: list[Op] = []
@@ -165,7 +165,7 @@ class Programmer:
 
     def _linear(self, name: str, src: Slot, dst: Slot, scale: float = 1, flags: int = 0) -> None:
         packed = self.weights[f"{name}.weight"]
-        assert isinstance(packed, Packed)
+        assert isinstance(packed, PackedMatrix)
         key = (src, packed.weight.kind, packed.weight.group)
         if self._rounded == key:
             flags |= _SAME_INPUT

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.cached import Pass, Span
+from kvgen.model.causal_lm import Pass, Span
 from kvgen.model.config import Attention, DecoderConfig
 from kvgen.model.layers import L2Norm, Linear, make_norm, rotate
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.attention import AttentionModule
-from kvgen.model.cached import CachedModel, Pass, Span, positions_of
+from kvgen.model.causal_lm import CausalLM, Pass, Span, positions_of
 from kvgen.model.config import MLP, Attention, DecoderConfig
 from kvgen.model.layers import Embedding, Linear, MLPModule, RotaryTables, make_norm
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
         return x if self.scale == 1 else x * self.scale
 
 
-class Decoder(CachedModel, nn.Module):
+class Decoder(CausalLM, nn.Module):
     """A decoder-only transformer. Always in evaluation mode: it has no dropout and no stochastic depth."""
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvgen.counts import total
 from kvgen.errors import KvgenError, UsageError, of_item
 from kvgen.generation.batch import Batch
+from kvgen.generation.counts import total
 from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
-from kvgen.pipeline.rows import Row
+from kvgen.pipeline.rows import InputRow
 from kvgen.tokenizer import Tokenizer
 from kvgen.tokenizer.prompt import PromptFormat
 
@@ -20,7 +20,7 @@ from kvgen.tokenizer.prompt import PromptFormat
 class Result:
     """What became of a row. reused, computed: positions, over all passes; None if the cache does not say."""
 
-    row: Row
+    row: InputRow
     value: dict[str, Any]
     tokens: int = 0
     reused: int | None = 0
@@ -33,7 +33,7 @@ class Result:
 
 @dataclass
 class _Open:
-    row: Row
+    row: InputRow
     request: Request
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class _Open:
 def complete_rows(
     batch: Batch,
     tokenizer: Tokenizer,
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     defaults: Request,
     format: PromptFormat,
     admit: Callable[[], bool] = lambda: True,

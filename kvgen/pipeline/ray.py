@@ -21,9 +21,9 @@ import torch
 from kvgen.errors import KvgenError, UnsupportedError, in_one_line
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
-from kvgen.loading import load
+from kvgen.loading.load import load
 from kvgen.pipeline.complete import Result, complete_rows
-from kvgen.pipeline.rows import Row, read_row
+from kvgen.pipeline.rows import InputRow, read_row
 from kvgen.tokenizer.prompt import PromptFormat
 
 _TASK_ROWS = 64  # that a worker gets at a time, and that are completed again if it dies
@@ -41,7 +41,7 @@ class Work:
     defaults: Request
     format: PromptFormat
     chat_template: str | None
-    max_rows: int
+    batch_size: int
     max_cache_bytes: int | None
     most_tokens: int | None
 
@@ -57,7 +57,7 @@ class Worker:
             tokenizer = tokenizer.with_chat_template(work.chat_template)
         self._work, self._tokenizer = work, tokenizer
         budget = loaded.cache_budget if work.max_cache_bytes is None else work.max_cache_bytes
-        self._batch = Batch(loaded, max_rows=work.max_rows, max_cache_bytes=budget)
+        self._batch = Batch(loaded, batch_size=work.batch_size, max_cache_bytes=budget)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         given = [read_row(int(index), line) for index, line in zip(rows["index"], rows["line"], strict=True)]
@@ -74,7 +74,7 @@ class Worker:
 
 
 def complete_on_ray(
-    rows: Iterable[Row], work: Work, address: str | None, workers: int | None, notify: Callable[[str], None]
+    rows: Iterable[InputRow], work: Work, address: str | None, workers: int | None, notify: Callable[[str], None]
 ) -> Iterator[Result]:
     """The result of each row as it comes. A worker that dies is started again, and its rows are completed again.
 

@@ -17,7 +17,7 @@ from typing import Any
 from kvgen.checkpoint.digest import digest_of, source_file
 from kvgen.errors import UsageError
 from kvgen.generation.settings import Request
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 from kvgen.tokenizer.prompt import PromptFormat
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from kvgen.errors import KvgenError, UsageError
 from kvgen.pipeline.record import Record, differences, read_record, record_path, write_record
-from kvgen.pipeline.rows import Row
+from kvgen.pipeline.rows import InputRow
 
 
 class Lines:
@@ -179,7 +179,7 @@ class InOrder:
             self._next += 1
 
 
-def not_done(rows: Iterator[Row], done: dict[int, str], path: Path | None) -> Iterator[Row]:
+def not_done(rows: Iterator[InputRow], done: dict[int, str], path: Path | None) -> Iterator[InputRow]:
     """The rows that are not in a results file yet. Raises UsageError if those that are have changed since."""
     for row in rows:
         if row.index not in done:

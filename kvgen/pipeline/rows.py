@@ -29,7 +29,7 @@ _ID_DIGITS = 20  # of a token id
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """What one line asks for.
 
     index: its number among the rows, from 0. id: what the row calls itself, or its index. digest: of the line, to tell
@@ -66,7 +66,7 @@ class Row:
         return labels if self.metadata is None else {**labels, "metadata": self.metadata}
 
 
-def read_rows(lines: Iterable[bytes]) -> Iterator[Row]:
+def read_rows(lines: Iterable[bytes]) -> Iterator[InputRow]:
     """The rows of lines; empty ones are none."""
     index = 0
     for line in lines:
@@ -75,7 +75,7 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[Row]:
             index += 1
 
 
-def read_row(index: int, line: bytes) -> Row:
+def read_row(index: int, line: bytes) -> InputRow:
     """The row of a line of JSON: a string, or an object with `prompt` or `messages`."""
     digest = hashlib.sha256(line.strip()).hexdigest()[:16]
     id_: str | int = index
@@ -97,11 +97,11 @@ def read_row(index: int, line: bytes) -> Row:
         constraint = _constraint(_chosen(value, _CONSTRAINTS))
         if constraint is not None:
             others["constraint"] = constraint
-        row = Row(index, id_, digest, prompt, sampling, others, value.get("metadata"), line=line)
+        row = InputRow(index, id_, digest, prompt, sampling, others, value.get("metadata"), line=line)
         row.request(Request(()))  # raises for values out of range
         return row
     except Exception as error:  # noqa: BLE001 (whatever it is, it is this row's, and the others go on)
-        return Row(index, id_, digest, error=str(of_item(error)), line=line)
+        return InputRow(index, id_, digest, error=str(of_item(error)), line=line)
 
 
 def _parsed(line: bytes) -> Any:

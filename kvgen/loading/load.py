@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
+from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.native import load_native
 from kvgen.backends.python import load_python
-from kvgen.backends.reading import Arithmetic
 from kvgen.backends.xtransformers import load_xtransformers
-from kvgen.catalogue import Progress
 from kvgen.checkpoint import RawCheckpoint, RawTensor, read_checkpoint
 from kvgen.checkpoint.digest import SourceFile
 from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.families import runs_natively
-from kvgen.hub import default_reference, no_progress, resolve
+from kvgen.hub.catalogue import Progress
+from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.build import library
-from kvgen.memory import available_memory
+from kvgen.system import available_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
-BACKENDS = ("auto", "own", "native", "x-transformers")
-COMPILE = ("auto", "on", "off")
+BACKENDS = ("auto", "native", "library", "x-transformers")
+KERNELS = ("auto", "on", "off")
 QUANTIZE = ("auto", "none", "int8", "int4")
 KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 DTYPES = {
@@ -67,7 +67,7 @@ def load(
     device: str | torch.device = "auto",
     tokenizer: str | Path | None = None,
     backend: str = "auto",
-    compile: str = "auto",
+    kernels: str = "auto",
     quantize: str = "auto",
     kv_dtype: str = "auto",
     progress: Progress = no_progress,
@@ -83,16 +83,16 @@ def load(
     device: `auto` is CUDA where there is one, else MPS, else the CPU. A model in Python has its own.
     tokenizer: None for the checkpoint's own; else a tokenizer.json, `bytes` (id = byte), or `ids` (the text is
         token ids, as in "5 17 3").
-    backend: `auto` runs a checkpoint on kvgen's own decoder where that has all its mechanisms, and an x-transformers
-        one that needs more in the library; `own` runs it in the library that it was written for; or `native`,
-        `x-transformers`.
-    compile: `on` computes with kernels in C++, which are built once for this machine; `off` with torch's operations;
+    backend: `native` is kvgen's decoder, `x-transformers` that library, for checkpoints of its format. `library` is the
+        one that a checkpoint was written for, if kvgen can use it, else `native`. `auto` is `native` wherever that has
+        all mechanisms, else the library.
+    kernels: `on` computes with kernels in C++, which are built once for this machine; `off` with torch's operations;
         `auto` with the kernels where they can be: on a CPU, in float32, with g++. `Backend.engine` says
         which. With the kernels weights stay in the types that they are stored in.
     quantize: `auto` leaves weights as they are stored. `int8` and `int4` round floating-point ones, which is LOSSY;
         `none` makes floats of integers.
     kv_dtype: of cached keys and values; `auto` is that of the computation. `bfloat16` and `int8` are LOSSY.
-    progress: told about a download; see `kvgen.catalogue`.
+    progress: told about a download; see `kvgen.hub.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
     """
@@ -103,7 +103,7 @@ def load(
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:make")
     chosen_device, available = _device(device), available_memory()
     raw = read_checkpoint(resolve(name, progress=progress))
-    arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, compile, quantize)
+    arithmetic = _arithmetic(_dtype(dtype, chosen_device, raw), chosen_device, kernels, quantize)
     if kv_dtype != "auto":
         if kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv_dtype {kv_dtype!r} is not one of auto, {', '.join(KV_DTYPES)}")
@@ -113,9 +113,9 @@ def load(
         model: Backend
         config: Any
         if _runs_in_library(raw, backend):
-            if compile == "on" or quantize != "auto" or kv_dtype != "auto":
+            if kernels == "on" or quantize != "auto" or kv_dtype != "auto":
                 raise UsageError(
-                    f"{raw.path} runs in its library: compile, quantize and kv_dtype are for kvgen's decoder"
+                    f"{raw.path} runs in its library: kernels, quantize and kv_dtype are for kvgen's decoder"
                 )
             model, config = load_xtransformers(raw, arithmetic.dtype, arithmetic.device), raw.metadata
         else:
@@ -133,7 +133,7 @@ def _runs_in_library(raw: RawCheckpoint, backend: str) -> bool:
         if backend == "x-transformers":
             raise UsageError(f"{raw.path}: only checkpoints of x-transformers run in it; see `kvgen convert`")
         return False
-    return backend in ("own", "x-transformers") or (backend == "auto" and not runs_natively(raw))
+    return backend in ("library", "x-transformers") or (backend == "auto" and not runs_natively(raw))
 
 
 def _load_from_python(reference: str, tokenizer: str | Path | None) -> Loaded:
@@ -153,24 +153,24 @@ def _cache_budget(model: Backend, available: int) -> int:
     return max(0, available - (model.weight_bytes or 0)) // 2
 
 
-def _arithmetic(dtype: torch.dtype, device: torch.device, compile: str, quantize: str) -> Arithmetic:
+def _arithmetic(dtype: torch.dtype, device: torch.device, kernels: str, quantize: str) -> ComputeOptions:
     """How to compute, and on which kernels. Raises UsageError, and UnsupportedError for kernels that cannot be."""
-    if compile not in COMPILE:
-        raise UsageError(f"compile {compile!r} is not one of {', '.join(COMPILE)}")
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r} is not one of {', '.join(KERNELS)}")
     if quantize not in QUANTIZE:
         raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZE)}")
     fits = device.type == "cpu" and dtype == torch.float32
-    if compile == "on" and not fits:
+    if kernels == "on" and not fits:
         raise UsageError(f"the kernels compute in float32 on a CPU, not in {str(dtype)[6:]} on {device}")
-    if compile == "off" or not fits:
-        return Arithmetic(dtype, device, quantize=quantize)
+    if kernels == "off" or not fits:
+        return ComputeOptions(dtype, device, quantize=quantize)
     try:
         library()
     except UnsupportedError as error:
-        if compile == "on":
+        if kernels == "on":
             raise
-        return Arithmetic(dtype, device, quantize=quantize, engine=f"torch ({error})")
-    return Arithmetic(dtype, device, fused=True, quantize=quantize, engine="C++ kernels")
+        return ComputeOptions(dtype, device, quantize=quantize, engine=f"torch ({error})")
+    return ComputeOptions(dtype, device, kernels=True, quantize=quantize, engine="C++ kernels")
 
 
 def _usable_devices() -> list[str]:

@@ -69,7 +69,7 @@ def positions_of(spans: Sequence[Span]) -> Tensor:
     return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
 
 
-class CachedModel(ABC):
+class CausalLM(ABC):
     """What makes a forward pass the contract: the cache, and what of a sequence is new. How to compute is left open."""
 
     config: DecoderConfig

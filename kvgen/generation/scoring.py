@@ -14,7 +14,7 @@ from kvgen.contract import Backend
 from kvgen.errors import ModelError, UsageError
 from kvgen.generation.settings import is_whole
 from kvgen.generation.stream import text_ids
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 
 DEFAULT_WINDOW = 2048
 

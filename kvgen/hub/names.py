@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvgen import catalogue
-from kvgen.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
 from kvgen.errors import NotFoundError, in_one_line
-from kvgen.folders import cache_dir
+from kvgen.hub import catalogue
+from kvgen.hub.catalogue import CATALOGUE, DEFAULT_MODEL, Progress
+from kvgen.system import cache_dir
 
 _HUB_FILES = [
     "config.json",

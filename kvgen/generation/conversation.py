@@ -13,7 +13,7 @@ from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 from kvgen.tokenizer.chat import Message, check_messages
 
 
@@ -37,7 +37,7 @@ class Conversation:
         Raises UsageError for a conversation that the template refuses, ContextError for one that fills the context. It
         is then as before.
         """
-        before, batch = len(self.messages), Batch(self.loaded, max_rows=1, cache=self.cache)
+        before, batch = len(self.messages), Batch(self.loaded, batch_size=1, cache=self.cache)
         self.messages.append({"role": "user", "content": text})
         answer: Message = {"role": "assistant", "content": ""}
         try:

@@ -3,82 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvgen.backends.blueprint import Blueprint
+from kvgen.backends.compute import ComputeOptions
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.grouped import Grouped, quantized
-from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
-from kvgen.families import Family, find_family
+from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import block_part, parts_of, take_apart
-from kvgen.kernels.packed import Packed
-from kvgen.memory import total_memory
-from kvgen.model.decoder import Decoder
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
+from kvgen.system import total_memory
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """What a checkpoint will be, before any of its tensors is read.
-
-    decoder: on the meta device. sources: for each parameter, or fused group of them, the tensors it comes from.
-    """
-
-    family: Family
-    decoder: Decoder
-    sources: Mapping[str, Sequence[str]]
-
-
-def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
-    """Raises CheckpointError for tensors that are missing or unknown, UnsupportedError for what kvgen does not run."""
-    family = find_family(raw)
-    config = family.config(raw)
-    sources, unknown = family.sources(raw)
-    try:
-        with torch.device("meta"):
-            decoder = Decoder(config)
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that multiply to 2^63 and more
-        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({in_one_line(error)})") from error
-    wanted = {name for name, _ in decoder.named_parameters()}
-    homes = {parameter: source for source in sources for parameter in parts_of(source)}
-    _check_names(raw.path, missing=wanted - homes.keys(), unknown=unknown)
-    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - wanted])
-    return Blueprint(family, decoder, sources)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a decoder is to compute.
-
-    dtype: of the computation; on torch of the weights too. fused: on the kernels, where weights stay as they are.
-    quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
-    kv_dtype: of cached keys and values; None for `dtype`.
-    engine: what it is called.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    fused: bool = False
-    quantize: str = "auto"
-    kv_dtype: torch.dtype | None = None
-    engine: str = "torch"
-
-    @property
-    def numerics(self) -> str:
-        """What numbers depend on besides weights and text, for people and to compare."""
-        names = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype or self.dtype)]
-        return f"{'kernels' if self.fused else self.device.type} {names[0]}, cache {names[1]}, weights {self.quantize}"
-
-
-class Reader:
+class WeightReader:
     """Reads the tensors of a checkpoint as the decoder's parameters."""
 
-    def __init__(self, raw: RawCheckpoint, blueprint: Blueprint, arithmetic: Arithmetic) -> None:
+    def __init__(self, raw: RawCheckpoint, blueprint: Blueprint, arithmetic: ComputeOptions) -> None:
         self.raw, self.sources, self.arithmetic = raw, blueprint.sources, arithmetic
         self.config = blueprint.decoder.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
@@ -99,7 +44,7 @@ class Reader:
         """What a source takes in memory, at most."""
         stored = sum(self.raw.tensors[name].nbytes for name in self.sources[source])
         numbers = sum(math.prod(self.shapes[name]) for name in parts_of(source))
-        if not self.arithmetic.fused:
+        if not self.arithmetic.kernels:
             return numbers * self.arithmetic.dtype.itemsize
         return {"auto": stored, "none": 4 * numbers}.get(self.arithmetic.quantize, numbers)
 
@@ -125,7 +70,7 @@ class Reader:
     def _as_integers(self, source: str) -> list[Grouped] | None:
         """The pieces of a source as the integers that it is stored in; None if that cannot be or is not wanted."""
         names = self.sources[source]
-        if self.arithmetic.quantize == "none" or not self.arithmetic.fused or len(names) > 1:
+        if self.arithmetic.quantize == "none" or not self.arithmetic.kernels or len(names) > 1:
             return None
         if not self.matrices.issuperset(parts_of(source)):
             return None
@@ -148,12 +93,12 @@ class Reader:
         transform = self.transforms.get(block_part(source))
         return take_apart(transform(tensor) if transform else tensor, source, self.config)
 
-    def _placed(self, name: str, piece: Tensor | Grouped) -> Tensor | Packed:
+    def _placed(self, name: str, piece: Tensor | Grouped) -> Tensor | PackedMatrix:
         arithmetic = self.arithmetic
         if name in self.matrices and isinstance(piece, Tensor) and arithmetic.quantize in ("int8", "int4"):
             piece = _rounded(piece, 4 if arithmetic.quantize == "int4" and block_part(name) != name else 8)
-        if arithmetic.fused and name in self.matrices:
-            return Packed(piece)
+        if arithmetic.kernels and name in self.matrices:
+            return PackedMatrix(piece)
         floats = piece.dequantized() if isinstance(piece, Grouped) else piece
         return floats.to(device=arithmetic.device, dtype=arithmetic.dtype)
 
@@ -168,13 +113,3 @@ def _read_floats(raw: RawCheckpoint, name: str) -> Tensor:
     if not tensor.is_floating_point():
         raise UnsupportedError(f"{raw.path}: tensor {name!r} has the type {raw.tensors[name].type}")
     return tensor
-
-
-def _check_names(path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    for what, names in (
-        ("is missing", sorted(missing)),
-        ("is not part of this kind of model", sorted(unknown)),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {what}")

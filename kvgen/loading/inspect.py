@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvgen.backends.reading import draw_blueprint
-from kvgen.catalogue import Progress
+from kvgen.backends.blueprint import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
-from kvgen.hub import default_reference, no_progress, resolve
+from kvgen.hub.catalogue import Progress
+from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.model.cache import cache_bytes, position_bytes
 from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.tokenizer import Tokenizer, read_tokenizer

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kvgen.errors import UsageError
 from kvgen.kernels.build import library
-from kvgen.kernels.packed import Packed
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.program import Op, Programmer, Slot, slot_widths
 from kvgen.model.cache import KVCache
-from kvgen.model.cached import CachedModel, Span, positions_of
+from kvgen.model.causal_lm import CausalLM, Span, positions_of
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import RotaryTables
 from kvgen.model.states import KeyValues
@@ -81,7 +81,7 @@ class _Place:
     rows: Sequence[ctypes.Array[_Layer]]
 
 
-class FusedDecoder(CachedModel):
+class KernelDecoder(CausalLM):
     """A decoder whose weights stay in the checkpoint's own type, and whose arithmetic is fp32.
 
     weights: matrices packed, vectors and the table of learned positions in fp32, by `Decoder`'s names for them.
@@ -90,7 +90,7 @@ class FusedDecoder(CachedModel):
 
     dtype = torch.float32
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Packed | Tensor]) -> None:
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, PackedMatrix | Tensor]) -> None:
         self.config, self.weights = config, weights
         self.rotaries = [RotaryTables(rotary) for rotary in config.rotaries]
         self._library = library()
@@ -131,7 +131,7 @@ class FusedDecoder(CachedModel):
 
     def token_rows(self, ids: Tensor) -> Tensor:
         table = self.weights["token_embd.weight"]
-        assert isinstance(table, Packed)
+        assert isinstance(table, PackedMatrix)
         if ids.device.type != "cpu":
             raise UsageError(f"token ids are on {ids.device}; this model computes on the CPU")
         return table.rows(ids)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from kvgen.plots import as_svg, new_axes
+from kvgen.pages.plots import as_svg, new_axes
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def render_html(report: dict[str, Any]) -> str:
         {**data, "plot": Markup(_plot(data)), "patterns": [_split_text(p) for p in data["patterns"]]}
         for data in report["comparisons"]
     ]
-    page = importlib.resources.files("kvgen.comparison").joinpath("page.html").read_text(encoding="utf-8")
+    page = importlib.resources.files("kvgen.pages").joinpath("comparison.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True).from_string(page)
     return template.render({**report, "comparisons": comparisons, "number": _number})
 

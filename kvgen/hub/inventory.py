@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvgen import catalogue
-from kvgen.catalogue import CATALOGUE
 from kvgen.errors import KvgenError, NotFoundError, UsageError
-from kvgen.folders import cache_dir
-from kvgen.hub import is_whole
+from kvgen.hub import catalogue
+from kvgen.hub.catalogue import CATALOGUE
+from kvgen.hub.names import is_whole
+from kvgen.system import cache_dir
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo

@@ -1,15 +1,13 @@
-"""How much memory there is, to be asked before much is taken.
-
-psutil knows the machine. What a container or a service may take of it stands in the control groups of Linux, which no
-library in wide use reads: those that do are one person's each.
-"""
+"""This machine: the folder that kvgen writes to, and how much memory there is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from platformdirs import user_cache_path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -25,6 +23,8 @@ def available_memory() -> int:
     return max(0, min([int(psutil.virtual_memory().available), *(most - used for most, used in _bounds())]))
 
 
+# What a container or a service may take stands in the control groups of Linux, which no library in wide use reads:
+# those that do are one person's each.
 def _bounds() -> Iterator[tuple[int, int]]:
     """What each control group may take that this process is in, and what it has taken.
 
@@ -74,3 +74,9 @@ def _read(file: Path) -> str:
         return file.read_text()
     except OSError:
         return ""
+
+
+def cache_dir() -> Path:
+    """The one place that kvgen writes to unasked: $KVGEN_CACHE_DIR, or the user's cache folder."""
+    chosen = os.environ.get("KVGEN_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else user_cache_path("kvgen", appauthor=False)

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from kvgen.plots import as_svg, new_axes
+from kvgen.pages.plots import as_svg, new_axes
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -16,7 +16,7 @@ def render_html(report: dict[str, Any]) -> str:
 
     Raises UnsupportedError if matplotlib is not installed.
     """
-    page = importlib.resources.files("kvgen.bench").joinpath("page.html").read_text(encoding="utf-8")
+    page = importlib.resources.files("kvgen.pages").joinpath("bench.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True).from_string(page)
     return template.render({**report, "plot": Markup(_plot(report["growth"]))})
 

@@ -25,7 +25,7 @@ from kvgen.checkpoint.hf import TYPE_NAMES, add_shard
 from kvgen.checkpoint.raw import RawTensor
 from kvgen.contract import Backend
 from kvgen.errors import CacheError, CheckpointError, KvgenError, UsageError
-from kvgen.loading import Loaded
+from kvgen.loading.load import Loaded
 from kvgen.model.cache import KVCache
 from kvgen.model.states import KeyValues
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFWriter
-from kvgen.backends.reading import draw_blueprint
 from safetensors.torch import save
 
+from kvgen.backends.blueprint import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import KvgenError
 from kvgen.generation.conversation import Conversation

@@ -16,6 +16,7 @@ from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
 from kvgen.comparison.comparison import Comparison, PatternResult, compare_ids
 from kvgen.comparison.patterns import PATTERNS
+from kvgen.comparison.reference import Reference
 from kvgen.comparison.report import as_data
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
@@ -448,3 +449,13 @@ def test_a_loaded_model_is_compared_by_text_or_ids(smollm2: kvgen.Loaded) -> Non
     for wrong in ({"prompt": b"x"}, {"steps": 2.5}, {"continuation": 3}, {"patterns": ["no"]}):
         with pytest.raises(UsageError, match="of type bytes|steps is 2.5|of type int|pattern 'no'"):
             kvgen.compare(smollm2, **wrong)
+
+
+@pytest.mark.parametrize("token", [198, 49])
+def test_a_text_that_rounding_moves_far_is_no_fault(smollm2_on_torch: kvgen.Loaded, token: int) -> None:
+    """The same token twice: a pass of 2 positions and one of 3 round alike, and a cached one 8 to 12 times as far."""
+    reference, ids = Reference(subject_of(smollm2_on_torch.model)), torch.tensor([[token, token]])
+    longer = torch.tensor([[token, *range(100, 124)]])
+    _, cache = smollm2_on_torch.model(longer, None)
+    logits, _ = smollm2_on_torch.model(ids, cache)
+    assert not reference.judge_one(logits[0, -1], ids).wrong

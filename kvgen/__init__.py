@@ -28,11 +28,11 @@ from kvgen.errors import (
 
 if TYPE_CHECKING:
     from kvgen.comparison import Comparison, compare
-    from kvgen.contract import Model
+    from kvgen.contract import Backend, Model
     from kvgen.generation.batch import Batch
     from kvgen.generation.completion import Step
     from kvgen.generation.conversation import Conversation
-    from kvgen.generation.drafts import DraftModel, PromptLookup
+    from kvgen.generation.drafts import DraftModel, Drafter, PromptLookup
     from kvgen.generation.scoring import Score, score
     from kvgen.generation.settings import Constraint, Request, Sampling
     from kvgen.generation.stream import generate, stream
@@ -49,6 +49,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
+    "Backend",
     "Batch",
     "CacheError",
     "CheckpointError",
@@ -58,6 +59,7 @@ __all__ = [
     "ContextError",
     "Conversation",
     "DraftModel",
+    "Drafter",
     "KVCache",
     "KvgenError",
     "Loaded",
@@ -81,12 +83,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Backend": "kvgen.contract",
     "Batch": "kvgen.generation.batch",
     "Chunk": "kvgen.generation.text",
     "Comparison": "kvgen.comparison",
     "Constraint": "kvgen.generation.settings",
     "Conversation": "kvgen.generation.conversation",
     "DraftModel": "kvgen.generation.drafts",
+    "Drafter": "kvgen.generation.drafts",
     "KVCache": "kvgen.model.cache",
     "Loaded": "kvgen.loading.load",
     "Message": "kvgen.tokenizer.chat",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvgen.generation.batch import Batch
     from kvgen.generation.completion import Step
     from kvgen.generation.conversation import Conversation
-    from kvgen.generation.drafts import DraftModel, Drafter, PromptLookup
+    from kvgen.generation.drafts import Drafter, DraftModel, PromptLookup
     from kvgen.generation.scoring import Score, score
     from kvgen.generation.settings import Constraint, Request, Sampling
     from kvgen.generation.stream import generate, stream

@@ -11,7 +11,8 @@ import torch
 class ComputeOptions:
     """How a decoder is to compute.
 
-    dtype: of the computation; on torch of the weights too. fused: on the kernels, where weights stay as they are.
+    dtype: of the computation; on torch of the weights too.
+    kernels: whether to compute on the C++ kernels, where weights stay as they are stored.
     quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
     kv_dtype: of cached keys and values; None for `dtype`.
     engine: what it is called.

@@ -31,8 +31,6 @@ _PEERS = {
     "--kv-bits": "--kv-dtype",
     "--gpu-layers": "--device",
     "--n-gpu-layers": "--device",
-    "--draft": "--draft-model",
-    "--max-batch": "--batch-size",
     "--model-draft": "--draft-model",
     "--grammar-file": "--grammar",
     "--schema": "--json-schema",

@@ -22,15 +22,15 @@ def raise_interrupts() -> None:
     moment later.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = sys.unraisablehook
+    sys.unraisablehook = _raise_again
 
-    def hook(dropped: Any) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-        else:
-            before(dropped)
 
-    sys.unraisablehook = hook
+def _raise_again(dropped: Any) -> None:
+    """What Python calls with an exception that it drops."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 @contextmanager

@@ -62,17 +62,17 @@ class Reference:
             self._kept[key] = self.subject(ids, None)[0][0, -1].cpu()
         return self._kept[key]
 
-    def rows(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def rows(self, ids: Tensor, lengths: Sequence[int], more: int = 1) -> Tensor:
         """Logits after the first `lengths` positions of `ids`, (1, n), each at most n: (len(lengths), vocab).
 
-        One pass gives them all where the model returns logits of all positions. It goes one position further than the
-        last length, so that it is another way to compute than `alone` is.
+        One pass gives them all where the model returns logits of all positions. It goes `more` positions further than
+        the last length, as far as the context goes, so that it is another way to compute than `alone` is.
 
         Raises ModelError for logits that are not numbers.
         """
         wanted = [length - 1 for length in lengths]
-        end = max(lengths) + 1
-        passed = torch.cat((ids, ids[:, :1]), dim=1)[:, :end]
+        end = max(lengths) + more
+        passed = torch.cat((ids, ids[:, :1].expand(1, more)), dim=1)[:, :end]
         longest = self.subject.context_length
         if longest is not None and end > longest:
             passed = passed[:, :longest]
@@ -84,10 +84,15 @@ class Reference:
             raise ModelError("the model's uncached logits are not numbers: there is nothing to compare with")
         return found
 
-    def floor(self, ids: Tensor) -> float:
-        """The noise floor of the logits after `ids`, (1, n)."""
+    def floor(self, ids: Tensor, longer: Sequence[int] = (1,)) -> float:
+        """The noise floor of the logits after `ids`, (1, n), from passes that are longer by so many positions.
+
+        Two passes of nearly one length may round alike by chance, on a text whose logits rounding moves far. So nothing
+        is condemned by the default alone, but by `_LONGER`.
+        """
         expected, length = self.alone(ids), ids.shape[1]
-        return max(typical_floor(expected, self.subject.dtype), distance(expected, self.rows(ids, [length])[0]))
+        measured = (distance(expected, self.rows(ids, [length], more)[0]) for more in longer)
+        return max(typical_floor(expected, self.subject.dtype), *measured)
 
     def same(self, a: Tensor, b: Tensor, ids: Tensor) -> bool:
         """Whether two computations of the logits after `ids`, (vocab,) each, differ by no more than rounding."""
@@ -96,22 +101,7 @@ class Reference:
             return apart == 0
         if apart > _FAR * LIMIT * typical_floor(b, self.subject.dtype):
             return False
-        return apart <= LIMIT * self.floor(ids) or apart <= LIMIT * self._noise(ids)
-
-    def _noise(self, ids: Tensor) -> float:
-        """The floor of the logits after `ids`, (1, n), from more passes: for what a floor of two passes would condemn.
-
-        Two passes of nearly one length may round alike by chance, on a text whose logits rounding moves far.
-        """
-        expected, noise = self.alone(ids), 0.0
-        for more in _LONGER:
-            longer = torch.cat((ids, ids[:, :1].expand(1, more)), dim=1)
-            if self.subject.context_length is not None and longer.shape[1] > self.subject.context_length:
-                continue
-            found = self.subject.logits_at(longer, [ids.shape[1] - 1])
-            if found is not None:
-                noise = max(noise, distance(expected, found[0].cpu()))
-        return noise
+        return apart <= LIMIT * self.floor(ids) or apart <= LIMIT * self.floor(ids, _LONGER)
 
     def judge(self, actual: Tensor, expected: Tensor, ids: Tensor, lengths: Sequence[int]) -> Judgement:
         """Hold logits, (steps, vocab), against uncached ones of the same text.
@@ -131,7 +121,7 @@ class Reference:
                 floor = max(floor, distance(other, expected[step]))
             worst = max(range(len(lengths)), key=distances.__getitem__)
             if LIMIT * floor < distances[worst] <= _FAR * LIMIT * floor:
-                floor = max(floor, self._noise(ids[:, : lengths[worst]]))
+                floor = max(floor, self.floor(ids[:, : lengths[worst]], _LONGER))
         return Judgement(not any(distances), floor, tuple(distances), lengths[worst])
 
     def judge_one(self, actual: Tensor, ids: Tensor) -> Judgement:

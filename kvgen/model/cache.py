@@ -129,7 +129,7 @@ class KVCache:
         if not self._reserved or self._length + count > self._end:
             reserved = tuple(state.reserve(self._length, count, self.capacity, self.most) for state in self.states)
             # A window's buffer that moves does so when the pass is over: its room is for this pass alone.
-            moving = any(getattr(state, "moving", False) for state in self.states)
+            moving = any(state.moving for state in self.states)
             self._reserved, self._end = () if moving else reserved, min(room.end for room in reserved)
             return reserved
         return self._reserved

@@ -44,6 +44,10 @@ class State(Protocol):
     def nbytes(self) -> int:
         """Bytes of the buffers, spare capacity included."""
 
+    @property
+    def moving(self) -> bool:
+        """Whether what was reserved last is kept elsewhere once the pass is over."""
+
     def reserve(self, length: int, count: int, least: int, most: int) -> KeyValues:
         """Make room for `count` positions behind the first `length`.
 
@@ -81,6 +85,8 @@ def new_state(mixer: Attention, batch: int, dtype: torch.dtype, device: torch.de
 
 class FullState:
     """Keys and values of all positions, (B, H_kv, capacity, D)."""
+
+    moving = False
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -140,7 +146,6 @@ class WindowState:
 
     @property
     def moving(self) -> bool:
-        """Whether what was reserved last is kept elsewhere once the pass is over."""
         return self._moving is not None
 
     def reserve(self, length: int, count: int, least: int, most: int) -> KeyValues:

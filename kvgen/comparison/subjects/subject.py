@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Subject:
         """The contract."""
         return self.backend(ids, cache)
 
-    @cached_property
+    @property
     def forward_batch(self) -> ForwardBatch:
         return self.backend.forward_batch
 

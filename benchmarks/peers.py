@@ -188,7 +188,7 @@ class XTransformers:
         import kvgen
 
         self.torch = torch
-        self.net = kvgen.load(folder / "x-transformers", backend="library").model.module
+        self.net = kvgen.load(folder / "x-transformers").model.module
 
     def _call(self, ids: list[int], cache: Any) -> Any:
         with self.torch.inference_mode():

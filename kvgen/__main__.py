@@ -1,22 +1,17 @@
-"""`python -m kvgen`, and the entry point of the `kvgen` command."""
+"""Run the command line: `python -m kvgen`, and the entry point of `kvgen`."""
 
 import os
 import signal
-import types
 
 
 def main() -> None:
-    # A KeyboardInterrupt inside the import of a C extension can be lost, so until torch is there an interruption
-    # ends the process at once. `kvgen.cli.interrupts` makes it an exception then.
-    signal.signal(signal.SIGINT, _exit_interrupted)
+    # A KeyboardInterrupt while a C extension is imported can be lost, so exit at once until torch is imported.
+    # `kvgen.cli.interrupts` then restores the exception.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
     from kvgen.cli import app
 
     app(prog_name="kvgen")
-
-
-def _exit_interrupted(number: int, frame: types.FrameType | None) -> None:
-    os._exit(130)
 
 
 if __name__ == "__main__":

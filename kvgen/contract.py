@@ -1,4 +1,4 @@
-"""The one contract that everything which decodes goes through: `logits, cache = model(ids, cache)`."""
+"""The contract that all decoding goes through: `logits, cache = model(ids, cache)`."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ from torch import Tensor
 
 from kvgen.errors import UnsupportedError, UsageError
 
-_ROWS = 256  # of logits at a time: in float32 a large vocabulary takes a megabyte each
+_LOGIT_ROWS = 256  # per slice: with a large vocabulary a row takes a megabyte
 
 
 class Model(Protocol):
-    """A cache-aware language model.
+    """A language model with a cache.
 
-    ids: ALWAYS the whole sequence, (B, n) int64. Never a slice: the model decides what is new.
-    cache: opaque to the caller. None to start, then whatever came back. None on every step is uncached decoding.
+        >>> ids = torch.tensor([loaded.tokenizer.encode("The capital of France is")])
+        >>> logits, cache = loaded.model(ids, None)
+        >>> ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        >>> logits, cache = loaded.model(ids, cache)
+        >>> cache.reused, cache.computed
+        (5, 1)
 
-    Returns logits, (B, m, vocab) with m >= 1, whose last position is the prediction for the next token, and the
-    cache for the next call. A cache may say in attributes `reused` and `computed` how many positions of the last
-    call it already had and how many it did not.
+    ids: ALWAYS the whole sequence, (B, n) int64, never a slice. The model decides what is new.
+    cache: opaque to the caller: None to start, then the last returned one. None on every step is uncached decoding.
+
+    Returns logits, (B, m, vocab) with m >= 1, whose last position predicts the next token, and the cache for the next
+    call. A cache may have attributes `reused` and `computed`: the numbers of positions that the last call found in the
+    cache and computed.
     """
 
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]: ...
 
 
 ForwardBatch = Callable[[Sequence[Tensor], Sequence[Any], Sequence[int]], tuple[list[Tensor], list[Any]]]
-"""As `Backend.forward_batch`."""
+"""See `Backend.forward_batch`."""
 
 
 def one_by_one(model: Model) -> ForwardBatch:
-    """`Backend.forward_batch` of a model that computes one sequence at a time and judges no drafts."""
+    """Return a `Backend.forward_batch` that calls the model for one sequence after another, without drafts."""
 
     def forward(
         sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[Any]]:
         if any(count > 1 for count in counts):
-            raise UnsupportedError("this model gives the logits of the last position alone: it cannot judge drafts")
+            raise UnsupportedError("this model returns logits of the last position only, so it cannot verify drafts")
         results = [model(ids, cache) for ids, cache in zip(sequences, caches, strict=True)]
         return [logits[0, -1:] for logits, _ in results], [cache for _, cache in results]
 
@@ -47,16 +54,19 @@ def one_by_one(model: Model) -> ForwardBatch:
 
 
 class Backend(ABC):
-    """A model behind the contract, and what is known of it. Only the first line and `__call__` have to be given.
+    """A model behind the contract, with facts about it. Subclasses must set `name`, `device`, `dtype`, `__call__`.
 
-    name: of the kind of backend. device, dtype: where and in what precision it computes, which is not always the
-        dtype of its logits.
+        >>> model = loaded.model
+        >>> model.name, model.vocab_size, model.context_length, model.rewinds, model.batches
+        ('native', 49152, 8192, True, True)
+
+    name: the kind of backend. device, dtype: of the computation; logits may have a different dtype.
     vocab_size, context_length: None if unknown or unbounded.
-    rewinds: whether a cache may be handed any sequence, not only one that continues what it has seen.
-    batches: whether `forward_batch` is one pass.
-    engine: what does the arithmetic, for people.
-    weight_bytes: memory of the weights. step_bytes: how much of them one step reads. position_bytes: memory of one
-        more cached position, while no window is full. None if unknown.
+    rewinds: a cache accepts any sequence, not only a continuation of its own.
+    batches: `forward_batch` is one pass.
+    engine: what computes, to show to users.
+    weight_bytes: memory of the weights. step_bytes: the part that one step reads. position_bytes: memory of one more
+        cached position while no window is full. None if unknown.
     """
 
     name: str
@@ -73,54 +83,54 @@ class Backend(ABC):
 
     @abstractmethod
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
-        """The contract."""
+        """See `Model`."""
 
     def forward_batch(
         self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[Any]]:
-        """The contract for sequences of any lengths, (1, n) each, each with its own cache or None.
+        """Call the contract for sequences of any lengths, (1, n) each, with a cache or None for each.
 
-        Returns the logits after the last positions of each, as many as `counts` says, (count, vocab) each, and the
-        caches. They are the logits that each sequence gives alone, position by position, so that drafts at the end can
-        be judged. The next call drops drafts that were wrong.
+        Returns the logits after the last `count` positions of each, (count, vocab), and the caches. Each sequence gets
+        the logits that it would get alone, so drafts at its end can be verified; the next call drops rejected ones.
         """
         return one_by_one(self)(sequences, caches, counts)
 
-    def most_drafts(self, length: int) -> int:
-        """How many drafted tokens may stand behind a sequence of `length`; 0 if `counts` must be 1."""
+    def max_drafts(self, length: int) -> int:
+        """Return the maximum number of draft tokens after a sequence of `length`; 0 if drafts cannot be verified."""
         return 0
 
-    def cache_for(self, ids: Tensor, most: int, donors: Sequence[Any], ended: Any = None) -> Any:
-        """A cache to decode `ids` with, (1, n), seeded with the longest prefix that a donor holds; None for a new one.
+    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Any = None) -> Any:
+        """Return a cache for `ids`, (1, n), with the longest prefix that a donor holds; None to start a new one.
 
-        most: positions that it will come to hold. donors: caches in use, which stay as they are. ended: a cache that
-        nothing uses any more, which may be returned itself; None for none.
+        max_length: positions that the cache will hold. donors: caches in use; they do not change. ended: a cache that
+        is no longer used and may be returned, or None.
         """
         return ended if self.rewinds else None
 
     def cache_bytes(self, positions: int) -> int:
-        """Memory of a cache that will come to hold so many positions; 0 if unknown."""
+        """Return the memory of a cache of up to `positions`; 0 if unknown."""
         return positions * (self.position_bytes or 0)
 
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
-        """Uncached logits after some positions of `ids`, (1, n), in ascending order, a few at a time: (m, vocab) each.
+        """Yield uncached logits after ascending `positions` of `ids`, (1, n), a few at a time, (m, vocab) each.
 
-        None if the model gives the logits of the last position alone.
+        Returns None if the model returns logits of the last position only.
         """
         logits, _ = self(ids, None)
         if logits.shape[1] != ids.shape[1]:
             return None
-        return (logits[0, list(positions[start : start + _ROWS])] for start in range(0, len(positions), _ROWS))
+        starts = range(0, len(positions), _LOGIT_ROWS)
+        return (logits[0, list(positions[start : start + _LOGIT_ROWS])] for start in starts)
 
     def watch(self, progress: Callable[[int, int], None] | None) -> bool:
-        """Report passes over long sequences to `progress`: new positions computed, of how many.
+        """Call `progress(done, total)` during passes over long sequences: with 0, before each further pass, at the end.
 
-        First with 0, then before each further pass, last when all are computed. Returns whether this backend can.
+        Returns whether this backend supports it.
         """
         return False
 
     def ids_tensor(self, ids: Sequence[int]) -> Tensor:
-        """`ids` as the model takes them: (1, n) int64 on its device. Raises UsageError for one it does not know."""
+        """Return `ids` as a (1, n) int64 tensor on the device. Raises UsageError for ids outside the vocabulary."""
         vocabulary = self.vocab_size
         outside = next((id_ for id_ in ids if id_ < 0 or (vocabulary is not None and id_ >= vocabulary)), None)
         if outside is not None:

@@ -1,10 +1,13 @@
-"""This machine: the folder that kvgen writes to, and how much memory there is."""
+"""The machine: memory limits, the cache folder, atomic writes."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 from platformdirs import user_cache_path
@@ -14,30 +17,21 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def total_memory() -> int:
-    """Bytes of the machine, or what this process may have of it."""
-    return min([int(psutil.virtual_memory().total), *(most for most, _ in _bounds())])
+    """Return the bytes of memory that this process may use at most."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits())])
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without others having to give any back."""
-    return max(0, min([int(psutil.virtual_memory().available), *(most - used for most, used in _bounds())]))
+    """Return the bytes of memory that this process can still take without swapping."""
+    free = [limit - used for limit, used in _memory_limits()]
+    return max(0, min([int(psutil.virtual_memory().available), *free]))
 
 
-# What a container or a service may take stands in the control groups of Linux, which no library in wide use reads:
-# those that do are one person's each.
-def _bounds() -> Iterator[tuple[int, int]]:
-    """What each control group may take that this process is in, and what it has taken.
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Yield (limit, used) for each Linux control group that contains this process; psutil does not read them.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html.
+    See https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html.
     """
-    for folder, limit, usage, cached in _groups():
-        most, used = _number(folder / limit), _number(folder / usage)
-        if most is not None and used is not None:
-            yield most, used - _cached(folder / "memory.stat", cached)
-
-
-def _groups() -> Iterator[tuple[Path, str, str, str]]:
-    """Folders of control groups, each followed by those that it is in, and what their files are called."""
     for line in _read(_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -51,22 +45,10 @@ def _groups() -> Iterator[tuple[Path, str, str, str]]:
         for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
                 break
-            yield folder, *names
-
-
-def _cached(stat: Path, name: str) -> int:
-    """Of what a group has taken, the pages of files that it can do without."""
-    for line in _read(stat).splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
-
-
-def _number(file: Path) -> int | None:
-    """None for `max`, and where there is no such file."""
-    text = _read(file).strip()
-    return int(text) if text.isdigit() else None
+            limit, used = (_read(folder / name).strip() for name in names[:2])
+            if limit.isdigit() and used.isdigit():  # the limit may be "max"
+                stat = dict(entry.partition(" ")[::2] for entry in _read(folder / "memory.stat").splitlines())
+                yield int(limit), int(used) - int(stat.get(names[2], 0))  # pages of files can be reclaimed
 
 
 def _read(file: Path) -> str:
@@ -77,6 +59,18 @@ def _read(file: Path) -> str:
 
 
 def cache_dir() -> Path:
-    """The one place that kvgen writes to unasked: $KVGEN_CACHE_DIR, or the user's cache folder."""
+    """Return $KVGEN_CACHE_DIR or the user's cache folder; kvgen writes nowhere else by itself."""
     chosen = os.environ.get("KVGEN_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else user_cache_path("kvgen", appauthor=False)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` when the block ends; if it raises, `path` is unchanged. Raises OSError."""
+    with tempfile.TemporaryDirectory(prefix=".kvgen-", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        with written.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvgen import KvgenError, Step
+from kvgen import Step
 from kvgen.contract import Backend, Model, one_by_one
 from kvgen.generation.completion import Completion, Limits
-from kvgen.generation.loop import Row, decode_step
+from kvgen.generation.loop import Row
+from kvgen.generation.loop import decode as decode_row
 from kvgen.generation.sampling import Sampler
 
 
@@ -24,16 +25,13 @@ def decode(
     caches: list[Any] | None = None,
     **options: Any,
 ) -> list[Step]:
-    """All steps behind a prompt, (1, n). caches: gets the cache after each pass."""
+    """Return all steps after a prompt, (1, n). caches: receives the cache after each step."""
     forward = one_by_one(model)
     if isinstance(model, Backend):
-        forward, options["most_drafts"] = model.forward_batch, model.most_drafts
+        forward, options["max_drafts"] = model.forward_batch, model.max_drafts
     row, steps = Row(completion=Completion(ids, sampler, limits, **options), cache=cache), []
-    while not row.completion.finished:
-        for _, step in decode_step(forward, [row], use_cache=use_cache):
-            if isinstance(step, KvgenError):
-                raise step
-            steps.append(step)
+    for step in decode_row(forward, row, use_cache=use_cache):
+        steps.append(step)
         if caches is not None:
             caches.append(row.cache)
     return steps

@@ -221,7 +221,7 @@ def test_caches_stay_within_their_bound(small: dict[str, Loaded]) -> None:
     for number, event in batch.run(iter(requests)):
         most = max(most, len(batch._rows))
         if number == 4:
-            assert isinstance(event, UsageError) and "the most for all is" in str(event)
+            assert isinstance(event, UsageError) and "the limit for all caches is" in str(event)
     assert most == 2
 
 
@@ -351,7 +351,7 @@ def test_in_order_puts_rows_together_and_lets_the_first_through_at_once() -> Non
 
 
 def test_reading_ahead_ends_and_raises() -> None:
-    ahead = Prefetcher(iter([1, 2]), most=1)
+    ahead = Prefetcher(iter([1, 2]), size=1)
     taken = []
     while not ahead.ended:
         taken.append(ahead.take(wait=True))

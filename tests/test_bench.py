@@ -53,7 +53,7 @@ def test_bytes_that_the_cache_holds(kind: str, tmp_path: Path) -> None:
     cache: KVCache | None = None
     for length in (1, 2, 50, 60):
         _, cache = model(torch.zeros(1, length, dtype=torch.int64), cache)
-        entries = [min(layer.keys.shape[2], length) for layer in cache.states]
+        entries = [min(layer.buffers.keys.shape[2], length) for layer in cache.states]
         row = 2 * 4 * model.decoder.config.attention.kv_heads * model.decoder.config.attention.head_dim
         held = sum(entries) * row
         assert cache.nbytes_held <= cache.nbytes

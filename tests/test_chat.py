@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import kvgen
 from kvgen import CheckpointError, UsageError
 from kvgen.tokenizer.chat import ChatTemplate
-from kvgen.tokenizer.limits import MAX_CHARACTERS
-from kvgen.tokenizer.lookalikes import LookAlikes, encode_with
+from kvgen.tokenizer.sandbox import MAX_CHARACTERS
+from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -208,8 +208,8 @@ def test_ids_of_a_conversation_are_those_of_its_text(smollm2, text: str) -> None
     """Encoded with doubles of the special tokens, as look-alikes need, or by the library alone."""
     tokenizer = smollm2.tokenizer
     rendered = tokenizer.chat_template.render([{"role": "user", "content": text}])
-    assert LookAlikes(tokenizer.backend).encode(rendered) == (
-        encode_with(tokenizer.backend, rendered, parse_special=True, policy=False).ids
+    assert SpecialTokenEscaper(tokenizer.backend).encode(rendered) == (
+        encode_text(tokenizer.backend, rendered, parse_special=True, add_special_tokens=False).ids
     )
 
 
@@ -235,7 +235,7 @@ def test_a_system_message_with_a_place_stays_there() -> None:
 
 def test_a_system_message_alone_is_refused() -> None:
     for source in (REFUSING, IGNORING):
-        with pytest.raises(UsageError, match="System role|no place for a system message"):
+        with pytest.raises(UsageError, match="System role|ignores system messages"):
             ChatTemplate(source, {}).render_with_system([{"role": "system", "content": "Be brief."}])
 
 

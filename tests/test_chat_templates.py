@@ -234,13 +234,14 @@ def test_an_old_template_file_comes_last(tiny_llama) -> None:
     [
         ("tokenizer_config.json", 5),
         ("tokenizer_config.json", [{"name": "default", "template": 1}]),
+        ("tokenizer_config.json", [{"name": ["odd"]}, {"name": "default", "template": 1}]),
         ("chat_template.json", {"a": "b"}),
     ],
 )
 def test_what_is_no_template_is_refused_with_the_name_of_the_file(tiny_llama, name: str, value: Any) -> None:
     folder, _ = tiny_llama()
     (folder / name).write_text(json.dumps({"chat_template": value}))
-    with pytest.raises(CheckpointError, match=f"{name}: chat_template is not a template"):
+    with pytest.raises(CheckpointError, match=f"{name}: chat_template must be a string"):
         kvgen.load(folder)
 
 

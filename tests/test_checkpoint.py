@@ -30,6 +30,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config))
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -49,13 +53,15 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
         ({"num_hidden_layers": True}, CheckpointError, "num_hidden_layers is True"),
         ({"rms_norm_eps": -1}, CheckpointError, "rms_norm_eps is -1"),
         ({"num_key_value_heads": 3}, CheckpointError, "cannot share 3"),
-        ({"head_dim": 7}, CheckpointError, "need pairs, and cannot turn 7 of the 7"),
+        ({"head_dim": 7}, CheckpointError, "need an even number of dimensions, but the config rotates 7 of the 7"),
         ({"sliding_window": 128}, UnsupportedError, "sliding_window is 128"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "gptq"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError, "cannot be cached"),
         ({"rope_parameters": {"rope_type": "longrope"}}, CheckpointError, "short_factor must be a list"),
         ({"rope_parameters": {"rope_type": "linear"}}, CheckpointError, "factor is missing"),
         ({"rope_parameters": 3}, CheckpointError, "rope_parameters is 3"),
+        ({"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}}, CheckpointError, "impossible values"),
+        ({"rope_parameters": YARN | {"beta_fast": 1e308}}, CheckpointError, "impossible values"),
         ({"tie_word_embeddings": True}, CheckpointError, "not a copy of the embedding"),
         ({"intermediate_size": 40}, CheckpointError, "shape"),
         ({"num_hidden_layers": 4}, CheckpointError, r"blk\.3.*missing"),
@@ -157,7 +163,7 @@ def damage_folder(folder: Path, how: str) -> None:
         ("weights are text", "safetensors"),
         ("huge header", "safetensors"),
         ("pickle only", "pickle"),
-        ("missing shard", "missing; fetch"),
+        ("missing shard", "missing; download"),
         ("shard outside", "outside the folder"),
         ("index without map", "weight_map"),
     ],
@@ -332,7 +338,7 @@ def test_nothing_trains(tiny_llama) -> None:
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="no such file"):
+    with pytest.raises(NotFoundError, match="not a file or folder"):
         kvgen.load(tmp_path / "nothing.gguf")
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(UnsupportedError, match="not a GGUF file"):

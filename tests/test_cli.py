@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvgen.cli.stdin import has_text
+from kvgen.cli.prompts import has_piped_text
 from tests.program import KVGEN, run, run_on_terminal
 
 GREEDY = ["-t", "0", "-n", "8"]
@@ -90,10 +90,10 @@ def test_an_idle_pipe_is_given_up_and_that_is_said(monkeypatch: pytest.MonkeyPat
         with os.fdopen(read_end) as stdin:
             monkeypatch.setattr("sys.stdin", stdin)
             said: list[str] = []
-            assert not has_text(said.append, patience=0.1)
-            assert ["waiting for stdin" in said[0], "goes without it" in said[1]] == [True, True]
+            assert not has_piped_text(said.append, timeout=0.1)
+            assert ["waiting for stdin" in said[0], "stayed silent for 0.1 s" in said[1]] == [True, True]
             os.write(write_end, b"x")
-            assert has_text(said.append, patience=0.1)
+            assert has_piped_text(said.append, timeout=0.1)
             assert len(said) == 2
     finally:
         os.close(write_end)
@@ -120,7 +120,8 @@ def test_a_loop_keeps_the_file_that_it_reads(tiny, tmp_path: Path) -> None:
         timeout=120,
     )
     assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["one", "two", "three"]
-    assert result.stderr.count("is left alone") == 2  # at the third prompt, nothing of the file is left
+    # At the third prompt, nothing of the file is left.
+    assert result.stderr.count("ignoring stdin, a file that another program is reading") == 2
 
 
 def test_no_limit_of_tokens_is_that_of_the_context(tiny) -> None:
@@ -166,21 +167,21 @@ def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
         (["-p", "x", "--logprobs", "2"], 2, "--logprobs"),
         (["-p", "x", "--max-tokens", "0"], 2, "--max-tokens"),
         (["x", "-p", "y"], 2, "give the prompt once"),
-        (["-p", "x", "--temp", "0"], 2, "no option --temp: here it is --temperature"),
-        (["-p", "x", "--ctx-size", "9"], 2, "here it is --max-context"),
-        (["-p", "x", "--n-predict", "9"], 2, "here it is --max-tokens"),
+        (["-p", "x", "--temp", "0"], 2, "no option --temp: use --temperature"),
+        (["-p", "x", "--ctx-size", "9"], 2, "no option --ctx-size: use --max-context"),
+        (["-p", "x", "--n-predict", "9"], 2, "no option --n-predict: use --max-tokens"),
         (["-p", "x", "--profile", "y"], 2, "kvgen --profile NAME generate"),
         (["-p", "x", "-m", "model.py"], 2, "as in model.py:make"),
         (["-p", "x", "--top-p", "1.5"], 2, "top_p is 1.5"),
         (["-p", "x", "--dtype", "float8"], 2, "--dtype"),
         (["-p", "x", "--device", "toaster"], 2, "'toaster' cannot be used on this machine; it has auto, "),
-        (["-p", "5 384", "--ids"], 2, "'384' is no token id of this model: those are whole numbers from 0 to 383"),
-        (["-p", "five", "--ids"], 2, "'five' is no token id"),
+        (["-p", "5 384", "--ids"], 2, "'384' is not a token id of this model: give integers from 0 to 383"),
+        (["-p", "five", "--ids"], 2, "'five' is not a token id"),
         (["-p", "x", "--logit-bias", "a=b"], 2, "--logit-bias"),
         (["-p", "x", "--threads", "100000"], 2, "--threads"),
         (["-p", "x", "--device", "meta"], 2, "meta"),
-        (["-p", "x", "-m", "a" * 5000], 1, "looked up"),
-        (["-p", "x", "-m", "~nosuchuser/x"], 1, "looked up"),
+        (["-p", "x", "-m", "a" * 5000], 1, "not a valid path ("),
+        (["-p", "x", "-m", "~nosuchuser/x"], 1, "not a valid path ("),
         (["-p", "x", "--chat"], 2, "no chat template"),
         (["-p", "abc " * 600], 2, "context has room for 512"),
         (["-f", "/no/such/file"], 1, "/no/such/file"),

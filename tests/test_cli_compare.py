@@ -71,7 +71,7 @@ def test_wrong_patterns_do_not_change_the_exit_code(smollm2_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("full-sequence: equivalent   last-token: different\n")
     text = " ".join(result.stdout.split())
-    for part in ("The position offset is lost", "Instead: Hand the whole sequence", "the city of Nova Haven"):
+    for part in ("The position offset is lost", "Instead: Pass the whole sequence", "the city of Nova Haven"):
         assert part in text
 
 
@@ -125,14 +125,14 @@ def test_a_pipe_gets_the_verdicts_in_one_line(tiny_llama) -> None:
     patterns = ["--wrong-pattern", *(word for name in names for word in ("--pattern", name))]
     first, *more = run("compare", "-m", str(folder), "-n", "6", *patterns).stdout.splitlines()
     assert [part.split(":")[0] for part in first.split("   ")] == ["full-sequence", "last-token", *names]
-    assert more[-1].startswith("Not looked at: texts beyond 259 positions")
+    assert more[-1].startswith("Not tested: texts beyond 258 positions")
 
 
 def test_a_use_that_was_not_checked_is_shown(model_file: str) -> None:
     text = " ".join(compare("-m", f"{model_file}:right").stdout.split())
-    assert "the same but for rounding in more steps" in text
-    assert "past a window not checked: the model names no window" in text
-    assert "Not looked at: texts beyond 259 positions" in text
+    assert "equal up to rounding in more steps" in text
+    assert "past a window not checked: the model does not declare windows" in text
+    assert "Not tested: texts beyond 258 positions" in text
 
 
 def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_path: Path) -> None:
@@ -159,9 +159,10 @@ def test_html_is_one_page_with_plots_and_nothing_from_elsewhere(tiny_llama, tmp_
     [
         (["--pattern", "no-such"], 2, "'no-such'"),
         (["-p", "x", "--text", "y"], 2, "one of --prompt"),
+        (["-f", "/dev/null"], 2, "--prompt-file /dev/null: the file has no prompts"),
         (["-m", "{model}:right"], 2, "no tokenizer"),
         (["-m", "{model}:right", "--ids"], 2, "--ids needs --prompt"),
-        (["-m", "{model}:right", "--ids", "-p", "hello"], 2, "no token id"),
+        (["-m", "{model}:right", "--ids", "-p", "hello"], 2, "'hello' is not a token id"),
         (["-m", "{model}:absent", "--ids", "-p", "1 2"], 2, "no function 'absent'"),
         (["-m", "{model}:nothing", "--ids", "-p", "1 2"], 2, "returned int"),
         (["-m", "{model}:broken", "--ids", "-p", "1 2"], 1, "RuntimeError: no weights here"),
@@ -234,4 +235,4 @@ def test_verify_cache_passes_a_right_cache_and_stops_at_a_wrong_one(model_file: 
     assert "after 5 positions" in wrong.stderr
     unasked = run("generate", "-m", f"{model_file}:wrong", *arguments)
     assert (unasked.returncode, unasked.stdout) == (0, right.stdout)
-    assert "going on without it" in unasked.stderr
+    assert "continuing without it" in unasked.stderr

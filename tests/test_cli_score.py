@@ -89,7 +89,7 @@ def test_errors_are_one_line(tiny: str, arguments: list[str], stdin: str, code: 
 def test_a_line_that_cannot_be_scored_has_an_error_and_the_others_go_on(tiny: str, line: str, message: str) -> None:
     result = run("-m", tiny, "--jsonl", input=f'"Hello, world!"\n\n{line}\n"The quick brown fox"\n')
     assert result.returncode == 1
-    assert result.stderr == "kvgen: error: 1 of 3 lines could not be scored: theirs have an `error`\n"
+    assert result.stderr == "kvgen: error: 1 of 3 lines failed: see `error` in their results\n"
     first, bad, last = [json.loads(line) for line in result.stdout.splitlines()]
     assert first["tokens"] > 0 < last["tokens"]
     assert message in bad["error"]

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from kvgen.cli import app
 from kvgen.cli.compare import complete_pattern
 from kvgen.comparison.patterns import PATTERNS
 from tests.program import run
@@ -70,8 +72,8 @@ def test_defaults_are_used_and_options_count_more(environment: dict[str, str], t
 @pytest.mark.parametrize(
     ("content", "arguments", "code", "message"),
     [
-        ("temprature = 1", [], 2, "'temprature' is no option there"),
-        ("[generat]\nseed = 1", [], 2, "[generat] is no command"),
+        ("temprature = 1", [], 2, "'temprature' is not an option of any command"),
+        ("[generat]\nseed = 1", [], 2, "[generat] is not a command"),
         ("seed = ", [], 2, "not valid TOML"),
         ("", ["--profile", "x"], 1, "no profile 'x'"),
         ("max-tokens = 'many'", ["generate", "-p", "x"], 2, "'--max-tokens' / '-n': Input should be a valid integer"),
@@ -111,7 +113,7 @@ def test_a_wrong_value_names_where_it_stands(environment: dict[str, str], tmp_pa
 
 def test_help_names_the_tables_of_the_file() -> None:
     shown = " ".join(run("config", "--help").stdout.split())
-    assert "for one command alone under [generate], for `kvgen --profile NAME` under [profile.NAME]. In the" in shown
+    assert "Options of one command go under [generate], those of `kvgen --profile NAME` under [profile.NAME]." in shown
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,11 @@ def test_the_shell_completes_names(environment: dict[str, str], words: str, name
 
 def test_the_patterns_that_the_shell_completes_are_those_that_there_are() -> None:
     assert {*complete_pattern(""), "uncached", "full-sequence"} == set(PATTERNS)
+
+
+def test_every_option_of_a_command_can_be_set_by_its_long_name() -> None:
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            long = [option for option in parameter.opts if option.startswith("--")]
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                assert f"--{parameter.name.replace('_', '-')}" in long, f"kvgen {name}"

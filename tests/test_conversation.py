@@ -170,6 +170,11 @@ def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) ->
             (READY, f"/save {other}\r"),
             ("overwrite it?", "n\r"),
             ("not saved", ""),
+            (READY, "/save ~no-such-user/talk.json\r"),
+            ("is not a valid path", ""),
+            (READY, f"/save {'x' * 300}\r"),
+            ("is not a valid", ""),
+            ("(OSError)", ""),
             (READY, "/nonsense\r"),
             ("no command /nonsense", ""),
             ("//nonsense", ""),
@@ -197,7 +202,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], t
         environment=environment,
     )
     assert code == 0
-    assert "what has come is part of the conversation" in shown
+    assert "the text so far stays in the conversation" in shown
     assert "Traceback" not in shown
 
 

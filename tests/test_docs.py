@@ -37,12 +37,20 @@ def test_documents_show_what_is_printed(smollm2_path: Path, document: str, comma
     assert result.stdout == output
 
 
-def test_python_examples_of_the_readme_run(smollm2_path: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    check = "assert (cache.reused, cache.computed) == (5, 1)"
-    result = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True)
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_examples_print_what_is_shown(smollm2_path: Path, tmp_path: Path, page: str) -> None:
+    """The ```python blocks of a page are one program; a ```text block after one is what it prints."""
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
+    code, shown = ("".join(parts) for parts in zip(*blocks, strict=True))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(" a large part")
+    assert result.stdout == shown
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for page in (*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_the_walk_through_a_family_shows_its_code() -> None:

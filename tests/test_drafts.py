@@ -16,7 +16,7 @@ from kvgen import DraftModel, PromptLookup, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.comparison.verified import VerifiedBackend
 from kvgen.generation.completion import Limits
-from kvgen.generation.drafts import MOST, Confidence
+from kvgen.generation.drafts import MAX_DRAFT, AdaptiveLength
 from kvgen.generation.sampling import make_sampler
 from tests import program
 from tests.families import make_checkpoint
@@ -161,12 +161,12 @@ def test_lookup_equals_a_search_of_the_text(tokens: list[int], step: int) -> Non
             for end in range(length - 1, n - 1, -1)
             if seen[end - n : end] == seen[-n:] and length > n
         ]
-        drafts = lookup.draft(seen, MOST)
+        drafts = lookup.draft(seen, MAX_DRAFT)
         assert drafts == (seen[starts[0] :][:4] if starts else [])
 
 
 def test_wrong_drafts_are_made_less_and_less() -> None:
-    confidence = Confidence()
+    confidence = AdaptiveLength()
     made = 0
     for _ in range(200):
         length = confidence.length()

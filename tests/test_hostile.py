@@ -72,7 +72,7 @@ def test_what_is_no_file_is_not_waited_for(tiny_llama, name: str, kind: str) -> 
 
 def test_a_gguf_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.gguf")
-    with pytest.raises(NotFoundError, match="no such file"):
+    with pytest.raises(NotFoundError, match="not a file or folder"):
         kvgen.load(tmp_path / "model.gguf")
 
 
@@ -124,16 +124,15 @@ def test_any_size_in_a_config_is_refused_by_name_or_harmless(tiny_llama, key: st
 
 
 @pytest.mark.parametrize(("part", "key"), [("wrapper", "num_tokens"), ("wrapper", "max_seq_len"), ("decoder", "dim")])
-@pytest.mark.parametrize("backend", ["native", "library"])
 def test_any_size_in_a_config_of_x_transformers_is_refused_or_harmless(
-    x_rotary: Path, tmp_path: Path, part: str, key: str, backend: str
+    x_rotary: Path, tmp_path: Path, part: str, key: str
 ) -> None:
     folder = shutil.copytree(x_rotary, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     for size in SIZES:
         (folder / "config.json").write_text(json.dumps({**config, part: {**config[part], key: size}}))
         with contextlib.suppress(kvgen.KvgenError):
-            kvgen.load(folder, backend=backend)
+            kvgen.load(folder)
 
 
 def test_names_of_a_file_cannot_steer_the_terminal_of_any_command(tiny_llama, tmp_path: Path) -> None:

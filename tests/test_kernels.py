@@ -136,7 +136,7 @@ def test_prompts_are_computed_in_passes_of_bounded_size(
     sizes: list[int] = []
     told: list[tuple[int, int]] = []
     extend = model.decoder.extend
-    monkeypatch.setattr("kvgen.model.causal_lm.MOST_NEW", most)
+    monkeypatch.setattr("kvgen.model.causal_lm.PREFILL_CHUNK", most)
     monkeypatch.setattr(model.decoder, "extend", lambda spans: (sizes.append(spans[0].rows), extend(spans))[1])
     model.watch(lambda done, total: told.append((done, total)))
     found, cache = model(ids, None)
@@ -156,7 +156,7 @@ def test_prompts_are_computed_in_passes_of_bounded_size(
 def test_an_interrupted_prompt_goes_on_where_whole_passes_ended(
     small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvgen.model.causal_lm.MOST_NEW", 40)
+    monkeypatch.setattr("kvgen.model.causal_lm.PREFILL_CHUNK", 40)
     ids = torch.randint(2, 96, (1, 190))
 
     def interrupt(done: int, total: int) -> None:
@@ -378,7 +378,7 @@ def test_what_is_no_text_is_refused_on_every_path(small: dict[str, NativeBackend
         lambda: model.all_logits(ids),
         lambda: model.forward_batch([ids], [None], [1]),
         lambda: model.forward_batch([good, ids], [None, None], [1, 1]),
-        lambda: subject_of(model).trusting(ids, None),
+        lambda: subject_of(model).append_unchecked(ids, None),
     ):
         with pytest.raises(kvgen.UsageError, match=message):
             use()

@@ -71,20 +71,20 @@ def test_what_is_not_here_is_listed_as_such(caches: Path) -> None:
     assert entries["smollm2"] | {} == {
         "name": "smollm2",
         "source": "catalogue",
-        "state": "not fetched",
+        "state": "not downloaded",
         "bytes": 98_362_432,
         "licence": "Apache-2.0",
         "path": None,
     }
-    assert run().stdout == run("list").stdout == "smollm2\tcatalogue\tnot fetched\t98.4 MB\tApache-2.0\t\n"
+    assert run().stdout == run("list").stdout == "smollm2\tcatalogue\tnot downloaded\t98.4 MB\tApache-2.0\t\n"
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_both_caches_are_listed(caches: Path, whole: bool) -> None:
     path, snapshot = put_catalogue_file(caches), put_repository(caches, whole=whole)
     entries = listed()
-    assert (entries["smollm2"]["state"], entries["smollm2"]["path"]) == ("here", str(path))
-    assert entries["someone/tiny"]["state"] == ("here" if whole else "incomplete")
+    assert (entries["smollm2"]["state"], entries["smollm2"]["path"]) == ("downloaded", str(path))
+    assert entries["someone/tiny"]["state"] == ("downloaded" if whole else "incomplete")
     assert entries["someone/tiny"]["path"] == str(snapshot)
 
 
@@ -139,7 +139,7 @@ def test_a_narrow_terminal_gets_a_line_for_each_field(caches: Path) -> None:
     code, output = on_terminal(columns=40)
     lines = [line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", output).splitlines()]
     assert code == 0
-    assert lines[:3] == ["name     smollm2", "from     catalogue", "state    here"]
+    assert lines[:3] == ["name     smollm2", "source   catalogue", "state    downloaded"]
     assert f"path     {path}" in lines
 
 
@@ -160,7 +160,7 @@ def test_unknown_names_are_refused(caches: Path) -> None:
         remove("nope")
     result = run("pull", "nope")
     assert result.returncode == 2
-    assert "neither a name of the catalogue (smollm2) nor a hub id" in result.stderr
+    assert "neither in the catalogue (smollm2) nor a hub id" in result.stderr
 
 
 def test_pull_says_where_what_is_there_already_lies(caches: Path) -> None:
@@ -198,8 +198,8 @@ def test_rm_sweeps_too_and_takes_a_file_that_is_not_whole(caches: Path) -> None:
     old.mkdir()
     before = time.time() - 2 * 24 * 3600
     os.utime(old, (before, before))
-    assert listed()["smollm2"]["state"] == "not fetched"
-    assert run("rm", "smollm2", "--yes").stderr == "removed smollm2, 4 B\n"
+    assert listed()["smollm2"]["state"] == "not downloaded"
+    assert run("rm", "smollm2", "--yes").stderr == "removed smollm2, 4 bytes\n"
     assert not path.exists()
     assert not old.exists()
 

@@ -49,7 +49,7 @@ def results_of(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_row_may_set_what_sampling_has() -> None:
-    assert SAMPLING_FIELDS.keys() == {field.name for field in fields(Sampling)}
+    assert {field.name for field in fields(Sampling)} == SAMPLING_FIELDS
 
 
 def test_rows_are_strings_prompts_or_conversations() -> None:
@@ -83,20 +83,23 @@ def test_rows_are_strings_prompts_or_conversations() -> None:
         (b'{"messages": [{"role": "user"}]}', "`role` and `content`"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "must be strings"),
         (b'{"prompt": "a", "temprature": 1}', "unknown field 'temprature'"),
-        (b'{"prompt": "a", "temperature": "hot"}', "`temperature` must be a number"),
-        (b'{"prompt": "a", "temperature": true}', "`temperature` must be a number"),
-        (b'{"prompt": "a", "top_k": 1.5}', "`top_k` must be a whole number"),
+        (b'{"prompt": "a", "temperature": "hot"}', "temperature is 'hot'; it must be a number"),
+        (b'{"prompt": "a", "temperature": true}', "temperature is True; it must be a number"),
+        (b'{"prompt": "a", "top_k": 1.5}', "top_k is 1.5; it must be a whole number"),
         (b'{"prompt": "a", "top_p": 2}', "top_p is 2; it must be above 0"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens is 0"),
-        (b'{"prompt": "a", "temperature": NaN}', "NaN is no number"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN is not a number"),
         (b'{"prompt": "a", "id": 1.5}', "`id` must be a string or a whole number"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "`logit_bias` must map"),
-        (b'{"prompt": "a", "stop": [1]}', "`stop` must be"),
+        (b'{"prompt": "a", "stop": [1]}', "stop is [1]; it must be a string, or several"),
         (b"[" * 5000, "more than 100 levels"),
         (b'{"prompt": "a", "metadata": [1e400]}', "the number 1e400 is too large"),
-        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "`temperature` is too large a number"),
-        (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "a token id of 5000 digits"),
-        (b'{"prompt": "a", "logit_bias": {"1": 1' + b"0" * 400 + b"}}", "`logit_bias` is too large a number"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "it must be a finite number, 0 or more"),
+        (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "`logit_bias` must map token ids to numbers"),
+        (
+            b'{"prompt": "a", "logit_bias": {"1": 1' + b"0" * 400 + b"}}",
+            "it must be token ids with numbers of at most 1e+06 in size",
+        ),
         (b'{"prompt": "a", "regex": "\\ud800"}', "the regex is not valid Unicode"),
         (b'{"prompt": "a", "grammar": "\\ud800"}', "the grammar is not valid Unicode"),
     ],
@@ -152,7 +155,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
 def test_a_file_with_results_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("{}\n")
-    with pytest.raises(UsageError, match="exists; --resume"):
+    with pytest.raises(UsageError, match="already exists; continue it with --resume"):
         ResultsFile(path, resume=False)
     assert path.read_text() == "{}\n"
 
@@ -196,7 +199,7 @@ def test_each_row_gives_a_line_in_order(tiny: list[str], tmp_path: Path) -> None
     assert [value["completion_tokens"] for value in found] == [2 + n % 9 for n in range(20)]
     into_file = run(*tiny, str(rows), "-o", str(tmp_path / "out"), "--stats")
     assert into_file.stdout == ""
-    assert "20 rows, 0 of them failed" in into_file.stderr
+    assert "20 rows, 0 failed" in into_file.stderr
     assert (tmp_path / "out").read_text() == piped.stdout
 
 
@@ -214,7 +217,7 @@ def test_a_bad_row_gives_a_line_with_its_error(tiny: list[str]) -> None:
     rows = '"good"\n{"id": "x", "promt": "a"}\nnonsense\n"fine"\n'
     found = run(*tiny, input=rows)
     assert found.returncode == 1
-    assert found.stderr == "kvgen: error: 2 of 4 rows could not be completed: their lines have an `error`\n"
+    assert found.stderr == "kvgen: error: 2 of 4 rows failed: see `error` in their results\n"
     values = results_of(found.stdout)
     assert ["error" in value for value in values] == [False, True, True, False]
     assert values[1]["id"] == "x"
@@ -249,7 +252,7 @@ def test_no_row_ends_a_run_and_those_beside_odd_ones_are_what_they_are_alone(
 
 def test_a_file_of_plain_prompts_is_pointed_elsewhere(tiny: list[str]) -> None:
     found = run(*tiny, input="the red 1\nthe red 2\n")
-    assert "none is JSON: for a file with a prompt on each line there is kvgen generate --lines" in found.stderr
+    assert "none is JSON: for a file with one prompt per line, use kvgen generate --lines" in found.stderr
     assert "--lines" not in run(*tiny, "-n", "1", input='the red 1\n"the red 2"\n').stderr
 
 
@@ -280,7 +283,7 @@ def test_resume_goes_on_and_checks_that_the_rows_are_the_same(tiny: list[str], t
     assert run(*tiny, str(rows), "-o", str(out)).returncode == 2
     resumed = run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--stats")
     assert resumed.returncode == 0
-    assert "6 rows, 0 of them failed" in resumed.stderr
+    assert "6 rows, 0 failed" in resumed.stderr
     assert out.read_text() == whole
     rows.write_text(rows.read_text().replace("red", "pink"))
     changed = run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1")
@@ -307,7 +310,7 @@ def test_resume_goes_on_with_the_model_and_settings_of_before_or_says_what_diffe
     ):
         refused = run(*tiny, str(rows), "-o", str(out), "--resume", "-t", "1", *arguments)
         assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-        assert f"{out}: made otherwise: " in refused.stderr
+        assert f"{out}: made with other settings: " in refused.stderr
         assert message in refused.stderr
         assert out.read_text() == half
     Path(tiny[2]).rename(tmp_path / "moved")
@@ -317,7 +320,7 @@ def test_resume_goes_on_with_the_model_and_settings_of_before_or_says_what_diffe
     (tmp_path / "out.run.json").unlink()
     unknown = run(*tiny, "-m", str(tmp_path / "moved"), str(rows), "-o", str(out), "--resume", "-t", "1")
     assert unknown.returncode == 2
-    assert "out.run.json is not beside it" in unknown.stderr
+    assert "the run record out.run.json, which --resume needs, is missing" in unknown.stderr
 
 
 def test_two_runs_do_not_write_to_one_file(tiny: list[str], tmp_path: Path) -> None:
@@ -352,14 +355,14 @@ def test_rows_that_failed_are_reported_on_resume_and_completed_again_when_asked(
         again = run(*command, "--resume")
         assert again.returncode == 1
         assert again.stderr == (
-            "kvgen: error: 2 of 4 rows could not be completed: their lines have an `error`; "
+            "kvgen: error: 2 of 4 rows failed: see `error` in their results; "
             "--resume --retry-errors completes them again\n"
         )
         assert out.read_text() == before
     rows.write_text('"a"\n"b"\n"d"\nnonsense\n')
     retried = run(*command, "--resume", "--retry-errors")
     assert retried.returncode == 1
-    assert "1 of 4 rows could not be completed" in retried.stderr
+    assert "1 of 4 rows failed" in retried.stderr
     found = results_of(out.read_text())
     assert [value["index"] for value in found] == [0, 2, 1, 3]
     assert ["error" in value for value in found] == [False, False, False, True]
@@ -425,7 +428,7 @@ def test_one_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny_llama, t
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert ("0 of them failed" in errors) == (most == 400)  # the second one is not for saying goodbye
+    assert (" 0 failed" in errors) == (most == 400)  # the second one is not for saying goodbye
     found = results_of(out.read_text())
     assert [value["index"] for value in found] == list(range(len(found)))
     assert 3 <= len(found) < 400
@@ -455,7 +458,7 @@ def test_a_reader_that_leaves_is_told_of_in_a_line(tiny: list[str], tmp_path: Pa
     assert left.returncode == 0
     assert len(results_of(left.stdout)) == 2
     assert len(left.stderr.splitlines()) == 1
-    assert left.stderr.startswith("the reader has left after ")
+    assert left.stderr.startswith("stdout was closed after ")
 
 
 def test_on_a_terminal_there_is_a_bar_with_a_rate_and_lines_are_plain(tiny: list[str], tmp_path: Path) -> None:
@@ -471,9 +474,9 @@ def test_on_a_terminal_there_is_a_bar_with_a_rate_and_lines_are_plain(tiny: list
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--resume"], 2, "--resume goes with --output"),
+        (["--resume"], 2, "--resume needs --output"),
         (["/nowhere.jsonl"], 1, "/nowhere.jsonl: cannot be read"),
-        (["--max-cache-memory", "lots"], 2, "'lots' is no size"),
+        (["--max-cache-memory", "lots"], 2, "'lots' is not a size"),
         (["-o", "/nowhere/out"], 1, "/nowhere/out: cannot be written"),
         (["--temperature", "-1"], 2, "temperature is -1"),
     ],

@@ -45,7 +45,7 @@ def test_two_workers_give_what_one_process_gives_though_one_is_killed(tiny_llama
     printed, errors = process.communicate(timeout=300)
     assert killed
     assert (process.returncode, printed) == (0, ""), errors
-    assert set(errors.splitlines()) == {"a worker died; its rows are completed again"}
+    assert set(errors.splitlines()) == {"a worker died; its rows are repeated"}
     assert out.read_text() == alone.stdout
     assert [value["index"] for value in results_of(out.read_text())] == list(range(1500))
 

@@ -183,7 +183,7 @@ def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(seed: int, p: f
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_where_no_token_has_a_probability_none_is_drawn(value: float) -> None:
-    with pytest.raises(ModelError, match="no token can be chosen"):
+    with pytest.raises(ModelError, match="no token can be sampled"):
         sampling.draw(torch.full((3,), value), torch.Generator())
 
 

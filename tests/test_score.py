@@ -20,9 +20,15 @@ from kvgen import ModelError, Score, Tokenizer, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
 from kvgen.cli.surprise import heat_map, pieces, table
-from kvgen.generation.scoring import score_ids, windows
+from kvgen.generation.scoring import windows
 from tests.conftest import CORPUS
 from tests.test_cache import make_decoder
+
+
+def score_ids(model: kvgen.Backend, ids: Sequence[int], **options: Any) -> Score:
+    """Score token ids with a model that has no tokenizer."""
+    return kvgen.score(kvgen.Loaded(model, None, "test"), ids, **options)
+
 
 STORY = "\n".join(CORPUS[:14])
 

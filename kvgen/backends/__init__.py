@@ -1,1 +1,1 @@
-"""Models behind the contract: kvgen's own decoder, the x-transformers library, a model from a user's file."""
+"""Models behind the contract: kvgen's own decoder, the x-transformers library, a user's Python file."""

@@ -1,4 +1,4 @@
-"""What a checkpoint will be, before any of its tensors is read."""
+"""Plan a decoder from a checkpoint's header, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kvgen.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a checkpoint will be, before any of its tensors is read.
+    """The plan of a decoder.
 
-    decoder: on the meta device. sources: for each parameter, or fused group of them, the tensors it comes from.
+    decoder: on the meta device, without memory. sources: parameter, or fused group of parameters -> its tensors.
     """
 
     family: Family
@@ -28,27 +28,24 @@ class Blueprint:
 
 
 def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
-    """Raises CheckpointError for tensors that are missing or unknown, UnsupportedError for what kvgen does not run."""
+    """Plan the decoder. Raises CheckpointError for missing or unknown tensors, UnsupportedError for other models."""
     family = find_family(raw)
-    config = family.config(raw)
-    sources, unknown = family.sources(raw)
     try:
+        config = family.config(raw)
         with torch.device("meta"):
             decoder = Decoder(config)
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that multiply to 2^63 and more
-        raise CheckpointError(f"{raw.path}: the sizes in its config are absurd ({in_one_line(error)})") from error
+    except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError, MemoryError) as error:  # 2^63, log(0)
+        raise CheckpointError(f"{raw.path}: its config has impossible values ({in_one_line(error)})") from error
+    sources, unknown = family.sources(raw)
     wanted = {name for name, _ in decoder.named_parameters()}
     homes = {parameter: source for source in sources for parameter in parts_of(source)}
-    _check_names(raw.path, missing=wanted - homes.keys(), unknown=unknown)
-    _check_names(raw.path, missing=[], unknown=[sources[homes[name]][0] for name in homes.keys() - wanted])
+    _refuse_tensors(raw.path, wanted - homes.keys(), "is missing")
+    unused = [sources[homes[name]][0] for name in homes.keys() - wanted]
+    _refuse_tensors(raw.path, [*unknown, *unused], "is not part of this kind of model")
     return Blueprint(family, decoder, sources)
 
 
-def _check_names(path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    for what, names in (
-        ("is missing", sorted(missing)),
-        ("is not part of this kind of model", sorted(unknown)),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {what}")
+def _refuse_tensors(path: Path, names: Iterable[str], problem: str) -> None:
+    if names := sorted(names):
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {problem}")

@@ -1,4 +1,4 @@
-"""How a decoder is to compute: precision, device, kernels."""
+"""How to run a decoder: precision, device, kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a decoder is to compute.
+    """How to run a decoder.
 
-    dtype: of the computation; on torch of the weights too.
-    kernels: whether to compute on the C++ kernels, where weights stay as they are stored.
-    quantize: `auto`, weights as they are stored; `none`, integers as floats; `int8` or `int4`, floats as integers.
+    dtype: of the computation; with torch of the weights too.
+    kernels: use the C++ kernels, which keep weights in their stored types.
+    quantize: `auto` keeps stored types; `none` converts integers to floats; `int8` and `int4` quantize floats.
     kv_dtype: of cached keys and values; None for `dtype`.
-    engine: what it is called.
+    engine: name to show to users.
     """
 
     dtype: torch.dtype
@@ -27,8 +27,6 @@ class ComputeOptions:
 
     @property
     def numerics(self) -> str:
-        """What numbers depend on besides weights and text, for people and to compare."""
-        names = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype or self.dtype)]
-        return (
-            f"{'kernels' if self.kernels else self.device.type} {names[0]}, cache {names[1]}, weights {self.quantize}"
-        )
+        """Everything besides weights and text that logits depend on, as a comparable string."""
+        dtype, kv_dtype = (str(kind).removeprefix("torch.") for kind in (self.dtype, self.kv_dtype or self.dtype))
+        return f"{'kernels' if self.kernels else self.device.type} {dtype}, cache {kv_dtype}, weights {self.quantize}"

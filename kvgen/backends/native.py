@@ -1,4 +1,4 @@
-"""kvgen's own decoder as a backend, and how it is made from a checkpoint."""
+"""kvgen's own decoder as a backend, and loading it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.kernels.decoder import KernelDecoder
-from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.states import KeyValues
 
 
 class NativeBackend(Backend):
-    """kvgen's own decoder, whose cache knows its text.
+    """kvgen's own decoder, whose cache stores the ids it was computed from.
 
-    decoder: on torch, or on the kernels. module: the decoder on torch.
-    numerics: what cached numbers depend on besides weights and text.
+    decoder: with torch or the kernels. module: the torch decoder, or None. numerics: see `ComputeOptions.numerics`.
     """
 
     name = "native"
@@ -40,14 +38,12 @@ class NativeBackend(Backend):
         weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length
-        sizes = {name: parameter.nbytes for name, parameter in self._weights()}
+        weights = decoder.named_parameters() if isinstance(decoder, Decoder) else decoder.weights.items()
+        sizes = {name: weight.nbytes for name, weight in weights}
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
         self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
         self.position_bytes = position_bytes(decoder.config, decoder.kv_dtype or self.dtype)
-
-    def _weights(self) -> Iterable[tuple[str, Tensor | PackedMatrix]]:
-        return self.decoder.named_parameters() if isinstance(self.decoder, Decoder) else self.decoder.weights.items()
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
         return self.decoder.forward(ids, cache)
@@ -57,24 +53,24 @@ class NativeBackend(Backend):
         return True
 
     def all_logits(self, ids: Tensor) -> Tensor:
-        """Uncached logits after every position of `ids`, (B, n): (B, n, vocab)."""
+        """Return uncached logits after every position of `ids`, (B, n): (B, n, vocab)."""
         return self.decoder.all_logits(ids)
 
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
         return (logits for (logits,) in self.decoder.each_logits(ids, positions))
 
     def restored(self, tokens: Tensor, layers: Iterable[KeyValues], variant: int) -> KVCache:
-        """The cache that `KVCache.held` described, of these token ids: a copy, made layer by layer.
+        """Rebuild the cache of `tokens` from what `KVCache.held` returned, layer by layer, as a copy.
 
-        Raises CacheError where it does not fit.
+        Raises CacheError if it does not fit this model.
         """
         cache = KVCache(self.decoder, self.decoder.kv_dtype)
         cache.states = self.decoder.new_states(tokens.shape[0], tokens.device, cache.dtype)
         cache.restore(tokens, layers, variant)
         return cache
 
-    def most_drafts(self, length: int) -> int:
-        """Not beyond where a rotation takes other frequencies: they would change the logits before it, too."""
+    def max_drafts(self, length: int) -> int:
+        """Drafts must not cross the length where LongRoPE changes frequencies: that changes earlier logits too."""
         config = self.decoder.config
         ends = [rotary.short_length for rotary in config.rotaries if rotary.long_frequencies]
         room = (self.context_length or sys.maxsize) - length
@@ -86,28 +82,28 @@ class NativeBackend(Backend):
         logits, written = self.decoder.forward_batch(sequences, caches, counts)
         return logits, list(written)
 
-    def cache_for(self, ids: Tensor, most: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
-        return self.decoder.cache_for(ids, most, donors, ended)
+    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
+        return self.decoder.cache_for(ids, max_length, donors, ended)
 
     def cache_bytes(self, positions: int) -> int:
         return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
 
 
-def load_native(raw: RawCheckpoint, arithmetic: ComputeOptions, pool: Executor) -> NativeBackend:
-    """Build the decoder that a checkpoint describes and read its tensors, in parallel.
+def load_native(raw: RawCheckpoint, options: ComputeOptions, pool: Executor) -> NativeBackend:
+    """Build the decoder of a checkpoint and read its tensors in parallel.
 
-    Raises CheckpointError for tensors that do not fit, UnsupportedError for what kvgen does not implement or what no
-    memory would hold.
+    Raises CheckpointError for tensors that do not fit, UnsupportedError for models that kvgen does not implement or
+    that need more memory than there is.
     """
     blueprint = draw_blueprint(raw)
-    reader = WeightReader(raw, blueprint, arithmetic)
+    reader = WeightReader(raw, blueprint, options)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     decoder: Decoder | KernelDecoder
-    if arithmetic.kernels:
+    if options.kernels:
         decoder = KernelDecoder(blueprint.decoder.config, state)
     else:
         blueprint.decoder.load_state_dict(state, strict=True, assign=True)
-        decoder = blueprint.decoder.requires_grad_(False).to(arithmetic.device)
-    decoder.kv_dtype = arithmetic.kv_dtype
-    return NativeBackend(decoder, arithmetic.engine, arithmetic.numerics)
+        decoder = blueprint.decoder.requires_grad_(False).to(options.device)
+    decoder.kv_dtype = options.kv_dtype
+    return NativeBackend(decoder, options.engine, options.numerics)

@@ -1,4 +1,4 @@
-"""The x-transformers library as a backend: its `TransformerWrapper`, always handed the full sequence."""
+"""The x-transformers library as a backend: its `TransformerWrapper`, always called with the full sequence."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kvgen.model.ids import check_form, check_range
 
 @dataclass(frozen=True)
 class XTransformersCache:
-    """The library's cache, with the ids that it was computed from.
+    """The library's cache and the ids it was computed from.
 
-    reused, computed: how many positions of the call that made it were already there, and how many were not.
+    reused, computed: positions that the last call found in the cache, and those that it computed.
     """
 
     intermediates: Any
@@ -29,12 +29,12 @@ class XTransformersCache:
 
 
 class XTransformersBackend(Backend):
-    """The real library. Three of its ways need care:
+    """The library's model. It needs care in three points:
 
-    - it wants the whole sequence beside the cache, and takes positions from the length of that sequence;
-    - of the new positions it computes the last `cache_age` alone, 1 by default, and drops the others silently;
-    - it trusts that the cache belongs to the sequence. Here the ids are compared, and a cache of another text is
-      not used.
+    - it takes the whole sequence besides the cache, and derives positions from the length of that sequence;
+    - it computes only the last `cache_age` new positions, 1 by default, and silently drops the others;
+    - it does not check that the cache belongs to the sequence. This class compares the ids and ignores a cache of
+      another text.
     """
 
     name = "x-transformers"
@@ -61,6 +61,7 @@ class XTransformersBackend(Backend):
         check_range(ids, self.module.num_tokens)
 
     def call(self, ids: Tensor, cache: XTransformersCache | None, **options: Any) -> tuple[Tensor, Any]:
+        """Call the library with further options. A cache of another text is ignored."""
         self.check(ids)
         n = ids.shape[1]
         if self.context_length is not None and n > self.context_length:
@@ -68,16 +69,14 @@ class XTransformersBackend(Backend):
         known = cache.ids.shape[1] if cache is not None else 0
         if cache is None or self.cannot_cache or known >= n or not torch.equal(cache.ids, ids[:, :known]):
             known = 0
-            logits, intermediates = self.module(ids, return_intermediates=True, **options)
         else:
-            logits, intermediates = self.module(
-                ids, cache=cache.intermediates, cache_age=n - known, return_intermediates=True, **options
-            )
+            options |= {"cache": cache.intermediates, "cache_age": n - known}
+        logits, intermediates = self.module(ids, return_intermediates=True, **options)
         return logits, XTransformersCache(intermediates, ids.clone(), known, n - known)
 
 
 def build_net(config: Mapping[str, Any], source: str) -> nn.Module:
-    """The `TransformerWrapper` that a checkpoint's config.json describes, with fresh weights.
+    """Build the `TransformerWrapper` that a checkpoint's config.json describes, without its weights.
 
     Raises UnsupportedError if the library is not installed, CheckpointError for arguments that it refuses.
     """
@@ -89,16 +88,7 @@ def build_net(config: Mapping[str, Any], source: str) -> nn.Module:
         ) from None
     try:
         net: nn.Module = TransformerWrapper(**config["wrapper"], attn_layers=Decoder(**config["decoder"]))
-    except (
-        TypeError,
-        AssertionError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # the library checks its arguments in many ways
         raise CheckpointError(f"{source}: x-transformers refuses these arguments ({in_one_line(error)})") from error
     return net
 
@@ -110,15 +100,17 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     CheckpointError for arguments or tensors that do not fit.
     """
     source = str(raw.path)
-    with torch.device("meta"):  # sizes that the tensors do not have are refused before they take memory
+    with torch.device("meta"):  # check shapes before the model takes memory
         expected = build_net(raw.metadata, source).state_dict()
-    for what, names in (
-        ("is missing", expected.keys() - raw.tensors.keys()),
-        ("is not part of this model", raw.tensors.keys() - expected.keys()),
-        ("has another shape", {n for n, t in raw.tensors.items() if n in expected and t.shape != expected[n].shape}),
+    misshapen = {name for name, tensor in expected.items() if raw.tensors.get(name, tensor).shape != tensor.shape}
+    for names, problem in (
+        (expected.keys() - raw.tensors.keys(), "is missing"),
+        (raw.tensors.keys() - expected.keys(), "is not part of this model"),
+        (misshapen, "has a different shape"),
     ):
         if names:
-            raise CheckpointError(f"{source}: the tensor {min(names)!r} {what} ({len(names)} such)")
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{source}: the tensor {min(names)!r}{more} {problem}")
     net: Any = build_net(raw.metadata, source)
     net.load_state_dict({name: tensor.read() for name, tensor in raw.tensors.items()})
     net = net.requires_grad_(False).to(device=device, dtype=dtype)
@@ -128,5 +120,5 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     except (AssertionError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise UnsupportedError(f"{source}: x-transformers cannot run this on plain token ids ({error})") from error
     if not isinstance(logits, Tensor) or logits.ndim != 3:
-        raise UnsupportedError(f"{source}: this configuration gives more than one set of logits")
+        raise UnsupportedError(f"{source}: this configuration returns more than one set of logits")
     return backend

@@ -1,1 +1,1 @@
-"""How fast a model is: prefill, decode, cached against uncached, memory."""
+"""Speed and memory benchmarks."""

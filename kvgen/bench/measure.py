@@ -1,4 +1,4 @@
-"""Timing a model. It knows no backend: everything goes through the contract."""
+"""Benchmarks of a model through the contract: prefill, decode, cached against uncached decoding, memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,26 +20,28 @@ CONTEXTS = (16, 512, 2048)
 LENGTHS = (16, 64, 256, 1024)
 _STEPS = 16  # timed at each context
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Prefill:
-    """A pass over a prompt. tokens: its length. seconds: median."""
+    """A pass over a prompt of `tokens`. seconds: median."""
 
     tokens: int
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)
 class Decode:
-    """A step behind a context. context: its length. seconds: median.
+    """A step after `context` tokens. seconds: median.
 
-    bandwidth: bytes of weights and of cached keys and values that a step reads, a second; None where they are unknown.
-    cache_bytes: of the keys and values alone, at its end; None if unknown.
+    bandwidth: bytes per second of weights, keys and values that a step reads; None if unknown.
+    cache_bytes: of keys and values after the last step; None if unknown.
     """
 
     context: int
@@ -49,13 +51,13 @@ class Decode:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return 1 / self.seconds
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The token behind a sequence of this length, with the cache of what came before and without. Seconds, medians."""
+    """Median seconds of a step after `length` tokens, with and without a cache."""
 
     length: int
     cached: float
@@ -63,17 +65,16 @@ class Growth:
 
     @property
     def speedup(self) -> float:
-        """How many times as fast the cache is."""
         return self.uncached / self.cached
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured.
+    """All measurements of a model.
 
-    weight_bytes, cache_bytes: of the weights, and of the cache at the longest context; None where they are unknown.
-    peak_bytes: the most memory that the process had; None where the system does not say.
-    memory_bandwidth: bytes a second that all threads read from memory together, measured.
+    weight_bytes, cache_bytes: of the weights, and of the cache at the longest context; None if unknown.
+    peak_bytes: peak memory of the process; None if the system does not report it.
+    memory_bandwidth: measured bytes per second that all threads together read from memory.
     """
 
     prefill: tuple[Prefill, ...]
@@ -97,9 +98,9 @@ def measure(
 ) -> Benchmark:
     """Time a model on random tokens.
 
-    prompts: lengths to prefill. contexts: lengths to decode behind. lengths: of the comparison with uncached decoding.
+    prompts: lengths to prefill. contexts: lengths to decode after. lengths: of the comparison with uncached decoding.
     None for those of PROMPTS, CONTEXTS and LENGTHS that fit the model's context.
-    repeat: runs of which the median is taken. progress: told how many measurements are done, of how many.
+    repeat: runs per median. progress: called with the number of measurements done, and in total.
 
     Raises UsageError for lengths that do not fit the model's context.
     """
@@ -111,50 +112,45 @@ def measure(
     if longest > limit:
         raise UsageError(f"{longest} tokens do not fit the model's context of {model.context_length}: measure fewer")
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.vocab_size or 256
-    ids = torch.randint(0, vocabulary, (1, max(longest, 1)), generator=generator).to(model.device)
+    ids = torch.randint(0, model.vocab_size or 256, (1, max(longest, 1)), generator=generator).to(model.device)
     total, done = len(prompts) + len(contexts) + len(lengths) + 1, 0
 
-    def counted(result: Any) -> Any:
+    def count(result: T) -> T:
         nonlocal done
         done += 1
         progress(done, total)
         return result
 
-    model(ids[:, :2], None)  # the first call may set things up
-    prefill = [counted(_prefill(model, ids[:, :length], repeat)) for length in prompts]
-    decode = [counted(_decode(model, ids, context, repeat)) for context in contexts]
-    growth = [counted(_growth(model, ids, length, repeat)) for length in lengths]
+    model(ids[:, :2], None)  # warm up
+    prefill = [count(Prefill(length, _forward_seconds(model, ids[:, :length], repeat))) for length in prompts]
+    decode = [count(_decode(model, ids, context, repeat)) for context in contexts]
+    growth = [count(_growth(model, ids, length, repeat)) for length in lengths]
     return Benchmark(
         tuple(prefill),
         tuple(decode),
         tuple(growth),
         model.weight_bytes,
         max((row.cache_bytes for row in decode if row.cache_bytes is not None), default=None),
-        peak_memory(),
-        counted(memory_bandwidth(model.device)),
+        _peak_memory(),
+        count(_memory_bandwidth(model.device)),
         torch.get_num_threads(),
     )
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read from memory, at best of five: a sum over 256 MB."""
+def _memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a sum over 256 MB, best of five."""
     numbers = torch.ones(2**26, device=device)
     return numbers.nbytes / min(_seconds(lambda: float(numbers.sum())) for _ in range(5))
 
 
-def peak_memory() -> int | None:
-    """The most memory that this process has had, in bytes; None where the system does not say."""
+def _peak_memory() -> int | None:
+    """Peak memory of this process, in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _prefill(model: Backend, ids: Tensor, repeat: int) -> Prefill:
-    return Prefill(ids.shape[1], _median(repeat, lambda: model(ids, None)))
 
 
 def _decode(model: Backend, ids: Tensor, context: int, repeat: int) -> Decode:
@@ -174,12 +170,12 @@ def _decode(model: Backend, ids: Tensor, context: int, repeat: int) -> Decode:
 
 def _growth(model: Backend, ids: Tensor, length: int, repeat: int) -> Growth:
     cached = _decode(model, ids, length, repeat).seconds
-    uncached = _median(max(1, repeat // 2), lambda: model(ids[:, : length + 1], None))
-    return Growth(length, cached, uncached)
+    return Growth(length, cached, _forward_seconds(model, ids[:, : length + 1], max(1, repeat // 2)))
 
 
-def _median(repeat: int, call: Callable[[], tuple[Tensor, Any]]) -> float:
-    return statistics.median(_seconds(lambda: float(call()[0][0, -1, 0])) for _ in range(repeat))
+def _forward_seconds(model: Backend, ids: Tensor, repeat: int) -> float:
+    """Median time of an uncached pass; reading a logit waits for a GPU."""
+    return statistics.median(_seconds(lambda: float(model(ids, None)[0][0, -1, 0])) for _ in range(repeat))
 
 
 def _seconds(call: Callable[[], object]) -> float:

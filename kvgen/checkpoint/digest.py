@@ -1,7 +1,7 @@
-"""What the bytes of a checkpoint's files are: digests, remembered in kvgen's cache folder.
+"""SHA-256 digests of checkpoint files, stored in kvgen's cache folder.
 
-A digest is of all bytes, since a change of a single weight changes what a model computes. SHA-256 of blocks, side by
-side, takes about as long as reading a file from a fast disk.
+A digest covers all bytes, since one changed weight changes the results. Blocks are hashed in parallel, about as fast as
+a fast disk reads them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,78 +17,69 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvgen.errors import CheckpointError
-from kvgen.system import cache_dir
+from kvgen.system import atomic_file, cache_dir
 
 _BLOCK = 16 * 1024 * 1024
-_SETTLED = 2 * 10**9  # nanoseconds after which another change of a file gets another time, on any file system
+_SETTLED = 2 * 10**9  # ns; on any file system, later changes have a different timestamp
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that a checkpoint was read from, and how it was then. stamp: device, inode, size, time of its change."""
+    """A file that was read, and its device, inode, size in bytes and mtime in ns at that time."""
 
     path: Path
     stamp: tuple[int, ...]
 
 
 def source_file(path: Path) -> SourceFile:
-    """A file as it is now. Raises CheckpointError."""
-    found = _stat(path)
+    """Describe a file as it is now. Raises CheckpointError if it cannot be read."""
+    found = read_stat(path)
     return SourceFile(path.absolute(), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 def digest_of(files: Iterable[SourceFile]) -> str:
-    """Of the names and all bytes of files. Raises CheckpointError if one is not any more what was read."""
-    whole = hashlib.sha256()
+    """Hash the names and bytes of files. Raises CheckpointError if one has changed since it was read."""
+    total = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.path.name}\0{_remembered(file)}\0".encode())
-    return whole.hexdigest()
+        total.update(f"{file.path.name}\0{_cached_digest(file)}\0".encode())
+    return total.hexdigest()
 
 
-def _remembered(file: SourceFile) -> str:
-    """The digest of one file, from the cache folder if it has it."""
+def _cached_digest(file: SourceFile) -> str:
     if source_file(file.path) != file:
         raise CheckpointError(f"{file.path}: has changed since it was read; load the model again")
-    changed = _stat(file.path).st_ctime_ns  # which, other than the time in the stamp, nobody can set
-    known = [*file.stamp, changed]
-    note = cache_dir() / "digests" / hashlib.sha256(os.fsencode(file.path)).hexdigest()[:32]
+    changed = read_stat(file.path).st_ctime_ns  # unlike mtime, a program cannot set it
+    stamp = [*file.stamp, changed]
+    entry = cache_dir() / "digests" / hashlib.sha256(os.fsencode(file.path)).hexdigest()[:32]
     with suppress(OSError, ValueError, KeyError, TypeError):
-        value = json.loads(note.read_bytes())
-        if value["file"] == known:
+        value = json.loads(entry.read_bytes())
+        if value["file"] == stamp:
             return str(value["sha256"])
-    digest = _digest(file)
+    digest = _compute_digest(file)
     if time.time_ns() - changed > _SETTLED:
-        _remember(note, {"file": known, "sha256": digest})
+        with suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(entry) as cached:
+                cached.write(json.dumps({"file": stamp, "sha256": digest}).encode())
     return digest
 
 
-def _digest(file: SourceFile) -> str:
-    starts = range(0, file.stamp[2], _BLOCK)
+def _compute_digest(file: SourceFile) -> str:
+    def hash_block(start: int) -> bytes:
+        with file.path.open("rb") as data:
+            data.seek(start)
+            return hashlib.sha256(data.read(_BLOCK)).digest()
+
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            blocks = b"".join(pool.map(lambda start: _block(file.path, start), starts))
+            blocks = b"".join(pool.map(hash_block, range(0, file.stamp[2], _BLOCK)))
     except OSError as error:
         raise CheckpointError(f"{file.path}: cannot be read ({error.strerror})") from error
     return hashlib.sha256(blocks).hexdigest()
 
 
-def _block(path: Path, start: int) -> bytes:
-    with path.open("rb") as data:
-        data.seek(start)
-        return hashlib.sha256(data.read(_BLOCK)).digest()
-
-
-def _remember(note: Path, value: dict[str, object]) -> None:
-    """Write it at once; where that cannot be, the digest is computed again next time."""
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=note.parent) as folder:
-            written = Path(folder) / note.name
-            written.write_text(json.dumps(value))
-            written.replace(note)
-
-
-def _stat(path: Path) -> os.stat_result:
+def read_stat(path: Path) -> os.stat_result:
+    """Return `path.stat()`. Raises CheckpointError."""
     try:
         return path.stat()
     except OSError as error:

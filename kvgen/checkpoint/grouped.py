@@ -1,7 +1,4 @@
-"""Weights as integers that share a scale, and perhaps a minimum, in groups along a row: what most of ggml's types are.
-
-The layouts of blocks are those of ggml's ggml-common.h.
-"""
+"""Group-quantized matrices, and readers for ggml's quantized types (block layouts: ggml-common.h)."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Bytes = NDArray[np.uint8]
-Codes = NDArray[Any]  # of numpy's many integer types
+Codes = NDArray[Any]  # uint8 or int8
 Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """A matrix of R rows and K columns: weight = code * scale + minimum.
+    """An (R, K) matrix in which groups of columns share a scale: weight = code * scale + minimum.
 
-    codes: int8, (R, K); or, of 4 bits, uint8, (R, K / 2), where a group of 2n columns takes n bytes, column i in the
-        low half of byte i and column n + i in the high one.
-    scales, mins: (R, K / group), fp16 or fp32; mins is None where there are none.
-    group: columns that share a scale, 16 or 32.
+    codes: 8 bits: int8, (R, K). 4 bits: uint8, (R, K / 2); byte i of a group of 2n columns holds column i in its low
+        half and column n + i in its high half.
+    scales, mins: (R, K / group), fp16 or fp32; mins may be None.
+    group: columns per group, 16 or 32.
     """
 
     codes: Tensor
@@ -36,7 +33,7 @@ class Grouped:
 
     @property
     def bits(self) -> int:
-        """4 or 8."""
+        """Bits per code, 4 or 8."""
         return 4 if self.codes.dtype == torch.uint8 else 8
 
     @property
@@ -45,13 +42,12 @@ class Grouped:
         return self.scales.shape[0], self.scales.shape[1] * self.group
 
     def rows(self, index: Tensor) -> Grouped:
-        """The rows at `index`, int64."""
-        return Grouped(
-            self.codes[index], self.scales[index], None if self.mins is None else self.mins[index], self.group
-        )
+        """Return the rows at `index`, int64."""
+        mins = None if self.mins is None else self.mins[index]
+        return Grouped(self.codes[index], self.scales[index], mins, self.group)
 
     def dequantized(self) -> Tensor:
-        """(R, K) fp32."""
+        """Return the weights, (R, K) fp32."""
         rows, columns = self.shape
         codes = self.codes.view(rows, columns // self.group, -1)
         if self.bits == 4:
@@ -63,10 +59,7 @@ class Grouped:
 
 
 def quantized(weights: Tensor, bits: int) -> Grouped:
-    """Round a matrix, (R, K) with K a multiple of 32, to 8 bits (ggml's Q8_0) or 4 (Q4_1): lossy.
-
-    8 bits: a group's largest number is 127 scales. 4 bits: the codes go from its least number to its largest.
-    """
+    """Quantize an (R, K) matrix, K a multiple of 32, to 8 bits (as ggml's Q8_0) or 4 bits (Q4_1)."""
     groups = weights.float().view(weights.shape[0], -1, 32)
     if bits == 8:
         scales = (groups.abs().amax(-1) / 127).half()
@@ -81,10 +74,7 @@ def quantized(weights: Tensor, bits: int) -> Grouped:
 
 
 def read_blocks(type_name: str, blocks: Bytes, rows: int) -> Grouped | None:
-    """The rows of one of ggml's quantized types; None for a type whose weights are not of this form.
-
-    blocks: (number of blocks, bytes of one).
-    """
+    """Convert blocks of a ggml type, (blocks, bytes per block), to a matrix; None for types not in groups."""
     if type_name not in _READERS:
         return None
     group, read = _READERS[type_name]
@@ -98,47 +88,47 @@ def read_blocks(type_name: str, blocks: Bytes, rows: int) -> Grouped | None:
 _Parts = tuple[NDArray[np.generic], Floats, Floats | None]
 
 
-def _half(blocks: Bytes, at: int) -> Floats:
-    """The fp16 at byte `at` of each block, (N, 1)."""
+def _read_fp16(blocks: Bytes, at: int) -> Floats:
+    """Return the fp16 at byte `at` of each block, (N, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
 
 
-def _nibbles(packed: Bytes) -> Bytes:
-    """Low halves, then high halves: (..., n) to (..., 2n)."""
+def _unpack_nibbles(packed: Bytes) -> Bytes:
+    """Return the low halves, then the high halves: (..., n) to (..., 2n)."""
     return np.concatenate((packed & 15, packed >> 4), axis=-1)
 
 
-def _bits_of(packed: Bytes) -> Bytes:
-    """(N, n) bytes to (N, 8n) bits, lowest first."""
+def _unpack_bits(packed: Bytes) -> Bytes:
+    """Unpack (N, n) bytes to (N, 8n) bits, lowest first."""
     return np.unpackbits(packed, axis=-1, bitorder="little")
 
 
 def _q4_0(blocks: Bytes) -> _Parts:
-    scale = _half(blocks, 0)
+    scale = _read_fp16(blocks, 0)
     mins = scale.astype(np.float32) * -8
     return blocks[:, 2:], scale, mins.astype(np.float16) if np.abs(mins).max() < np.finfo(np.float16).max else mins
 
 
 def _q4_1(blocks: Bytes) -> _Parts:
-    return blocks[:, 4:], _half(blocks, 0), _half(blocks, 2)
+    return blocks[:, 4:], _read_fp16(blocks, 0), _read_fp16(blocks, 2)
 
 
 def _q5_0(blocks: Bytes) -> _Parts:
-    codes = _nibbles(blocks[:, 6:]) | _bits_of(blocks[:, 2:6]) << 4
-    return codes.view(np.int8) - np.int8(16), _half(blocks, 0), None
+    codes = _unpack_nibbles(blocks[:, 6:]) | _unpack_bits(blocks[:, 2:6]) << 4
+    return codes.view(np.int8) - np.int8(16), _read_fp16(blocks, 0), None
 
 
 def _q5_1(blocks: Bytes) -> _Parts:
-    codes = _nibbles(blocks[:, 8:]) | _bits_of(blocks[:, 4:8]) << 4
-    return codes.view(np.int8), _half(blocks, 0), _half(blocks, 2)
+    codes = _unpack_nibbles(blocks[:, 8:]) | _unpack_bits(blocks[:, 4:8]) << 4
+    return codes.view(np.int8), _read_fp16(blocks, 0), _read_fp16(blocks, 2)
 
 
 def _q8_0(blocks: Bytes) -> _Parts:
-    return blocks[:, 2:].view(np.int8), _half(blocks, 0), None
+    return blocks[:, 2:].view(np.int8), _read_fp16(blocks, 0), None
 
 
-def _scales_of_k(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """Eight 6-bit scales and eight minimums in 12 bytes: those of the last four are split."""
+def _unpack_k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """Unpack 12 bytes to eight 6-bit scales and eight 6-bit minimums."""
     scales, mins, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     return (
         np.concatenate((scales & 63, high & 15 | scales >> 6 << 4), axis=-1),
@@ -146,41 +136,41 @@ def _scales_of_k(packed: Bytes) -> tuple[Bytes, Bytes]:
     )
 
 
-def _scaled(factor: Floats, codes: NDArray[np.generic]) -> Floats:
+def _multiply(factor: Floats, codes: NDArray[np.generic]) -> Floats:
     return factor.astype(np.float32) * codes.astype(np.float32)
 
 
 def _q4_k(blocks: Bytes) -> _Parts:
-    scales, mins = _scales_of_k(blocks[:, 4:16])
-    # 32 bytes hold two groups, one in the low halves, the next in the high ones; here each group has bytes of its own.
-    groups = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    scales, mins = _unpack_k_scales(blocks[:, 4:16])
+    # In ggml, 32 bytes hold two groups, in the low and the high halves; in `Grouped`, each group has its own bytes.
+    groups = _unpack_nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     codes = groups[..., :16] | groups[..., 16:] << 4
-    return codes, _scaled(_half(blocks, 0), scales), -_scaled(_half(blocks, 2), mins)
+    return codes, _multiply(_read_fp16(blocks, 0), scales), -_multiply(_read_fp16(blocks, 2), mins)
 
 
 def _q5_k(blocks: Bytes) -> _Parts:
-    scales, mins = _scales_of_k(blocks[:, 4:16])
-    low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    high = _bits_of(blocks[:, 16:48]).reshape(-1, 32, 8).swapaxes(1, 2)  # bit g of byte i: group g, column i
+    scales, mins = _unpack_k_scales(blocks[:, 4:16])
+    low = _unpack_nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    high = _unpack_bits(blocks[:, 16:48]).reshape(-1, 32, 8).swapaxes(1, 2)  # bit g of byte i: group g, column i
     codes = (low | high << 4).view(np.int8)
-    return codes, _scaled(_half(blocks, 0), scales), -_scaled(_half(blocks, 2), mins)
+    return codes, _multiply(_read_fp16(blocks, 0), scales), -_multiply(_read_fp16(blocks, 2), mins)
 
 
 def _q6_k(blocks: Bytes) -> _Parts:
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    low = _unpack_nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     packed = blocks[:, 128:192].reshape(-1, 2, 1, 32)
     high = packed >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     codes = (low | high << 4).view(np.int8) - np.int8(32)
-    return codes, _scaled(_half(blocks, 208), blocks[:, 192:208].view(np.int8)), None
+    return codes, _multiply(_read_fp16(blocks, 208), blocks[:, 192:208].view(np.int8)), None
 
 
-def _quarters(blocks: Bytes) -> Codes:
-    """64 bytes of four 2-bit codes to codes in the order of their columns, (N, 2, 4, 32)."""
+def _unpack_2_bits(blocks: Bytes) -> Codes:
+    """Unpack 64 bytes of four 2-bit codes to (N, 2, 4, 32), in column order."""
     return blocks.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
 
 
-def _paired(codes: Codes) -> Codes:
-    """Codes of 4 bits in groups of 16, packed as in `Grouped`."""
+def _pack_nibbles(codes: Codes) -> Codes:
+    """Pack 4-bit codes in groups of 16, as in `Grouped`."""
     groups = codes.reshape(len(codes), 16, 16)
     packed: Codes = groups[..., :8] | groups[..., 8:] << 4
     return packed
@@ -188,18 +178,18 @@ def _paired(codes: Codes) -> Codes:
 
 def _q2_k(blocks: Bytes) -> _Parts:
     scales, mins = blocks[:, :16] & 15, blocks[:, :16] >> 4
-    codes = _paired(_quarters(blocks[:, 16:80]))
-    return codes, _scaled(_half(blocks, 80), scales), -_scaled(_half(blocks, 82), mins)
+    codes = _pack_nibbles(_unpack_2_bits(blocks[:, 16:80]))
+    return codes, _multiply(_read_fp16(blocks, 80), scales), -_multiply(_read_fp16(blocks, 82), mins)
 
 
 def _q3_k(blocks: Bytes) -> _Parts:
-    low, high, packed = _quarters(blocks[:, 32:96]), blocks[:, :32], blocks[:, 96:108]
+    low, high, packed = _unpack_2_bits(blocks[:, 32:96]), blocks[:, :32], blocks[:, 96:108]
     bits = (high[:, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 2, 4, 32)
-    codes = _paired(low | bits << 2)
-    scale_low = _nibbles(packed[:, :8])
+    codes = _pack_nibbles(low | bits << 2)
+    scale_low = _unpack_nibbles(packed[:, :8])
     scale_high = packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     scales = (scale_low | scale_high.reshape(-1, 16) << 4).view(np.int8) - np.int8(32)
-    factors = _scaled(_half(blocks, 108), scales)
+    factors = _multiply(_read_fp16(blocks, 108), scales)
     return codes, factors, factors * np.float32(-4)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, in one file or in shards."""
+"""Read Hugging Face folders: config.json and safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
-    """Read a folder whose config.json holds `config`.
+    """Read a folder with its decoded config.json.
 
-    Raises CheckpointError, or UnsupportedError for weights that are not plain safetensors.
+    Raises CheckpointError, or UnsupportedError if the weights are quantized or not in safetensors.
     """
     if "quantization_config" in config:
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(f"{folder / 'config.json'}: quantization_config ({method}) is not supported")
     tensors: dict[str, RawTensor] = {}
-    shards = _shards(folder)
+    shards = _find_shards(folder)
     files = tuple(source_file(file) for file in (folder / "config.json", *shards))
     for shard in shards:
         add_shard(tensors, shard)
     return RawCheckpoint(folder, "hf", config, tensors, files)
 
 
-def _shards(folder: Path) -> list[Path]:
+def _find_shards(folder: Path) -> list[Path]:
     index_path = folder / _INDEX
     if not index_path.exists():
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
         found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = f" ({found[0]} is a pickle, which kvgen never loads)" if found else ""
+        hint = f" ({found[0]} is a pickle, which can run code; kvgen does not load it)" if found else ""
         raise UnsupportedError(f"{folder}: has no model.safetensors and no {_INDEX}{hint}")
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -63,7 +63,7 @@ def _shards(folder: Path) -> list[Path]:
         if Path(name).name != name:
             raise CheckpointError(f"{index_path}: names a file outside the folder ({name!r})")
         if not (folder / name).exists():
-            raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the checkpoint again")
+            raise CheckpointError(f"{folder}: the shard {name} is missing; download the checkpoint again")
     return [folder / name for name in names]
 
 
@@ -71,7 +71,7 @@ def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
     """Add the tensors of one safetensors file to `tensors`. Raises CheckpointError."""
     check_file(path)
     try:
-        shard: Any = safe_open(path, framework="pt")  # holds the header against the file
+        shard: Any = safe_open(path, framework="pt")  # checks the header against the file size
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error

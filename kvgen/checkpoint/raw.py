@@ -1,4 +1,4 @@
-"""What every checkpoint reader returns: metadata and tensors under the names that the file gives them."""
+"""The result of every checkpoint reader: metadata and tensors, under the names in the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from kvgen.checkpoint.digest import SourceFile
+from kvgen.checkpoint.digest import SourceFile, read_stat
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
 
@@ -20,38 +20,33 @@ MAX_TEXT_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below
 Format = Literal["gguf", "hf", "x-transformers"]
 
 
-def _nothing() -> None:
-    """What there is to release of a tensor in memory, and to read of one that has no groups."""
-
-
 @dataclass(frozen=True)
 class RawTensor:
     """A tensor that is still on disk.
 
-    shape: as torch sees it, slowest dimension first.
-    type: the name of its storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
-    nbytes: what it takes in the file.
-    read: returns the tensor; blocks of a quantized type are dequantized to fp32.
-    read_grouped: returns a matrix of a quantized type as the integers that it is made of; None for other types.
-    release: gives back the memory that reading took of the file's own, once a copy of the tensor is all that is
-        wanted.
+    shape: in torch's order, slowest dimension first.
+    type: the storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
+    nbytes: size in the file.
+    read: return the tensor; quantized types are dequantized to fp32.
+    release: drop the file's pages from memory, once the tensor is copied.
+    read_grouped: return a quantized matrix as integer codes; None for other types.
     """
 
     shape: tuple[int, ...]
     type: str
     nbytes: int
     read: Callable[[], Tensor]
-    release: Callable[[], None] = _nothing
-    read_grouped: Callable[[], Grouped | None] = _nothing
+    release: Callable[[], None] = lambda: None
+    read_grouped: Callable[[], Grouped | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """A checkpoint as its files have it.
+    """An uninterpreted checkpoint.
 
     path: the GGUF file or the folder.
-    metadata: a GGUF's key-value pairs, or the content of a folder's config.json.
-    files: all that metadata and tensors were read from.
+    metadata: a GGUF's key-value pairs, or a folder's config.json.
+    files: the files that were read.
     """
 
     path: Path
@@ -61,25 +56,21 @@ class RawCheckpoint:
     files: tuple[SourceFile, ...] = ()
 
 
-def check_file(path: Path, *, most: int | None = None) -> None:
-    """Raises CheckpointError for what is no file, such as a pipe or a device that never ends, or has more than `most`
-    bytes.
+def check_file(path: Path, *, max_bytes: int | None = None) -> None:
+    """Raises CheckpointError if `path` is not a file (a pipe or a device may never end) or is too large.
 
-    A link to a file is one: the caches of Hugging Face are made of them, and kvgen only reads.
+    Links to files are allowed: the Hugging Face cache consists of them.
     """
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    found = read_stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path}: not a file")
-    if most is not None and found.st_size > most:
-        raise CheckpointError(f"{path}: larger than {most} bytes; this is no checkpoint file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise CheckpointError(f"{path}: larger than {max_bytes} bytes; this is not a checkpoint file")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises CheckpointError if it is missing, too large or malformed."""
-    check_file(path, most=MAX_TEXT_BYTES)
+    """Read a JSON file. Raises CheckpointError if it is missing, too large or malformed."""
+    check_file(path, max_bytes=MAX_TEXT_BYTES)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,8 +80,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that must hold an object. Raises CheckpointError."""
+    """Read a JSON file that must contain an object. Raises CheckpointError."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must contain a JSON object")
     return content

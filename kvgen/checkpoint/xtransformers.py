@@ -1,9 +1,9 @@
-"""x-transformers folders: config.json with the library's arguments, and a state dict.
+"""Read x-transformers folders: a state dict, and a config.json with the library's arguments.
 
     {"library": "x-transformers", "wrapper": {...TransformerWrapper...}, "decoder": {...Decoder...},
      "tokenizer": "bytes"}
 
-`tokenizer` is left out where a tokenizer.json lies beside it.
+Leave out `tokenizer` if the folder has a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
 from kvgen.errors import CheckpointError, in_one_line
 
 LIBRARY = "x-transformers"
+_WEIGHTS = ("model.safetensors", "model.pt")
 _KEYS = {"library", "wrapper", "decoder", "tokenizer"}
-_PREFIX = "net."  # of a state dict that was saved from an AutoregressiveWrapper
+_PREFIX = "net."  # in the state dict of an AutoregressiveWrapper
 
 
 def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
-    """Read a folder whose config.json, `config`, names this library. Raises CheckpointError."""
+    """Read a folder with its decoded config.json. Raises CheckpointError."""
     path = folder / "config.json"
     unknown = sorted(config.keys() - _KEYS)
     if unknown:
@@ -34,36 +35,30 @@ def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{path}: {key} must be an object with the library's arguments")
     if config.get("tokenizer", "bytes") != "bytes":
-        raise CheckpointError(f'{path}: tokenizer is {config["tokenizer"]!r}; it can be "bytes", or a tokenizer.json')
-    weights = _weights(folder)
+        raise CheckpointError(f'{path}: tokenizer is {config["tokenizer"]!r}; use "bytes" or add a tokenizer.json')
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder}: has neither {' nor '.join(_WEIGHTS)}")
     files = source_file(path), source_file(weights)
-    tensors = _tensors(weights)
+    tensors = _read_tensors(weights)
     if tensors and all(name.startswith(_PREFIX) for name in tensors):
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     return RawCheckpoint(folder, "x-transformers", config, tensors, files)
 
 
-def _weights(folder: Path) -> Path:
-    for name in ("model.safetensors", "model.pt"):
-        if (folder / name).exists():
-            return folder / name
-    raise CheckpointError(f"{folder}: has neither model.safetensors nor model.pt")
-
-
-def _tensors(path: Path) -> dict[str, RawTensor]:
-    tensors: dict[str, RawTensor] = {}
+def _read_tensors(path: Path) -> dict[str, RawTensor]:
     if path.suffix == ".safetensors":
+        tensors: dict[str, RawTensor] = {}
         add_shard(tensors, path)
         return tensors
     check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a state dict that can be loaded safely ({in_one_line(error)})") from error
+        raise CheckpointError(f"{path}: cannot be loaded with weights_only=True ({in_one_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a state dict; save it with torch.save(model.state_dict(), path)")
-    return {name: _in_memory(tensor) for name, tensor in state.items()}
-
-
-def _in_memory(tensor: torch.Tensor) -> RawTensor:
-    return RawTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, lambda: tensor)
+    return {
+        name: RawTensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), value.nbytes, value.detach)
+        for name, value in state.items()
+    }

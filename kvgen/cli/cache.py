@@ -1,52 +1,49 @@
-"""`kvgen cache`: prompt caches, the files that `--prompt-cache` writes."""
+"""`kvgen cache`: describe prompt-cache files."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 from typer import Argument
 
 from kvgen.cli import options
-from kvgen.cli.errors import Group
-from kvgen.cli.escape import escape_controls
-from kvgen.cli.help import Command
-from kvgen.cli.render import format_bytes, terminal, write_json
+from kvgen.cli.commands import Command, Group
+from kvgen.cli.render import format_bytes, write_json
+from kvgen.cli.tables import print_facts
 
 cache = typer.Typer(
     cls=Group,
-    help="Look into prompt caches.",
+    help="Describe prompt-cache files.",
     epilog="Example:\n\nkvgen cache inspect article.cache",
 )
 
 
 @cache.callback()
-def _commands() -> None:
-    """Keeps `inspect` a command of its own."""
+def _subcommands() -> None:
+    """Without a callback, Typer would make `inspect` the command itself."""
 
 
 @cache.command(cls=Command, epilog="Example:\n\nkvgen cache inspect article.cache --json")
 def inspect(
-    file: Annotated[Path, Argument(metavar="FILE", help="What --prompt-cache wrote.")], json: options.Json = False
+    file: Annotated[Path, Argument(metavar="FILE", help="A file written with --prompt-cache.")],
+    json: options.Json = False,
 ) -> None:
-    """Say what a prompt cache holds: of which model, how many tokens, how many bytes."""
+    """Show a prompt cache's model, number of tokens and size."""
     from kvgen.generation.prompt_cache import describe_prompt_cache
 
     info = describe_prompt_cache(file)
     if json:
         write_json(asdict(info))
         return
-    rows = {
-        "model": info.model,
-        "arithmetic": info.numerics,
-        "tokens": f"{len(info.tokens):,}",
-        "layers": str(info.layers),
-        "keys, values": f"{info.dtype}, {format_bytes(info.nbytes)}",
-    }
-    console = terminal(sys.stdout)
-    for name, value in rows.items():
-        console.print(Text(f"{name:<14}{escape_controls(value)}"), soft_wrap=True)
+    print_facts(
+        [
+            ("model", info.model),
+            ("arithmetic", info.numerics),
+            ("tokens", f"{len(info.tokens):,}"),
+            ("layers", str(info.layers)),
+            ("keys, values", f"{info.dtype}, {format_bytes(info.nbytes)}"),
+        ]
+    )

@@ -1,10 +1,10 @@
-"""`kvgen chat`: a conversation on a terminal."""
+"""`kvgen chat`: a conversation in the terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,56 +13,53 @@ import typer
 from typer import Option
 
 from kvgen.cli import options
-from kvgen.cli.escape import escape_controls
-from kvgen.cli.generation_options import CompletionOptions, PromptOptions
-from kvgen.cli.groups import takes_groups
+from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.markdown import MarkdownWriter
-from kvgen.cli.model import ModelOptions
 from kvgen.cli.prompts import with_piped_text
-from kvgen.cli.render import TextWriter, notes, print_note, terminal, with_prefill_bar
+from kvgen.cli.render import TextWriter, escape_controls, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
 from kvgen.errors import ContextError, KvgenError, UsageError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-    from kvgen import Chunk, Conversation
+    from kvgen import Conversation
 
 _MAKE_ROOM = "/undo takes back the last question, /reset forgets the conversation"
 _COMMANDS = {
-    "/reset": "forget the conversation, but not the system message",
+    "/reset": "forget the conversation, but keep the system message",
     "/undo": "take back the last question and its answer",
-    "/edit": "change the last question, and ask it again",
-    "/system": "/system TEXT sets the system message; without TEXT, takes it away",
-    "/save": "/save FILE writes the conversation; it asks before it overwrites",
-    "/load": "/load FILE goes on with one that was saved",
-    "/stats": "positions reused and computed after each answer: on or off",
-    "/help": "this list",
+    "/edit": "change the last question and ask it again",
+    "/system": "/system TEXT sets the system message; without TEXT, removes it",
+    "/save": "/save FILE writes the conversation to a file",
+    "/load": "/load FILE continues a saved conversation",
+    "/stats": "turn statistics after each answer on or off",
+    "/help": "list these commands",
     "/quit": "leave; so do /exit and Ctrl-D",
-    "//": "//TEXT asks a text that begins with /",
+    "//": "//TEXT asks a question that begins with /",
 }
 
 
 @takes_groups(max_tokens=options.NO_LIMIT)
 def chat(
     *,
-    prompt: Annotated[str | None, Option("--prompt", "-p", help="Ask this alone, and leave.")] = None,
-    system: Annotated[str | None, Option(help="A system message.")] = None,
+    prompt: Annotated[str | None, Option("--prompt", "-p", help="Ask one question and exit.")] = None,
+    system: Annotated[str | None, Option(help="System message.")] = None,
     chat_template: options.ChatTemplateFile = None,
     source: ModelOptions,
     completion: CompletionOptions,
     prompt_cache: options.PromptCache = None,
-    markdown: Annotated[bool, Option("--markdown", help="Show answers as formatted text.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Show answers as formatted Markdown.")] = False,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model, on a terminal. /help lists what can be typed besides questions.
+    """Hold a conversation with a model in the terminal. Type /help for the commands.
 
-    Each turn hands the whole conversation to the model, and the cache finds what it has already seen.
+    Each turn passes the whole conversation to the model, and the cache reuses everything up to the new question.
     """
     on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if prompt is None and not on_terminal:
-        raise UsageError("chat needs a terminal; give --prompt for one question, or see `kvgen generate --chat`")
+        raise UsageError("chat needs a terminal: give --prompt for one question, or use kvgen generate --chat")
     prompt = with_piped_text(prompt, None, notes(quiet=quiet))
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
@@ -71,16 +68,15 @@ def chat(
     loaded = reading.prepared(source.load(quiet=quiet))
 
     from kvgen import Conversation
+    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
 
     if loaded.tokenizer.chat_template is None:
         raise UsageError("this checkpoint has no chat template: choose a chat model, or give --chat-template")
     conversation = Conversation(loaded, request)
     conversation.system = system
     if prompt_cache is not None:
-        from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
-
         conversation.cache = open_prompt_cache(prompt_cache, loaded)
-    talk = Talk(conversation, markdown=markdown and sys.stdout.isatty(), stats=stats, quiet=quiet)
+    talk = Talk(conversation, markdown and sys.stdout.isatty(), stats, quiet)
     if prompt is not None:
         talk.answer(prompt)
     else:
@@ -89,76 +85,76 @@ def chat(
         save_prompt_cache(prompt_cache, conversation.cache, loaded)
 
 
+@dataclass
 class Talk:
-    """Reads lines from a terminal, and answers them."""
+    """An interactive conversation.
 
-    def __init__(self, conversation: Conversation, *, markdown: bool, stats: bool, quiet: bool) -> None:
-        """stats: after each answer. quiet: say nothing but answers, errors and what a command asks for."""
-        self._conversation, self._markdown, self._stats, self._quiet = conversation, markdown, stats, quiet
-        self._file: Path | None = None  # that holds this conversation
+    stats: print statistics after each answer. quiet: print only answers, errors and the results of commands.
+    file: where the conversation was loaded from or saved to.
+    """
+
+    conversation: Conversation
+    markdown: bool
+    stats: bool
+    quiet: bool
+    file: Path | None = None
 
     def run(self) -> None:
-        """Until /quit or the end of input."""
-        session = _session()
-        typed = ""
-        if not self._quiet:
+        """Read and answer lines until /quit or the end of input."""
+        session, draft = _new_session(), ""
+        if not self.quiet:
             print_note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
-                line = session.prompt("> ", default=typed).strip()
+                line = session.prompt("> ", default=draft).strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 return
-            typed = ""
+            draft = ""
             if line in ("/quit", "/exit"):
                 return
             try:
                 if line.startswith("/") and not line.startswith("//"):
-                    typed = self._command(*line.partition(" ")[::2])
+                    draft = self._run_command(*line.partition(" ")[::2])
                 elif line:
                     self.answer(line.removeprefix("/"))
             except KeyboardInterrupt:
-                print_note("stopped; what has come is part of the conversation")
-            except ContextError as error:
-                print_note(f"{error}: {_MAKE_ROOM}", "red")
+                print_note("stopped; the text so far stays in the conversation")
             except KvgenError as error:
-                print_note(str(error), "red")
+                print_note(f"{error}: {_MAKE_ROOM}" if isinstance(error, ContextError) else str(error), "red")
 
     def answer(self, question: str) -> None:
-        """Ask, and show the answer as it comes."""
-        meter = Meter()
-        conversation = self._conversation
-        answer = with_prefill_bar(conversation.ask(question), conversation.loaded.model, quiet=self._quiet)
-        chunks = _metered(answer, meter)
-        with MarkdownWriter(terminal(sys.stdout)) if self._markdown else TextWriter(raw=False) as writer:
-            for chunk in chunks:
+        """Ask the model, and stream its answer to stdout."""
+        meter, began = Meter(), time.perf_counter()
+        answer = with_prefill_bar(self.conversation.ask(question), self.conversation.loaded.model, quiet=self.quiet)
+        with MarkdownWriter(terminal(sys.stdout)) if self.markdown else TextWriter(raw=False) as writer:
+            for chunk in answer:
+                meter.add(chunk, began)
                 writer.write(chunk.text)
-        if not self._quiet:
-            self._tell(meter)
+        if not self.quiet:
+            self._print_notes(meter)
 
-    def _tell(self, meter: Meter) -> None:
-        """Say what became of an answer, where that is not plain to see."""
-        lengths = [self._conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
+    def _print_notes(self, meter: Meter) -> None:
+        """Print how an answer was cut short, and its statistics."""
+        tokens = format_tokens(len(meter.chunks))
+        lengths = [self.conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
         if any(after < before for before, after in pairwise(lengths)):
             print_note("(--max-context: the middle of the conversation was dropped for this answer)")
         if meter.last.finish_reason == "length":
-            print_note(f"(cut off by --max-tokens: {format_tokens(len(meter.chunks))})")
+            print_note(f"(cut off by --max-tokens: {tokens})")
         elif meter.last.finish_reason == "context":
             print_note(f"(cut off: the model's context is full; {_MAKE_ROOM})")
-        if self._stats:
+        if self.stats:
             step = meter.chunks[0].step
             print_note(
                 f"{step.positions} positions of conversation: {format_count(step.reused)} reused, "
-                f"{format_count(step.computed)} computed | {format_tokens(len(meter.chunks))}, "
-                f"first after {meter.prefill_seconds:.2f} s"
+                f"{format_count(step.computed)} computed | {tokens}, first after {meter.prefill_seconds:.2f} s"
             )
 
-    def _command(self, name: str, rest: str) -> str:
-        """Do what a command says; returns what is to be typed for the user."""
-        conversation, rest = self._conversation, rest.strip()
-        if name in ("/save", "/load") and not rest:
-            raise UsageError(f"{name} needs the name of a file")
+    def _run_command(self, name: str, rest: str) -> str:
+        """Run a command, and return the text to edit in the next prompt."""
+        conversation, rest = self.conversation, rest.strip()
         if name == "/reset":
             conversation.reset()
         elif name in ("/undo", "/edit"):
@@ -170,42 +166,47 @@ class Talk:
             print_note(f"taken back: {question}")
         elif name == "/system":
             conversation.system = rest
-        elif name == "/save":
-            self._save(Path(rest).expanduser())
-        elif name == "/load":
-            file = Path(rest).expanduser()
-            conversation.load(file)
-            self._file = file
-            print_note(f"loaded: {len(conversation.messages)} messages")
+        elif name in ("/save", "/load"):
+            self._save_or_load(name, rest)
         elif name == "/stats":
-            self._stats = not self._stats
-            print_note(f"stats are {'on' if self._stats else 'off'}")
+            self.stats = not self.stats
+            print_note(f"stats are {'on' if self.stats else 'off'}")
         elif name == "/help":
             for command, meaning in _COMMANDS.items():
                 print_note(f"{command:<8} {meaning}")
         else:
-            raise UsageError(f"no command {name}: /help lists them, and /{name} asks a text that begins so")
+            raise UsageError(f"no command {name}: /help lists the commands; to ask this as a question, type /{name}")
         return ""
 
-    def _save(self, file: Path) -> None:
-        """Write the conversation; over another file only if that is wanted."""
-        if file.exists() and file != self._file and not _confirmed(f"{file} is there: overwrite it?"):
+    def _save_or_load(self, name: str, path: str) -> None:
+        """Save to a file, asking before overwriting a different one, or load from it."""
+        if not path:
+            raise UsageError(f"{name} needs a file name")
+        try:
+            file = Path(path).expanduser()
+            exists = file.exists()
+        except (OSError, RuntimeError) as error:  # name too long, unknown user
+            raise UsageError(f"{path[:60]!r} is not a valid path ({error.__class__.__name__})") from None
+        if name == "/load":
+            self.conversation.load(file)
+        elif exists and file != self.file and not _confirm(f"{file} exists: overwrite it?"):
             print_note("not saved")
             return
-        self._conversation.save(file)
-        self._file = file
-        print_note(f"saved: {len(self._conversation.messages)} messages")
+        else:
+            self.conversation.save(file)
+        self.file = file
+        print_note(f"{'saved' if name == '/save' else 'loaded'}: {len(self.conversation.messages)} messages")
 
 
-def _confirmed(question: str) -> bool:
-    """Whether the answer is yes; it is no if there is none."""
+def _confirm(question: str) -> bool:
+    """Ask a yes-or-no question; no answer means no."""
     try:
         return typer.confirm(escape_controls(question), err=True)
     except typer.Abort:
         return False
 
 
-def _session() -> PromptSession[str]:
+def _new_session() -> PromptSession[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
@@ -215,13 +216,6 @@ def _session() -> PromptSession[str]:
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     history = folder / "chat-history"
-    history.touch(mode=0o600)
+    history.touch(mode=0o600)  # readable by the user only
     commands = WordCompleter(list(_COMMANDS), meta_dict=_COMMANDS, sentence=True)
     return PromptSession(history=FileHistory(str(history)), completer=commands, complete_while_typing=False)
-
-
-def _metered(chunks: Iterator[Chunk], meter: Meter) -> Iterator[Chunk]:
-    began = time.perf_counter()
-    for chunk in chunks:
-        meter.add(chunk, began)
-        yield chunk

@@ -6,25 +6,80 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli import options
 from kvgen.cli.errors import print_error
-from kvgen.cli.generation_options import CompletionOptions, PromptOptions
-from kvgen.cli.groups import takes_groups
-from kvgen.cli.model import ModelOptions
+from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
 from kvgen.cli.render import TextWriter, notes, print_note, with_prefill_bar, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
-from kvgen.errors import KvgenError, UsageError, of_item
+from kvgen.errors import KvgenError, UsageError, as_kvgen_error
 from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
     from kvgen import Batch, Chunk, Loaded, Step, Tokenizer
     from kvgen.generation.drafts import Drafter
+
+    _Completion = tuple[GivenPrompt, Request, Meter, Iterator[Chunk]]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Options for the KV cache and speculative decoding."""
+
+    speculate: options.Speculate = "off"
+    draft_model: options.DraftModel = None
+    prompt_cache: options.PromptCache = None
+    no_cache: options.NoCache = False
+    verify_cache: options.VerifyCache = None
+
+    def check(self) -> None:
+        """Raise UsageError for options that exclude each other."""
+        if self.draft_model is not None and self.speculate != "off":
+            raise UsageError("give --draft-model or --speculate, not both")
+        if self.no_cache or self.verify_cache is not None:
+            if self.draft_model is not None or self.speculate != "off":
+                raise UsageError("--speculate and --draft-model do not go with --no-cache or --verify-cache")
+            if self.prompt_cache is not None:
+                raise UsageError("--prompt-cache does not go with --no-cache or --verify-cache")
+
+    def verified(self, loaded: Loaded) -> Loaded:
+        """Check the cache as --verify-cache says; a cache that is not kvgen's own is checked once in any case."""
+        from kvgen.comparison.verified import VerifiedBackend
+
+        def warn(found: str) -> None:
+            print_note(f"the cache is wrong, continuing without it: {found}", "yellow")
+
+        if self.no_cache or (self.verify_cache is None and loaded.model.name == "native"):
+            return loaded
+        on_wrong = warn if self.verify_cache is None else None
+        return replace(loaded, model=VerifiedBackend(loaded.model, self.verify_cache, on_wrong))
+
+    def drafter(self, loaded: Loaded, source: ModelOptions, *, quiet: bool) -> Callable[[], Drafter] | None:
+        """Return a function that makes a drafter for each completion; None without speculation."""
+        from kvgen import DraftModel, PromptLookup
+
+        if self.draft_model is None:
+            return PromptLookup if self.speculate == "lookup" else None
+        smaller = ModelOptions(self.draft_model, source.tokenizer, source.ids, device=source.device).load(quiet=quiet)
+        if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
+            raise UsageError(f"--draft-model {self.draft_model}: its vocabulary is not that of {loaded.source}")
+        return lambda: DraftModel(smaller.model)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Options for what is printed, and where."""
+
+    json: options.Json = False
+    logprobs: options.Logprobs = None
+    stats: options.Stats = False
+    raw: options.Raw = False
+    quiet: options.Quiet = False
 
 
 @takes_groups()
@@ -37,179 +92,153 @@ def generate(
     reading: PromptOptions,
     source: ModelOptions,
     completion: CompletionOptions,
-    speculate: options.Speculate = "off",
-    draft: options.DraftModel = None,
-    prompt_cache: options.PromptCache = None,
-    no_cache: options.NoCache = False,
-    verify_cache: options.VerifyCache = None,
-    json: options.Json = False,
-    logprobs: options.Logprobs = None,
-    stats: options.Stats = False,
-    raw: options.Raw = False,
-    quiet: options.Quiet = False,
+    caching: CacheOptions,
+    output: OutputOptions,
 ) -> None:
     """Complete prompts, streaming the text to stdout.
 
-    Text that is piped in is the prompt, or goes before the one that is given, with a line break between. That is said
-    on stderr, for a loop like `while read` may have meant its stdin for itself. A pipe that stays silent for ten
-    seconds is left alone, and so is a file that a loop has begun to read. `-f -` reads stdin in any case, and
-    `< /dev/null` leaves it out.
+    Piped text is the prompt, or goes before the prompt that you give, with a line break between; a note on stderr says
+    so. A pipe that stays silent for ten seconds is ignored, and so is a file that another program, such as a shell
+    loop, has begun to read. `-f -` always reads stdin; `< /dev/null` leaves it out.
     """
+    quiet = output.quiet
     reading.check()
+    caching.check()
     if text is not None and prompt is not None:
         raise UsageError("give the prompt once: as PROMPT or with --prompt")
-    if draft is not None and speculate != "off":
-        raise UsageError("--draft-model and --speculate do not go together")
-    if (draft is not None or speculate != "off") and (no_cache or verify_cache is not None):
-        raise UsageError("--speculate and --draft-model need the cache, and go without --verify-cache")
-    if prompt_cache is not None and (no_cache or verify_cache is not None):
-        raise UsageError("--prompt-cache needs the cache, and goes without --verify-cache")
-    if logprobs is not None and not json:
+    if output.logprobs is not None and not output.json:
         raise UsageError("--logprobs goes with --json")
-    wanted = completion.request(logprobs)
+    request = completion.request(output.logprobs)
     prompt = text if prompt is None else prompt
     if not lines:
         prompt = with_piped_text(prompt, prompt_file, notes(quiet=quiet))
     prompts = read_prompts(prompt, prompt_file, lines=lines)
-    first = list(islice(prompts, 1))  # an empty prompt is refused before a model is loaded
-    if not first:
-        return  # --lines of an empty file: nothing to do
+    first = next(prompts, None)  # refuse an empty prompt before loading a model
+    if first is None:
+        return  # --lines with an empty file
     started = time.perf_counter()
     loaded = source.load(quiet=quiet)
     load_seconds = time.perf_counter() - started
     loaded = reading.prepared(loaded)
-    if not quiet and not reading.chat and loaded.tokenizer.chat_template is not None and _is_watched():
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if on_terminal and not quiet and not reading.chat and loaded.tokenizer.chat_template is not None:
         print_note("this model has a chat template: --chat puts the prompt into it, and so does kvgen chat")
-    if not no_cache:
-        loaded = _verified(loaded, verify_cache)
+    loaded = caching.verified(loaded)
 
     from kvgen import Batch
-    from kvgen.generation.batch import in_order
+    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
 
-    cache: Any = None
-    if prompt_cache is not None:
-        from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
-
-        cache = open_prompt_cache(prompt_cache, loaded)
-    drafter = _drafter(loaded, speculate, draft, source, quiet=quiet)
     batch = Batch(
         loaded,
         max_cache_bytes=loaded.cache_budget if lines else None,
-        use_cache=not no_cache,
-        cache=cache,
-        make_drafter=drafter,
+        use_cache=not caching.no_cache,
+        cache=None if caching.prompt_cache is None else open_prompt_cache(caching.prompt_cache, loaded),
+        make_drafter=caching.drafter(loaded, source, quiet=quiet),
     )
-    asked: dict[int, tuple[GivenPrompt, Request]] = {}
+    completions = _complete(batch, loaded, chain([first], prompts), reading, request, quiet=quiet)
+    show_reuse = caching.prompt_cache is not None and not quiet
+    failed, count = _print_all(completions, loaded, load_seconds, output, lines=lines, show_reuse=show_reuse)
+    if caching.prompt_cache is not None and batch.cache is not None:
+        save_prompt_cache(caching.prompt_cache, batch.cache, loaded)
+    if failed:
+        raise KvgenError(f"{failed} of {count} lines could not be completed")
+
+
+def _complete(
+    batch: Batch,
+    loaded: Loaded,
+    prompts: Iterable[GivenPrompt],
+    reading: PromptOptions,
+    request: Request,
+    *,
+    quiet: bool,
+) -> Iterator[_Completion]:
+    """Complete prompts in order; yield each with its request, meter and chunks.
+
+    If a prompt fails, iterating over its chunks raises KvgenError. Read the chunks to the end before the next prompt.
+    """
+    from kvgen.generation.batch import in_order
+
+    started: dict[int, tuple[GivenPrompt, Request]] = {}
+    meters: dict[int, Meter] = defaultdict(Meter)
 
     def requests() -> Iterator[Request | KvgenError]:
-        for number, given in enumerate(chain(first, prompts)):
-            asked[number] = given, wanted
+        for number, given in enumerate(prompts):
+            started[number] = given, request
             try:
                 if given.error is not None:
                     raise given.error
-                request = replace(wanted, prompt=reading.format.encode(loaded.tokenizer, given.text))
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is this prompt's; alone, it ends the command)
-                yield of_item(error)
+                encoded = replace(request, prompt=reading.format.encode(loaded.tokenizer, given.text))
+            except Exception as error:  # noqa: BLE001 (any error fails this prompt alone)
+                yield as_kvgen_error(error)
             else:
-                asked[number] = given, request
-                yield request
+                started[number] = given, encoded
+                yield encoded
 
-    failed, number = 0, 0
-    meters: dict[int, Meter] = defaultdict(Meter)
-    events = with_prefill_bar(in_order(_metered(batch, requests(), meters)), loaded.model, quiet=quiet)
+    def metered() -> Iterator[tuple[int, Chunk | KvgenError]]:  # times chunks when they come, not when they are shown
+        for number, event in batch.run(requests()):
+            if not isinstance(event, KvgenError):
+                meters[number].add(event, batch.pass_began)
+            yield number, event
+
+    events = with_prefill_bar(in_order(metered()), loaded.model, quiet=quiet)
     for number, event in events:
-        given, request = asked.pop(number)
-        if lines and not quiet and sys.stderr.isatty():
-            print_note(f"[{number + 1}] {given.text}")
-        if stats and not quiet:
-            print_note(format_cache(loaded.model, request))
-        meter, chunks = meters[number], _chunks(event, events)
-        try:
-            if json:
-                whole = "".join(chunk.text for chunk in chunks)
-                write_json(_as_json(loaded, given.text, request, whole, meter))
-            else:
-                with TextWriter(raw=raw) as writer:
-                    for chunk in chunks:
-                        writer.write(chunk.text)
-        except KvgenError as error:
-            if not lines:
-                raise
-            failed += 1
-            _tell(given, error, json=json)
-            continue
-        if prompt_cache is not None and number == 0 and not quiet:
-            print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
-        if stats and not quiet:
-            print_note(format_stats(meter, loaded, load_seconds, request.sampling))
+        yield *started.pop(number), meters[number], _chunks(event, events)
         del meters[number]
-    if prompt_cache is not None and batch.cache is not None:
-        save_prompt_cache(prompt_cache, batch.cache, loaded)
-    if failed:
-        raise KvgenError(f"{failed} of {number + 1} lines could not be completed")
 
 
-def _tell(given: GivenPrompt, error: KvgenError, *, json: bool) -> None:
-    """Say why a line could not be completed, where its completion would stand in JSON, else on stderr."""
-    message = f"{given.where}: {error}"
-    if json:
-        write_json({"prompt": given.text, "error": message})
-    else:
-        print_error(message)
-
-
-def _is_watched() -> bool:
-    """Whether someone reads the completion, and what is said of it, on a terminal."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
-
-
-def _metered(
-    batch: Batch, requests: Iterator[Request | KvgenError], meters: Mapping[int, Meter]
-) -> Iterator[tuple[int, Chunk | KvgenError]]:
-    """The events of all completions, each seen by the meter of its completion when it comes, not when it is shown."""
-    for number, event in batch.run(requests):
-        if not isinstance(event, KvgenError):
-            meters[number].add(event, batch.pass_began)
-        yield number, event
-
-
-def _chunks(event: Chunk | KvgenError, more: Iterator[tuple[int, Chunk | KvgenError]]) -> Iterator[Chunk]:
-    """The chunks of one completion, from its first event on."""
+def _chunks(event: Chunk | KvgenError, events: Iterator[tuple[int, Chunk | KvgenError]]) -> Iterator[Chunk]:
+    """Yield the chunks of one completion, starting with `event`."""
     while True:
         if isinstance(event, KvgenError):
             raise event
         yield event
         if event.finish_reason:
             return
-        _, event = next(more)
+        _, event = next(events)
 
 
-def _verified(loaded: Loaded, every: int | None) -> Loaded:
-    """With its cache checked as was asked for; and once in any case if kvgen did not write the cache."""
-    from kvgen.comparison.verified import VerifiedBackend
-
-    if every is not None:
-        return replace(loaded, model=VerifiedBackend(loaded.model, every))
-    if loaded.model.name == "native":
-        return loaded
-    model = VerifiedBackend(
-        loaded.model, None, lambda found: print_note(f"the cache is wrong, going on without it: {found}", "yellow")
-    )
-    return replace(loaded, model=model)
-
-
-def _drafter(
-    loaded: Loaded, speculate: str, draft: str | None, source: ModelOptions, *, quiet: bool
-) -> Callable[[], Drafter] | None:
-    """What makes a drafter for each completion, if one is wanted."""
-    from kvgen import DraftModel, PromptLookup
-
-    if draft is None:
-        return PromptLookup if speculate == "lookup" else None
-    smaller = ModelOptions(draft, source.tokenizer, source.ids, device=source.device).load(quiet=quiet)
-    if not loaded.tokenizer.shares_vocabulary(smaller.tokenizer):
-        raise UsageError(f"--draft-model {draft}: its vocabulary is not that of {loaded.source}")
-    return lambda: DraftModel(smaller.model)
+def _print_all(
+    completions: Iterable[_Completion],
+    loaded: Loaded,
+    load_seconds: float,
+    output: OutputOptions,
+    *,
+    lines: bool,
+    show_reuse: bool,
+) -> tuple[int, int]:
+    """Print completions as they come. Return how many failed, of how many; without --lines, raise the error instead."""
+    count = failed = 0
+    show_stats = output.stats and not output.quiet
+    for given, request, meter, chunks in completions:
+        count += 1
+        if lines and not output.quiet and sys.stderr.isatty():
+            print_note(f"[{count}] {given.text}")
+        if show_stats:
+            print_note(format_cache(loaded.model, request))
+        try:
+            if output.json:
+                text = "".join(chunk.text for chunk in chunks)
+                write_json(_as_json(loaded, given.text, request, text, meter))
+            else:
+                with TextWriter(raw=output.raw) as writer:
+                    for chunk in chunks:
+                        writer.write(chunk.text)
+        except KvgenError as error:
+            if not lines:
+                raise
+            failed += 1
+            message = f"{given.where}: {error}"
+            if output.json:
+                write_json({"prompt": given.text, "error": message})
+            else:
+                print_error(message)
+            continue
+        if show_reuse and count == 1:
+            print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
+        if show_stats:
+            print_note(format_stats(meter, loaded, load_seconds, request.sampling))
+    return failed, count
 
 
 def _as_json(loaded: Loaded, prompt: str, request: Request, completion: str, meter: Meter) -> dict[str, Any]:
@@ -231,7 +260,7 @@ def _as_json(loaded: Loaded, prompt: str, request: Request, completion: str, met
 
 def _logprobs_as_json(tokenizer: Tokenizer, step: Step) -> dict[str, Any]:
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
-        # A token that a model rules out has no finite log-probability, and JSON no infinity.
+        # JSON has no infinity, which is the log-probability of a token that the model rules out.
         finite = logprob if logprob is None or math.isfinite(logprob) else None
         return {"id": id_, "token": tokenizer.token(id_), "logprob": finite}
 

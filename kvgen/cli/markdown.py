@@ -1,4 +1,4 @@
-"""Formatted text on a terminal while it grows: each line is written once, and only what can still change is redrawn."""
+"""Formatted Markdown on a terminal while it grows: finished blocks are printed once, the last one is redrawn."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from kvgen.cli.escape import escape_controls
-
-_BELOW = 1  # lines that stay free, so that what is redrawn never scrolls
+from kvgen.cli.render import escape_controls
 
 
 class MarkdownWriter:
-    """Streams Markdown to a terminal. A context: on leaving it, however that happens, all of the text is there.
+    """Context manager that streams Markdown to a terminal. On leaving, it prints all of the text.
 
-    Blocks (paragraphs, lists, code) that are whole are written for good. Of the last one, which may still grow, as many
-    lines are redrawn as the screen has room for.
+    A finished block (paragraph, list, code) is printed for good. The last block may still grow, so as many of its lines
+    as fit on the screen are redrawn.
     """
 
     def __init__(self, console: Console) -> None:
@@ -30,18 +28,20 @@ class MarkdownWriter:
     def __exit__(self, *_: object) -> None:
         self._live.update("")
         self._live.stop()
-        self._settle(self._text)
+        self._print(self._text)
 
     def write(self, text: str) -> None:
         self._text += escape_controls(text)
-        start = _start_of_last_block(self._text)
+        starts = [token.map[0] for token in Markdown(self._text).parsed if token.level == 0 and token.map]
+        start = sum(map(len, self._text.splitlines(keepends=True)[: starts[-1]])) if starts else 0
         if start:
             self._live.update("", refresh=True)
-            self._settle(self._text[:start])
+            self._print(self._text[:start])
             self._text = self._text[start:]
-        self._live.update(_Block(self._text, most=max(1, self._console.height - _BELOW)), refresh=True)
+        # One line stays free, so that redrawn text never scrolls.
+        self._live.update(_Block(self._text, max_lines=max(1, self._console.height - 1)), refresh=True)
 
-    def _settle(self, blocks: str) -> None:
+    def _print(self, blocks: str) -> None:
         if not blocks.strip():
             return
         if self._has_written:
@@ -51,31 +51,19 @@ class MarkdownWriter:
 
 
 class _Block:
-    """The lines of a piece of Markdown, without blank ones around; the last ones if there are more than `most`.
+    """Render Markdown without blank lines around it; only the last lines if there are more than `max_lines`.
 
-    Links are shown as text: a terminal would hide where they lead.
+    Links are shown as text, because a terminal would hide where they lead.
     """
 
-    def __init__(self, text: str, most: int | None = None) -> None:
-        self._text, self._most = text, most
+    def __init__(self, text: str, max_lines: int | None = None) -> None:
+        self._text, self._max_lines = text, max_lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         markdown = Markdown(self._text, hyperlinks=False)
         lines = console.render_lines(markdown, options.update(height=None), pad=False)
-        while lines and _is_blank(lines[0]):
-            del lines[0]
-        while lines and _is_blank(lines[-1]):
-            del lines[-1]
-        for line in lines if self._most is None else lines[-self._most :]:
+        filled = [i for i, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        lines = lines[filled[0] : filled[-1] + 1] if filled else []
+        for line in lines if self._max_lines is None else lines[-self._max_lines :]:
             yield from line
             yield Segment.line()
-
-
-def _is_blank(line: list[Segment]) -> bool:
-    return not any(segment.text.strip() for segment in line)
-
-
-def _start_of_last_block(text: str) -> int:
-    """Where the last block of Markdown begins; what is before it cannot change any more."""
-    lines = [token.map[0] for token in Markdown(text).parsed if token.level == 0 and token.map]
-    return sum(map(len, text.splitlines(keepends=True)[: lines[-1]])) if lines else 0

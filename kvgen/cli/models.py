@@ -1,10 +1,10 @@
-"""`kvgen models`: what is on this machine, fetching it, removing it."""
+"""`kvgen models`: list, download and remove models."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,23 +13,18 @@ from rich.text import Text
 from typer import Argument, Exit, Option
 
 from kvgen.cli import options
-from kvgen.cli.errors import Group
-from kvgen.cli.escape import escape_controls
-from kvgen.cli.help import Command
-from kvgen.cli.render import download_progress, format_bytes, print_note, terminal, write_json
+from kvgen.cli.commands import Command, Group
+from kvgen.cli.render import download_progress, escape_controls, format_bytes, print_note, terminal, write_json
 from kvgen.errors import UsageError
 
-if TYPE_CHECKING:
-    from kvgen.hub.inventory import Entry
-
-_GAP, _NARROWEST = 3, 20  # columns between those of a table, and of its last one
+_COLUMN_GAP, _MIN_PATH_WIDTH = 3, 20
 
 models = typer.Typer(
     cls=Group,
-    help="List the models of the catalogue and of the caches, fetch one, remove one.",
+    help="List, download and remove models.",
     epilog="Examples:\n\nkvgen models\n\nkvgen models pull smollm2\n\nkvgen models rm smollm2",
 )
-_Name = Annotated[str, Argument(metavar="NAME", help="A name of the catalogue, or a hub id owner/name.")]
+_Name = Annotated[str, Argument(metavar="NAME", help="A model of the catalogue, or a hub id owner/name.")]
 
 
 @models.callback(invoke_without_command=True)
@@ -40,42 +35,38 @@ def _list_by_default(context: typer.Context) -> None:
 
 @models.command("list", cls=Command, epilog="Example:\n\nkvgen models list --json")
 def list_(json: options.Json = False) -> None:
-    """List them: name, state, size, licence, and where they are."""
+    """List the catalogue and the models in the caches of kvgen and Hugging Face."""
     from kvgen.hub.inventory import list_models
 
-    def state(entry: Entry) -> str:
-        return "not fetched" if entry.path is None else "here" if entry.whole else "incomplete"
-
-    entries = list_models()
-    if json:
-        write_json([_as_data(entry, state(entry)) for entry in entries])
-        return
-    rows = [
-        (
-            entry.name,
-            entry.source,
-            state(entry),
-            format_bytes(entry.nbytes),
-            entry.licence or "?",
-            str(entry.path or ""),
-        )
-        for entry in entries
+    entries: list[dict[str, Any]] = [
+        {
+            "name": entry.name,
+            "source": entry.source,
+            "state": "not downloaded" if entry.path is None else "downloaded" if entry.whole else "incomplete",
+            "bytes": entry.nbytes,
+            "licence": entry.licence or None,
+            "path": None if entry.path is None else str(entry.path),
+        }
+        for entry in list_models()
     ]
-    _print_table(("name", "from", "state", "size", "licence", "path"), rows)
+    if json:
+        write_json(entries)
+        return
+    shown = [{**entry, "bytes": format_bytes(entry["bytes"]), "licence": entry["licence"] or "?"} for entry in entries]
+    rows = [[escape_controls(value or "") for value in entry.values()] for entry in shown]
+    _print_table(("name", "source", "state", "size", "licence", "path"), rows)
 
 
 @models.command(
     cls=Command, epilog="Examples:\n\nkvgen models pull smollm2\n\nkvgen models pull HuggingFaceTB/SmolLM2-135M"
 )
 def pull(name: _Name, quiet: options.Quiet = False) -> None:
-    """Fetch a model into the cache, unless it is there."""
+    """Download a model, unless it is in the cache already, and print its path."""
     from kvgen.hub.catalogue import CATALOGUE
     from kvgen.hub.names import resolve
 
     if name not in CATALOGUE and name.count("/") != 1:
-        raise UsageError(
-            f"{name!r} is neither a name of the catalogue ({', '.join(CATALOGUE)}) nor a hub id owner/name"
-        )
+        raise UsageError(f"{name!r} is neither in the catalogue ({', '.join(CATALOGUE)}) nor a hub id owner/name")
     with download_progress(quiet=quiet) as progress:
         path = resolve(name, progress=progress)
     sys.stdout.write(f"{escape_controls(str(path))}\n")
@@ -84,15 +75,15 @@ def pull(name: _Name, quiet: options.Quiet = False) -> None:
 @models.command(cls=Command, epilog="Example:\n\nkvgen models rm smollm2 --yes")
 def rm(
     name: _Name,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Remove a model from the cache. Files that an installed package owns stay."""
+    """Remove a model from the cache. Files of an installed package are kept."""
     from kvgen.hub.inventory import remove
 
     if not yes:
         if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UsageError("rm asks on a terminal; give --yes elsewhere")
+            raise UsageError("rm cannot ask for confirmation without a terminal: give --yes")
         if not typer.confirm(f"Remove {escape_controls(name)}?", err=True):
             raise Exit(1)
     entry = remove(name)
@@ -100,33 +91,22 @@ def rm(
         print_note(f"removed {name}, {format_bytes(entry.nbytes)}")
 
 
-def _as_data(entry: Entry, state: str) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "source": entry.source,
-        "state": state,
-        "bytes": entry.nbytes,
-        "licence": entry.licence or None,
-        "path": None if entry.path is None else str(entry.path),
-    }
-
-
-def _print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table on a terminal; in a pipe, fields with tabs between them and no titles, for cut and awk."""
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on a terminal, or tab-separated fields without titles in a pipe, for cut and awk."""
     console = terminal(sys.stdout)
     if not console.is_terminal:
-        sys.stdout.write("".join("\t".join(map(escape_controls, row)) + "\n" for row in rows))
+        sys.stdout.write("".join("\t".join(row) + "\n" for row in rows))
         return
-    widths = [max(map(len, column)) + _GAP for column in zip(titles, *rows, strict=True)]
-    if console.width < sum(widths[:-1]) + _NARROWEST:  # no room for a table: a line for each field
+    widths = [max(map(len, column)) + _COLUMN_GAP for column in zip(titles, *rows, strict=True)]
+    if console.width < sum(widths[:-1]) + _MIN_PATH_WIDTH:  # too narrow for a table: one line per field
         for row in rows:
             for title, cell in zip(titles, row, strict=True):
-                console.print(Text(f"{title:<9}", "bold").append(escape_controls(cell), "not bold"), soft_wrap=True)
+                console.print(Text(f"{title:<9}", "bold").append(cell, "not bold"), soft_wrap=True)
             console.print()
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(escape_controls(cell)) for cell in row))
+        table.add_row(*map(Text, row))
     console.print(table)

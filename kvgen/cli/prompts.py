@@ -1,24 +1,28 @@
-"""Where prompts come from: an option, a file, or stdin, and stdin only when it is meant."""
+"""Read prompts from options, files and stdin."""
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from kvgen.cli.stdin import has_text
 from kvgen.errors import NotFoundError, UsageError
 
 _STDIN = Path("-")
 _TOO_LONG = "longer than 64 MB, which no model's context holds"
-_MOST = 64 * 1024 * 1024  # bytes of a prompt: ten million tokens of more than six bytes
+_MAX_BYTES = 64 * 1024 * 1024  # ten million tokens of more than six bytes
+_TIMEOUT = 10.0  # seconds that a pipe may stay silent; enough to load another model at its other end
+_QUIET_WAIT = 1.0  # seconds of the timeout before a note explains the wait
 
 
 @dataclass(frozen=True)
 class GivenPrompt:
-    """A prompt. where: the line that it is, for messages; empty for the only one. error: why it cannot be read."""
+    """A prompt. where: its file and line, for messages; empty for a single prompt. error: why it cannot be read."""
 
     text: str
     where: str = ""
@@ -26,10 +30,9 @@ class GivenPrompt:
 
 
 def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Iterator[GivenPrompt]:
-    """The prompts that the options mean, read as they are asked for. Blank lines are none.
+    """Read the prompts that --prompt, --prompt-file and --lines name, lazily. Blank lines are skipped.
 
-    Raises UsageError for options that contradict each other or an only prompt that is empty; NotFoundError for a file
-    that cannot be read.
+    Raises UsageError for contradicting options or an empty single prompt, NotFoundError for a file that cannot be read.
     """
     if prompt == "-":
         if file is not None:
@@ -42,98 +45,115 @@ def read_prompts(prompt: str | None, file: Path | None, *, lines: bool) -> Itera
     if lines:
         if prompt is not None or file is None:
             raise UsageError("--lines takes the prompts from --prompt-file or stdin; leave --prompt out")
-        return _lines(file)
-    return iter([GivenPrompt(_whole(prompt, file))])
+        return _read_lines(file)
+    parts = ["" if file is None else read_file(file, max_bytes=_MAX_BYTES), prompt]
+    text = "\n".join(part for part in parts if part)
+    if not text:
+        raise UsageError("the prompt is empty")
+    return iter([GivenPrompt(text)])
 
 
 def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str], None]) -> str | None:
-    """A prompt that was given as an option, behind the text that is piped in, if there is any and nothing else says
-    where text comes from. What is done is said by `notify`.
-    """
-    if prompt in (None, "-") or file is not None or not has_text(notify):
+    """Put piped text before a prompt, if no option names stdin or a file. Calls `notify` with what it does."""
+    if prompt in (None, "-") or file is not None or not has_piped_text(notify):
         return prompt
-    piped = read_file(_STDIN, most=_MOST)
+    piped = read_file(_STDIN, max_bytes=_MAX_BYTES)
     if not piped:
         return prompt
     notify(f"stdin, {len(piped):,} characters, goes before the prompt (`< /dev/null` leaves it out)")
     return f"{piped}\n{prompt}"
 
 
-def read_file(file: Path, *, most: int | None = None) -> str:
-    """A whole file, or stdin for `-`, without its last line break. Raises as `read_prompts` does.
+def has_piped_text(notify: Callable[[str], None], timeout: float = _TIMEOUT) -> bool:
+    """Return whether stdin is a pipe with content or at its end, or a file that nobody has begun to read.
 
-    most: bytes, beyond which it is refused as a prompt.
+    Programs inherit a stdin that is not meant for them: the file of a shell loop, or the pipe of a parent that never
+    writes. timeout: seconds to wait for a silent pipe.
     """
+    if sys.stdin is None:
+        return False
+    descriptor = sys.stdin.fileno()
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if 0 < position < status.st_size:  # `while read line; do ...; done < file`
+            notify("ignoring stdin, a file that another program is reading; -f - reads the rest of it")
+        return position == 0
+    if not (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
+        return False  # a terminal or /dev/null
+
+    def is_ready(seconds: float) -> bool:
+        return bool(select.select([descriptor], [], [], max(0, seconds))[0])
+
+    if is_ready(min(_QUIET_WAIT, timeout)):
+        return True
+    notify("waiting for stdin, an empty pipe (`< /dev/null` leaves it out)")
+    if is_ready(timeout - _QUIET_WAIT):
+        return True
+    notify(f"ignoring stdin, which stayed silent for {timeout:g} s (`-f -` waits for it)")
+    return False
+
+
+def read_file(file: Path, *, max_bytes: int | None = None) -> str:
+    """Read a file, or stdin for `-`, without its last line break. Raises UsageError and NotFoundError."""
     with _open(file) as source:
-        data = source.read() if most is None else source.read(most + 1)
-    if most is not None and len(data) > most:
+        data = source.read() if max_bytes is None else source.read(max_bytes + 1)
+    if max_bytes is not None and len(data) > max_bytes:
         raise UsageError(f"{_name(file)}: {_TOO_LONG}")
-    return _without_line_break(_decode(data, f"{_name(file)}: "))
+    return _strip_line_break(_decode(data, f"{_name(file)}: "))
 
 
 def read_option_file(option: str, file: Path) -> str:
-    """The text of the file that an option names. Raises NotFoundError, or UsageError for an empty one."""
+    """Read the file that an option names. Raises NotFoundError, and UsageError if it is empty."""
     if file == _STDIN:
         raise UsageError(f"{option} takes a file, not stdin")
     with _open(file) as source:
-        text = _decode(source.read(), f"{_name(file)}: ")
+        text = _decode(source.read(), f"{file}: ")
     if not text.strip():
         raise UsageError(f"{option} {file}: the file is empty")
     return text
 
 
 def open_lines(file: Path | None) -> Iterator[bytes]:
-    """The lines of a file, or of stdin for `-` or None, as they are asked for; the beginning of one that is too long.
+    """Read the lines of a file, or of stdin for `-` or None, lazily. Lines over 64 MB are cut.
 
-    Raises UsageError if that is a terminal, NotFoundError for a file that cannot be read.
+    Raises UsageError if stdin is a terminal, NotFoundError for a file that cannot be read.
     """
     if file in (None, _STDIN):
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no rows: give a FILE, or pipe them in")
         file = _STDIN
-    return _bounded(_open(file))
+    return _bounded_lines(_open(file))
 
 
-def _whole(prompt: str | None, file: Path | None) -> str:
-    parts = []
-    if file is not None:
-        parts.append(read_file(file, most=_MOST))
-    if prompt is not None:
-        parts.append(prompt)
-    text = "\n".join(part for part in parts if part)
-    if not text:
-        raise UsageError("the prompt is empty")
-    return text
-
-
-def _lines(file: Path) -> Iterator[GivenPrompt]:
+def _read_lines(file: Path) -> Iterator[GivenPrompt]:
     with _open(file) as source:
-        for number, line in enumerate(_bounded(source), start=1):
+        for number, line in enumerate(_bounded_lines(source), start=1):
             if not line.strip():
                 continue
             where = f"{_name(file)}, line {number}"
-            if len(line) > _MOST:
+            if len(line) > _MAX_BYTES:
                 yield GivenPrompt("", where, UsageError(_TOO_LONG))
                 continue
             try:
-                yield GivenPrompt(_without_line_break(_decode(line, "")), where)
+                yield GivenPrompt(_strip_line_break(_decode(line, "")), where)
             except UsageError as error:
-                yield GivenPrompt(_without_line_break(line.decode("utf-8", "replace")), where, error)
+                yield GivenPrompt(_strip_line_break(line.decode("utf-8", "replace")), where, error)
 
 
-def _bounded(source: BinaryIO) -> Iterator[bytes]:
-    """Lines, of each no more than `_MOST` bytes and one, by which a line that is too long shows."""
-    while line := source.readline(_MOST + 1):
+def _bounded_lines(source: BinaryIO) -> Iterator[bytes]:
+    """Yield lines, cut to `_MAX_BYTES` + 1 bytes so that the caller can tell which are too long."""
+    while line := source.readline(_MAX_BYTES + 1):
         yield line
-        while len(line) > _MOST and not line.endswith(b"\n"):
-            line = source.readline(_MOST + 1)
+        while len(line) > _MAX_BYTES and not line.endswith(b"\n"):
+            line = source.readline(_MAX_BYTES + 1)
 
 
 def _open(file: Path) -> BinaryIO:
     if file == _STDIN:
         if sys.stdin is None:
             raise UsageError("stdin is closed: there is no prompt to read")
-        # Not sys.stdin's own buffer, whose lock a thread that waits for input would hold when Python ends.
+        # Not sys.stdin.buffer: a thread that waits for input would hold its lock when Python ends.
         return open(sys.stdin.fileno(), "rb", closefd=False)
     try:
         return file.open("rb")
@@ -143,13 +163,13 @@ def _open(file: Path) -> BinaryIO:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put in front
+        return data.decode("utf-8").removeprefix("\ufeff")  # byte order mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}not UTF-8 text (byte {error.start})") from None
 
 
-def _without_line_break(text: str) -> str:
-    """Shells and editors end text with a line break that is no part of the prompt."""
+def _strip_line_break(text: str) -> str:
+    """Remove the last line break, which shells and editors add."""
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -1,4 +1,4 @@
-"""What the commands put on the two streams. stdout carries text or JSON; all that is for eyes goes to stderr."""
+"""Output of the commands: text and JSON on stdout, notes and progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from rich import filesize, progress
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kvgen.cli.escape import escape_controls
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress as ProgressCallback
 
@@ -26,27 +25,40 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# C0 and C1 controls except newline and tab, line and paragraph separators, and bidirectional marks.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+    r"""Replace every character that could control a terminal with `\xNN` or `\uNNNN`."""
+    return _CONTROLS.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
 
 def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
-    """A Rich console on a stream. Whether that is a terminal the stream says, not an environment variable.
+    """Return a Rich console for a stream. Colour depends on the stream alone, not on environment variables.
 
-    pipe_width: columns where it is none; None for Rich's own choice.
+    pipe_width: columns if the stream is not a terminal; None for Rich's default.
     """
     width = None if stream.isatty() else pipe_width
     return Console(file=stream, force_terminal=stream.isatty(), width=width, highlight=False, markup=False, emoji=False)
 
 
 class TextWriter:
-    """Writes a completion to stdout: through Rich on a terminal, token by token; untouched into a pipe, in whole lines,
-    so that those of programs that write at the same time (`xargs -P2`) do not mix.
+    """Context manager that writes a completion to stdout and ends its last line.
 
-    A context: on leaving it, however that happens, all of the text is there and its line is ended.
+    On a terminal, text appears token by token. A pipe gets whole lines, so that the output of programs that run at the
+    same time (`xargs -P2`) does not mix. raw: do not escape control characters on a terminal.
     """
 
     def __init__(self, *, raw: bool) -> None:
         self._raw = raw
         self._console = terminal(sys.stdout)
-        self._line = ""  # that is not ended
+        self._line = ""  # unfinished
 
     def __enter__(self) -> TextWriter:
         return self
@@ -68,39 +80,30 @@ class TextWriter:
 
 
 def write_json(value: Any) -> None:
-    """One line of JSON on stdout. On a terminal it is plain ASCII, so nothing in it can steer the terminal."""
-    on_terminal = sys.stdout.isatty()
-    line = json.dumps(value, ensure_ascii=on_terminal, allow_nan=False)
-    line = escape_json_delete(line) if on_terminal else line.encode(errors="backslashreplace").decode()
+    """Write one line of JSON to stdout. On a terminal it is ASCII without control characters."""
+    if sys.stdout.isatty():
+        line = json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f")  # json does not escape DEL
+    else:
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def escape_json_delete(line: str) -> str:
-    """DEL is the one control character that JSON does not escape."""
-    return line.replace("\x7f", "\\u007f")
-
-
 def format_bytes(count: int) -> str:
-    """Bytes in the decimal units of file managers."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    """Format a number of bytes in decimal units, as in `1.5 GB`."""
+    return filesize.decimal(count)
 
 
 def parse_bytes(text: str) -> int:
-    """`512MB` as a number, in the units of `format_bytes`. Raises UsageError."""
+    """Parse a size such as `512MB`, in decimal units. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise UsageError(f"{text!r} is no size: give a number and a unit, as in 512MB or 2GB")
+        raise UsageError(f"{text!r} is not a size: give a number and a unit, as in 512MB or 2GB")
     return int(float(match[1]) * 1000 ** ("", "k", "m", "g", "t").index(match[2].lower()))
 
 
 def print_note(text: str, style: str = "dim") -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     if sys.stderr.isatty():
         terminal(sys.stderr).print(Text(escape_controls(text), style=style))
         return
@@ -109,37 +112,17 @@ def print_note(text: str, style: str = "dim") -> None:
 
 
 def notes(*, quiet: bool) -> Callable[[str], None]:
-    """`print_note`, or nothing."""
+    """Return `print_note`, or a function that does nothing."""
     return (lambda text: None) if quiet else print_note
 
 
-@contextmanager
-def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
-    """A callback for `kvgen.load` that shows a bar on a terminal, a line elsewhere, nothing if `quiet`."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
-    with _stopped_at_the_end(Progress(*columns, TimeRemainingColumn(), console=terminal(sys.stderr))) as bar:
-
-        def show(what: str, done: int, total: int) -> None:
-            if quiet:
-                return
-            if not bar.tasks:
-                bar.add_task(what, total=total)
-                if bar.console.is_terminal:
-                    bar.start()
-                else:
-                    print_note(f"fetching {what}")
-            bar.update(bar.tasks[0].id, completed=done, total=total)  # of a repository, the total grows
-
-        yield show
-
-
 def check_page(path: Path) -> None:
-    """Refuse an --html that could not be drawn or written, before anything is computed.
+    """Check that --html can be drawn and written, before anything is computed.
 
     Raises KvgenError, and UnsupportedError without matplotlib.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("--html draws with matplotlib: pip install 'kvgen[report]'")
+        raise UnsupportedError("--html needs matplotlib: pip install 'kvgen[report]'")
     if not path.parent.is_dir():
         raise KvgenError(f"--html {path}: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -147,7 +130,7 @@ def check_page(path: Path) -> None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write what --html names. Raises KvgenError if that cannot be."""
+    """Write the page for --html. Raises KvgenError."""
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -155,16 +138,30 @@ def write_page(path: Path, page: str) -> None:
 
 
 @contextmanager
-def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal for what is done, of how much; it shows while something is done and something left.
+def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
+    """Yield a callback for `kvgen.load`: a bar on a terminal, one line elsewhere, nothing if `quiet`."""
+    with _bar(progress.TextColumn("{task.description}", markup=False), progress.DownloadColumn(), hidden=quiet) as bar:
 
-    delay: for so many seconds from 0 on it does not show.
+        def show(what: str, done: int, total: int) -> None:
+            if not bar.tasks:
+                bar.add_task(what, total=total)
+                if bar.console.is_terminal:
+                    bar.start()
+                elif not quiet:
+                    print_note(f"downloading {what}")
+            bar.update(bar.tasks[0].id, completed=done, total=total)  # the total of a repository grows
+
+        yield show
+
+
+@contextmanager
+def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for (done, total) that shows a bar on a terminal while work is in progress.
+
+    delay: seconds after a call with 0 during which the bar stays hidden.
     """
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    columns = TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-    with _stopped_at_the_end(Progress(*columns, console=terminal(sys.stderr), transient=True)) as bar:
+    hidden = quiet or not sys.stderr.isatty()
+    with _bar(progress.TextColumn(label), progress.MofNCompleteColumn(), hidden=hidden, transient=True) as bar:
         task, began = bar.add_task(label, total=None), time.perf_counter()
 
         def show(done: int, total: int) -> None:
@@ -182,7 +179,7 @@ def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Cal
 
 
 def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Iterator[T]:
-    """What comes of a model; until then a bar on a terminal, if reading the prompt takes longer than a second."""
+    """Yield a model's events; show a bar on a terminal while it reads the prompt, if that takes over a second."""
     with count_progress("reading the prompt", quiet=quiet, delay=1) as show:
         model.watch(show)
         yield from events
@@ -190,16 +187,13 @@ def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Ite
 
 @contextmanager
 def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal for rows that are done, with their rate. Called with the tokens of each row.
+    """Yield a callback for the tokens of each finished row; it shows a bar and rates on a terminal.
 
-    total: how many rows there are; None if that is not known.
+    total: number of rows; None if unknown.
     """
-    if quiet or not sys.stderr.isatty():
-        yield lambda tokens: None
-        return
-    columns = TextColumn("rows"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
     started, done, generated = time.perf_counter(), 0, 0
-    with _stopped_at_the_end(Progress(*columns, TimeRemainingColumn(), console=terminal(sys.stderr))) as bar:
+    columns = progress.TextColumn("rows"), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}")
+    with _bar(*columns, hidden=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("rows", total=total, rate="")
         bar.start()
 
@@ -213,8 +207,12 @@ def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], 
 
 
 @contextmanager
-def _stopped_at_the_end(bar: Progress) -> Iterator[Progress]:
-    """A bar that starts when there is something to show, if ever."""
+def _bar(
+    first: progress.ProgressColumn, *others: progress.ProgressColumn, hidden: bool, transient: bool = False
+) -> Iterator[progress.Progress]:
+    """Yield a progress bar on stderr, which the caller starts, and stop it at the end."""
+    columns = first, progress.BarColumn(bar_width=20), *others, progress.TimeRemainingColumn()
+    bar = progress.Progress(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:
         yield bar
     finally:

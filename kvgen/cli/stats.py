@@ -1,4 +1,4 @@
-"""Counting and timing one completion, from the chunks of the stream."""
+"""Counts, times and rates of completions, and how they are shown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling
     from kvgen.contract import Backend
     from kvgen.generation.settings import Request
+    from kvgen.pipeline.complete import Result
 
 
 @dataclass
 class Meter:
-    """Watches the chunks of a completion go by.
+    """Collects the chunks of one completion and their times, in seconds.
 
-    prefill is the first step, over the prompt; decode the steps after it. Times are in seconds.
+    Prefill is the first step, over the prompt; decoding is the steps after it.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -27,7 +28,7 @@ class Meter:
     ended: float = 0.0
 
     def add(self, chunk: Chunk, pass_began: float) -> None:
-        """The next chunk; pass_began: when the pass began that gave it, by `time.perf_counter`."""
+        """Add the next chunk. pass_began: `time.perf_counter()` at the start of the pass that computed it."""
         self.ended = time.perf_counter()
         if not self.chunks:
             self.started, self.first = pass_began, self.ended
@@ -39,95 +40,81 @@ class Meter:
 
     @property
     def prefill_seconds(self) -> float:
-        """From the start to the first token."""
         return self.first - self.started
-
-    @property
-    def decode_seconds(self) -> float:
-        return self.ended - self.first
 
     @property
     def prompt_tokens(self) -> int:
         return self.chunks[0].step.positions
 
-    @property
-    def prefill_rate(self) -> float | None:
-        """Prompt positions computed a second; None if the cache does not say how many were."""
-        computed = self.chunks[0].step.computed
-        return None if computed is None else computed / self.prefill_seconds
-
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens a second after the first; None if there is only one."""
-        return (len(self.chunks) - 1) / self.decode_seconds if len(self.chunks) > 1 else None
-
-    @property
-    def reused(self) -> int | None:
-        """Positions taken from the cache, over all steps."""
-        return total(chunk.step.reused for chunk in self.chunks)
-
-    @property
-    def computed(self) -> int | None:
-        """Positions computed, over all steps."""
-        return total(chunk.step.computed for chunk in self.chunks)
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that were guessed."""
-        return sum(chunk.step.drafted for chunk in self.chunks)
-
-    @property
-    def accepted(self) -> int:
-        """Of those, the ones that were right."""
-        return sum(chunk.step.guessed for chunk in self.chunks)
-
     def as_json(self) -> dict[str, Any]:
+        """Return counts and rates. Positions and the prefill rate are None if the cache does not report them."""
+        steps = [chunk.step for chunk in self.chunks]
+        computed, decoded = steps[0].computed, len(steps) - 1
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": len(self.chunks),
-            "positions_reused": self.reused,
-            "positions_computed": self.computed,
-            "drafted_tokens": self.drafted,
-            "accepted_tokens": self.accepted,
+            "completion_tokens": len(steps),
+            "positions_reused": total(step.reused for step in steps),
+            "positions_computed": total(step.computed for step in steps),
+            "drafted_tokens": sum(step.drafted for step in steps),
+            "accepted_tokens": sum(step.guessed for step in steps),
             "first_token_seconds": round(self.prefill_seconds, 4),
-            "prefill_tokens_per_second": _rounded(self.prefill_rate),
-            "decode_tokens_per_second": _rounded(self.decode_rate),
+            "prefill_tokens_per_second": None if computed is None else round(computed / self.prefill_seconds, 1),
+            "decode_tokens_per_second": round(decoded / (self.ended - self.first), 1) if decoded else None,
         }
 
 
-def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
-    """The line that --stats prints."""
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    prompt = format_tokens(meter.prompt_tokens, "prompt")
-    drafts = f"drafts: {meter.accepted} of {meter.drafted} accepted" if meter.drafted else ""
-    return " | ".join(
-        part
-        for part in (
-            f"{prompt}, {len(meter.chunks)} generated ({meter.last.finish_reason})",
-            f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
-            f"prefill {_rate(meter.prefill_rate)}, decode {_rate(meter.decode_rate)}",
-            f"positions: {format_count(meter.reused)} reused, {format_count(meter.computed)} computed",
-            drafts,
-            f"seed {sampling.seed} | {dtype} on {loaded.model.device}, {loaded.model.engine}",
+@dataclass
+class Totals:
+    """Counts of a batch run. not_json: failed rows that are not valid JSON."""
+
+    rows: int = 0
+    failed: int = 0
+    not_json: int = 0
+    tokens: int = 0
+    reused: int | None = 0
+    computed: int | None = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: Result) -> None:
+        self.rows, self.failed, self.tokens = self.rows + 1, self.failed + result.failed, self.tokens + result.tokens
+        self.not_json += result.failed and result.value["error"].startswith("not valid JSON")
+        self.reused, self.computed = total((self.reused, result.reused)), total((self.computed, result.computed))
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.started
+        return (
+            f"{self.rows} rows, {self.failed} failed | {self.tokens} tokens in {seconds:.1f} s: "
+            f"{self.rows / seconds:.1f} rows/s, {self.tokens / seconds:.1f} tok/s | "
+            f"positions: {format_count(self.reused)} reused, {format_count(self.computed)} computed"
         )
-        if part
-    )
+
+
+def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
+    """Return the line that --stats prints after a completion."""
+    stats, dtype = meter.as_json(), str(loaded.model.dtype).removeprefix("torch.")
+    parts = [
+        f"{format_tokens(meter.prompt_tokens, 'prompt ')}, {len(meter.chunks)} generated ({meter.last.finish_reason})",
+        f"load {load_seconds:.2f} s, first token {meter.prefill_seconds:.2f} s",
+        f"prefill {_format_rate(stats['prefill_tokens_per_second'])}, "
+        f"decode {_format_rate(stats['decode_tokens_per_second'])}",
+        f"positions: {format_count(stats['positions_reused'])} reused, "
+        f"{format_count(stats['positions_computed'])} computed",
+    ]
+    if stats["drafted_tokens"]:
+        parts.append(f"drafts: {stats['accepted_tokens']} of {stats['drafted_tokens']} accepted")
+    return " | ".join([*parts, f"seed {sampling.seed}", f"{dtype} on {loaded.model.device}, {loaded.model.engine}"])
 
 
 def format_cache(model: Backend, request: Request) -> str:
-    """The line of --stats before a completion: the memory that its cache may take."""
+    """Return the line that --stats prints before a completion: the expected size of the cache."""
     if model.position_bytes is None:
-        return "cache: of unknown size"
+        return "cache: size unknown"
     positions = request.most_positions(model.context_length)
-    most = positions * model.position_bytes / 1e6
-    return f"cache: {model.position_bytes / 1e3:.0f} kB a position, at most {most:.0f} MB for {positions} positions"
+    size, limit = model.position_bytes / 1e3, positions * model.position_bytes / 1e6
+    return f"cache: {size:.0f} kB per position, up to {limit:.0f} MB for {positions} positions"
 
 
-def _rounded(rate: float | None) -> float | None:
-    return None if rate is None else round(rate, 1)
-
-
-def _rate(rate: float | None) -> str:
+def _format_rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f} tok/s"
 
 
@@ -136,4 +123,5 @@ def format_count(count: int | None) -> str:
 
 
 def format_tokens(count: int, kind: str = "") -> str:
-    return f"{count} {kind}{' ' * bool(kind)}token{'' if count == 1 else 's'}"
+    """Return, for example, `1 token` or `5 prompt tokens`. kind: a word with a space behind it."""
+    return f"{count} {kind}token{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""How surprising each token of a text is, for eyes: the text in colours, or a line for each token."""
+"""Show how surprising each token of a text is: as coloured text, or one line per token."""
 
 from __future__ import annotations
 
@@ -8,44 +8,41 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from kvgen.cli.escape import escape_controls
+from kvgen.cli.render import escape_controls
 
 if TYPE_CHECKING:
     from kvgen import Score, Tokenizer
 
-# Up to so many bits of surprise, and the colour of the ground: from calm to hot.
+# Upper limits in bits of surprise, each with its background colour.
 _HEAT = ((1.0, 22), (2.0, 64), (4.0, 100), (7.0, 136), (10.0, 130), (14.0, 124), (math.inf, 160))
-_CALM = 4.0  # bits that need no mark where there are no colours
+_MARKED_ABOVE = 4.0  # bits, on terminals without colours
 _SUBSCRIPT = str.maketrans({digit: 0x2080 + value for value, digit in enumerate("0123456789")})
-_NOT_SCORED = "dim"
-_MOST_MAPPED = 4000  # tokens: a screen cannot hold more
-_MOST_TOKENS = 4  # that make one character of UTF-8, if each is a byte of it
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_MAX_MAPPED = 4000  # tokens; a screen cannot show more
+_MAX_UTF8_BYTES = 4  # of one character, each of which may be a token
 
 
 def heat_map(score: Score, tokenizer: Tokenizer, *, coloured: bool = True) -> Text:
-    """The text, each piece on the colour of its surprise. Tokens that make one character share the sum of theirs.
+    """Return the text with background colours for surprise. Tokens of one character share the sum of their surprise.
 
-    coloured: whether there are colours to see; without them, a small number stands behind what surprises.
+    coloured: False marks surprising pieces with a small number instead.
     """
     heat = Text()
-    for piece, places in pieces(score.ids[:_MOST_MAPPED], tokenizer):
-        logprobs = [score.logprobs[place] for place in places]
-        scored = [logprob for logprob in logprobs if logprob is not None]
-        shown = escape_controls(piece).replace("\n", "\u23ce\n")  # a line break has no ground to colour
+    for piece, places in pieces(score.ids[:_MAX_MAPPED], tokenizer):
+        scored = [logprob for place in places if (logprob := score.logprobs[place]) is not None]
+        shown = escape_controls(piece).replace("\n", "\u23ce\n")  # a line break alone shows no colour
         bits = sum(map(surprise, scored))
-        heat.append(shown, _style(bits) if scored else _NOT_SCORED)
-        if not coloured and bits > _CALM:
+        heat.append(shown, _style(bits) if scored else "dim")
+        if not coloured and bits > _MARKED_ABOVE:
             heat.append("\u221e" if math.isinf(bits) else f"{bits:.0f}".translate(_SUBSCRIPT))
-    if len(score.ids) > _MOST_MAPPED:
-        heat.append(f"\n... and {len(score.ids) - _MOST_MAPPED} more tokens", "dim")
+    if len(score.ids) > _MAX_MAPPED:
+        heat.append(f"\n... and {len(score.ids) - _MAX_MAPPED} more tokens", "dim")
     return heat
 
 
 def legend(*, coloured: bool = True) -> Text:
-    """Which colour is how much."""
+    """Return the line that explains the colours or numbers of `heat_map`."""
     if not coloured:
-        return Text(f"small numbers: bits of surprise of the piece before, where they are more than {_CALM:g}")
+        return Text(f"small numbers: bits of surprise of the text before, if above {_MARKED_ABOVE:g}")
     line, lower = Text("bits of surprise: "), 0.0
     for upper, _ in _HEAT:
         label = f" {lower:g}-{upper:g} " if math.isfinite(upper) else f" over {lower:g} "
@@ -55,7 +52,7 @@ def legend(*, coloured: bool = True) -> Text:
 
 
 def table(score: Score, tokenizer: Tokenizer) -> Iterator[str]:
-    """A line for each token: log-likelihood, surprise, id, text. Of a token that is part of a character, which."""
+    """Yield a line per token: log-likelihood, surprise, id, text, and its part if several tokens make a character."""
     for piece, places in pieces(score.ids, tokenizer):
         shown = escape_controls(piece).replace("\n", "\\n").replace("\t", "\\t")
         for place in places:
@@ -66,17 +63,17 @@ def table(score: Score, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def surprise(logprob: float) -> float:
-    """Of nats of log-likelihood, the bits of surprise."""
+    """Convert log-likelihood in nats to surprise in bits."""
     return -logprob / math.log(2)
 
 
 def pieces(ids: tuple[int, ...], tokenizer: Tokenizer) -> Iterator[tuple[str, range]]:
-    """The text in its smallest parts: whole characters, and for each the places of its tokens in `ids`.
+    """Split the text into the smallest pieces of whole characters; yield each with the range of its tokens in `ids`.
 
-    Without special tokens, which are parts of their own, the parts add up to `tokenizer.decode(ids)`.
+    Special tokens are pieces of their own; the other pieces join to `tokenizer.decode(ids)`.
 
-    A stream's detokenizer waits for the end of a run of byte tokens, and gives it out with the token after it. Here the
-    token after it needs a colour of its own. As there, the ids that are decoded start at a part that is out already.
+    Each step decodes from the start of the previous piece, since decoders treat the start of a text differently. Unlike
+    a stream's detokenizer, it does not wait for the token after a run of byte tokens, which needs its own colour.
     """
     anchor = start = 0
     for place, id_ in enumerate(ids):
@@ -88,8 +85,8 @@ def pieces(ids: tuple[int, ...], tokenizer: Tokenizer) -> Iterator[tuple[str, ra
             start = place + 1
             continue
         piece = tokenizer.decode(ids[anchor : place + 1])[known:]
-        is_whole = not piece.endswith(_UNFINISHED) or place + 1 - start == _MOST_TOKENS
-        if is_whole or place + 1 == len(ids):
+        complete = not piece.endswith("\N{REPLACEMENT CHARACTER}") or place + 1 - start == _MAX_UTF8_BYTES
+        if complete or place + 1 == len(ids):
             yield piece, range(start, place + 1)
             anchor, start = start, place + 1
 

@@ -1,6 +1,6 @@
-"""Is a KV cache right? Patterns of calling a model, compared on their logits, with a verdict and a reason.
+"""Compare ways of calling a model with its KV cache, by their logits: a verdict and a reason for each.
 
-Nothing here knows which backend it runs on.
+Only `subjects/` knows particular backends.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ def compare(
     steps: int = 32,
     continuation: str | Sequence[int] | None = None,
 ) -> Comparison:
-    """Compare patterns of using the cache with uncached decoding, as `kvgen compare` does.
+    """Compare cached with uncached decoding, as `kvgen compare` does.
 
-    prompt: text or token ids that are handed over at once. steps: how many tokens to go on for.
-    patterns: `full-sequence` and `batched` must be right; there are wrong ones to see what they do, such as
-        `last-token`.
-    continuation: the text to force every pattern along, after the prompt; None for what uncached decoding chooses.
+        >>> kvgen.compare(loaded, "Once upon a time,").acceptable
+        True
 
-    `Comparison.acceptable` is the verdict on the right patterns, `Comparison.rows` what was found of each.
+    prompt: text or token ids. steps: how many tokens to decode after it.
+    patterns: ways of calling the model. `full-sequence` and `batched` should match uncached decoding; others, such as
+        `last-token`, are wrong on purpose and show what a common mistake does.
+    continuation: tokens to feed after the prompt; None for the greedy choice of uncached decoding.
 
-    Raises UsageError for what cannot be compared, ModelError for uncached logits that are not numbers.
+    `Comparison.acceptable` is the verdict on the patterns that should be right; `Comparison.rows` has every result.
+
+    Raises UsageError for arguments that cannot be compared, ModelError if uncached logits are NaN.
     """
     ids = text_ids(loaded, prompt)
     if isinstance(patterns, str):

@@ -1,4 +1,4 @@
-"""The comparison: every pattern on the same text, its verdict, and for each that differs the reason."""
+"""Run every pattern on the same text; give each a verdict, and a reason where it differs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, make_case
 from kvgen.comparison.diagnosis import diagnose, unreliable_reference
-from kvgen.comparison.experiments import Finding
 from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
-from kvgen.comparison.probes import Probe, run_probes, unseen
+from kvgen.comparison.probes import Probe, not_tested, run_probes
 from kvgen.comparison.reference import Judgement, Reference
 from kvgen.comparison.run import Run, run_forced, run_free
 from kvgen.comparison.subjects import subject_of
+from kvgen.comparison.trial import Finding
 from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
 
-_DOUBTFUL = 3.0  # noise floors from which on a wider dtype has to decide, up to
-_BEYOND_DOUBT = 100.0
-_SHARP_STEPS = 12  # that are computed in a wider dtype, where each may take seconds
-_TIMED = 3  # uncached steps that are timed
+_DOUBTFUL, _BEYOND_DOUBT = 3.0, 100.0  # noise floors; in between, a wider dtype decides
+_SHARP_STEPS = 12  # steps computed in a wider dtype, where each may take seconds
+_TIMED = 3  # number of uncached steps to time
 
 
 @dataclass(frozen=True)
 class PatternResult:
-    """One pattern's result.
+    """Result of one pattern.
 
-    verdict: on its logits. tokens_verdict: on the tokens that it chooses by itself.
-    reason: why there are no numbers, where there are none.
-    exact: whether its logits are the uncached ones bit for bit. ratio: how many noise floors its worst step is away.
-    tokens: what it goes on with by itself. first_difference: index of the first token that it alone chooses otherwise;
-        None if none.
-    seconds: for all steps; of the reference, from a few of them.
-    probes: other ways to use the cache, for the right pattern. findings: what explains a difference.
+    verdict: on its logits. tokens_verdict: on the tokens that it generates.
+    reason: why it was not compared, if it was not.
+    exact: whether its logits equal uncached ones bit for bit. ratio: distance of its worst step, in noise floors.
+    tokens: what it generates greedily. first_difference: index of the first token that differs from uncached decoding;
+        None if none does.
+    seconds: for all steps; estimated from a few steps for uncached decoding.
+    probes: other uses of the cache, for the pattern `full-sequence`. findings: explanations of a difference.
     """
 
     pattern: Pattern
@@ -58,12 +57,16 @@ class PatternResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All patterns on one text. The first row is the reference.
+    """Results of all patterns on one text. The first row is uncached decoding, the reference.
 
-    ids: the text, prompt and steps. start: how many of them are the prompt.
-    floor: the noise floor of that text; 0 if every pattern gives the same bits, since then it was not measured.
-    reference_gap: the largest |difference| between one uncached pass over the text and passes over its beginnings.
-    unseen: what was not looked at, for people.
+        >>> comparison = kvgen.compare(loaded, "Once upon a time,", patterns=("full-sequence", "last-token"), steps=8)
+        >>> [(row.pattern.name, str(row.verdict)) for row in comparison.rows]
+        [('uncached', 'equivalent'), ('full-sequence', 'equivalent'), ('last-token', 'different')]
+
+    ids: the text, prompt and completion. start: length of the prompt.
+    floor: noise floor of the text; 0 if every pattern gives identical bits, since it is not measured then.
+    reference_gap: largest |difference| between one uncached pass over the text and passes over its prefixes.
+    not_tested: what was not tested, in words.
     """
 
     ids: tuple[int, ...]
@@ -71,7 +74,7 @@ class Comparison:
     floor: float
     reference_gap: float
     rows: tuple[PatternResult, ...]
-    unseen: str
+    not_tested: str
 
     @property
     def steps(self) -> int:
@@ -79,7 +82,7 @@ class Comparison:
 
     @property
     def acceptable(self) -> bool:
-        """Whether the right pattern is right; wrong ones do not count."""
+        """Whether every right pattern is right; patterns that are wrong on purpose do not count."""
         return all(row.verdict in ACCEPTABLE for row in self.rows if row.pattern.right)
 
 
@@ -92,56 +95,53 @@ def compare_ids(
     continuation: Sequence[int] | None = None,
     special_ids: frozenset[int] = frozenset(),
 ) -> Comparison:
-    """`compare` of token ids, with a model that need not have a tokenizer.
+    """`compare` on token ids, for a model that may lack a tokenizer.
 
-    prompt: the ids that are handed over at once. steps: how many tokens to go on for.
-    continuation: the text to force every pattern along, after the prompt; None for what uncached decoding
-        chooses. Texts go on behind tokens that end them.
-    special_ids: of tokens that ordinary text does not contain; the cache is tried on them too.
+    prompt: token ids. steps: number of tokens to decode after it; end-of-text tokens do not stop it.
+    continuation: tokens to feed after the prompt; None for the greedy choice of uncached decoding.
+    special_ids: special tokens to test the cache with.
 
-    Raises UsageError for an unknown pattern or a text that does not fit the context, ModelError for uncached logits
-    that are not numbers.
+    Raises UsageError for an unknown pattern or a text that does not fit the context, ModelError if uncached logits are
+    NaN.
     """
     chosen = [_pattern(name) for name in patterns]
     start, steps = backend.ids_tensor(prompt), _steps_that_fit(backend, prompt, steps)
     reference = Reference(subject_of(backend))
-    own = _reference_text(reference, start, steps)
-    case, cached = own.case, own.cached
+    greedy = _reference_text(reference, start, steps)
+    case, cached = greedy.case, greedy.cached
     if continuation is not None:
         ids = torch.cat((start, backend.ids_tensor(tuple(continuation)[:steps])), dim=1)
         case, cached = make_case(reference, ids, len(prompt)), None
     case = replace(case, special_ids=special_ids)
     seconds, alone = _timed(case)
     reference_gap, findings = unreliable_reference(case, alone)
-    rows = [_reference_row(case, own.tokens, seconds, findings)]
+    rows = [_reference_row(case, greedy.tokens, seconds, findings)]
     floor = 0.0
     for pattern in chosen:
         if findings:
-            rows.append(
-                PatternResult(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference cannot be relied on")
-            )
+            rows.append(PatternResult(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference is unreliable"))
             continue
-        row, judged = _compare_pattern(case, pattern, own, cached if pattern is FULL_SEQUENCE else None)
+        row, judged = _compare_pattern(case, pattern, greedy, cached if pattern is FULL_SEQUENCE else None)
         rows.append(row)
         floor = max(floor, judged.floor if judged else 0.0)
     text = tuple(case.ids[0].tolist())
-    return Comparison(text, len(prompt), floor, reference_gap, tuple(rows), unseen(case))
+    return Comparison(text, len(prompt), floor, reference_gap, tuple(rows), not_tested(case))
 
 
 @dataclass(frozen=True)
-class _Own:
-    """What uncached decoding chooses by itself. cached: the right pattern on that text, if it was run already."""
+class _Greedy:
+    """What uncached decoding generates. cached: the run of the right pattern on that text, if there was one."""
 
     case: Case
     tokens: tuple[int, ...]
     cached: Run | None
 
 
-def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Own:
-    """Decode greedily without a cache.
+def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Greedy:
+    """Find what uncached greedy decoding generates.
 
-    With the cache it is faster, and then one uncached pass over the text shows whether uncached decoding chooses the
-    same. Where it does not, or where the cache fails, every step is computed.
+    Decode with the cache, which is faster, and check with one uncached pass that uncached decoding chooses the same
+    tokens. If not, or if the cache fails, decode without it.
     """
     subject = reference.subject
     if not subject.cannot_cache:
@@ -152,9 +152,9 @@ def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Own:
         if run is not None:
             case = _case_of(reference, prompt, run.tokens)
             if tuple(case.expected.argmax(-1).tolist()) == run.tokens:
-                return _Own(case, run.tokens, run)
+                return _Greedy(case, run.tokens, run)
     run = run_free(UNCACHED.call(subject), prompt, steps)
-    return _Own(_case_of(reference, prompt, run.tokens), run.tokens, None)
+    return _Greedy(_case_of(reference, prompt, run.tokens), run.tokens, None)
 
 
 def _case_of(reference: Reference, prompt: Tensor, tokens: tuple[int, ...]) -> Case:
@@ -163,9 +163,8 @@ def _case_of(reference: Reference, prompt: Tensor, tokens: tuple[int, ...]) -> C
 
 
 def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
-    """Seconds of uncached decoding, estimated from a few of its steps, and the logits of these by their length."""
+    """Estimated seconds of uncached decoding, and the logits of the few steps that were timed, by length."""
     lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})[:_TIMED]
-    case.alone(case.ids[:, : lengths[0]])  # what is set up once is not counted
     logits, began = {}, time.perf_counter()
     for length in lengths:
         logits[length] = case.subject(case.ids[:, :length], None)[0][0, -1].cpu()
@@ -174,7 +173,7 @@ def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
 
 def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
     if steps < 2 or not prompt:
-        raise UsageError("compare needs a prompt and at least two steps: the first has no cache to use")
+        raise UsageError("compare needs a prompt and at least two steps: the first step has no cache to use")
     if backend.context_length is None:
         return steps
     if len(prompt) + 2 > backend.context_length:
@@ -200,14 +199,14 @@ def _reference_row(case: Case, tokens: tuple[int, ...], seconds: float, findings
 def _pattern(name: str) -> Pattern:
     if name not in PATTERNS or name == UNCACHED.name:
         known = ", ".join(known for known in PATTERNS if known != UNCACHED.name)
-        raise UsageError(f"pattern {name!r} is not known; there are: {known}")
+        raise UsageError(f"unknown pattern {name!r}; known: {known}")
     return PATTERNS[name]
 
 
 def _compare_pattern(
-    case: Case, pattern: Pattern, own: _Own, run: Run | None
+    case: Case, pattern: Pattern, greedy: _Greedy, run: Run | None
 ) -> tuple[PatternResult, Judgement | None]:
-    """The result of a pattern, and how far its logits are. run: the pattern on the text, if it was run already."""
+    """Result of a pattern and the judgement on its logits. run: an earlier run of it on this text, if any."""
     subject = case.subject
     if subject.cannot_cache:
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=subject.cannot_cache), None
@@ -217,10 +216,10 @@ def _compare_pattern(
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
-    probes = run_probes(case) if pattern is FULL_SEQUENCE else ()
+    probes = run_probes(case, run) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
-    tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, own, run)
+    tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, greedy, run)
     row = PatternResult(
         pattern,
         verdict,
@@ -240,10 +239,10 @@ def _compare_pattern(
 
 
 def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
-    """Whether logits are further from the uncached ones than rounding.
+    """Whether logits are further from uncached ones than rounding explains.
 
-    16 bits hide faults, so there the pattern is run in 32 as well; and what is near the limit is decided in a wider
-    dtype, where rounding is all but gone and a fault is not.
+    16 bits hide faults, so a 16-bit model is run in float32 as well. Results near the limit are decided in a wider
+    dtype, where rounding all but vanishes and a fault does not.
     """
     if judged.exact or judged.ratio > _BEYOND_DOUBT:
         return not judged.exact
@@ -259,23 +258,23 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
 
 
 def _tokens_of(
-    case: Case, pattern: Pattern, own: _Own, run: Run
+    case: Case, pattern: Pattern, greedy: _Greedy, run: Run
 ) -> tuple[tuple[int, ...] | None, int | None, Verdict | None]:
-    """What a pattern goes on with by itself, where that parts from the reference, and whether that is a near-tie."""
-    if case is own.case or torch.equal(case.ids, own.case.ids):
+    """What a pattern generates, the first token that differs, and the verdict on it."""
+    if case is greedy.case or torch.equal(case.ids, greedy.case.ids):
         chosen = tuple(run.logits.argmax(-1).tolist())
-        if chosen == own.tokens:
+        if chosen == greedy.tokens:
             return chosen, None, Verdict.EQUIVALENT
     try:
-        free = run_free(pattern.call(case.subject), case.ids[:, : case.start], len(own.tokens))
-    except CALL_ERRORS:  # logits that are not numbers, for example
+        free = run_free(pattern.call(case.subject), case.ids[:, : case.start], len(greedy.tokens))
+    except CALL_ERRORS:  # NaN logits, for example
         return None, None, None
-    pairs = zip(own.tokens, free.tokens, strict=False)
+    pairs = zip(greedy.tokens, free.tokens, strict=False)
     first = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
     if first is None:
         return free.tokens, None, Verdict.EQUIVALENT
-    # Up to here both have read the same text. Where their logits after it differ by rounding alone, it is a tie.
-    step = own.case.reference.judge(
-        free.logits[: first + 1], own.case.expected[: first + 1], own.case.ids, own.case.lengths[: first + 1]
+    # Both have read the same text up to here: if their logits differ only by rounding, this is a near-tie.
+    step = greedy.case.reference.judge(
+        free.logits[: first + 1], greedy.case.expected[: first + 1], greedy.case.ids, greedy.case.lengths[: first + 1]
     )
     return free.tokens, first, Verdict.DIFFERENT if step.wrong else Verdict.NEAR_TIE

@@ -1,4 +1,4 @@
-"""Why a pattern differs: what the experiments leave standing, with its evidence."""
+"""Explain why a pattern differs, with the evidence from experiments and probes."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from dataclasses import replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, make_case
-from kvgen.comparison.experiments import EXPERIMENTS, Finding, Trial, attempt, lookup_or_values, nondeterministic
+from kvgen.comparison.experiments import EXPERIMENTS, attempt, lookup_or_values, nondeterministic
 from kvgen.comparison.patterns import Pattern
 from kvgen.comparison.probes import Probe
 from kvgen.comparison.reference import Judgement
 from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.run import run_forced
+from kvgen.comparison.trial import Finding, Trial
 
-_LEAK = 64  # typical rounding errors: what leaks from the future is far more
-_SMALL = 2**-5  # of the size of the logits
-_PROMPT = (4, 24)  # tokens, at least and at most, of a text to experiment on
+_LEAK = 64  # typical rounding errors; a model that reads later tokens differs by far more
+_SMALL = 2**-5  # relative to the size of the logits
+_PROMPT = (4, 24)  # shortest and longest prompt to experiment on, in tokens
 
 
 def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float, list[Finding]]:
-    """Find what forbids to compare: a reference that is not deterministic, or not causal.
+    """Check that the uncached model is deterministic and causal: otherwise nothing can be compared with it.
 
-    alone: uncached logits of a few beginnings of the text, by their length. Also returns the largest |difference|
-    between these and one pass over the whole text.
+    alone: uncached logits of the prompt and of longer prefixes of the text, by length. Return the largest |difference|
+    between these and one pass over the whole text, and findings if the reference is unreliable.
     """
     gaps = [(logits, case.expected[length - case.start]) for length, logits in alone.items()]
     largest = max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in gaps)
-    first, second = (case.subject(case.ids[:, : case.start], None)[0][0, -1].cpu() for _ in range(2))
-    # Not held against the measured noise: where chance is at work, that is large.
+    first, second = alone[case.start], case.subject(case.ids[:, : case.start], None)[0][0, -1].cpu()
+    # The measured noise floor is useless here: in a model that is not deterministic it is large.
     if distance(first, second) > LIMIT * typical_floor(first, case.subject.dtype):
         return largest, [nondeterministic(case.subject, float((first - second).abs().max()))]
     sharp = case.sharp
     if sharp is not case:
-        gaps = [(sharp.alone(case.ids[:, :length]), sharp.expected[length - case.start]) for length in alone]
+        gaps = [(sharp.last_logits(case.ids[:, :length]), sharp.expected[length - case.start]) for length in alone]
     leak = max(distance(a, b) for a, b in gaps)
     if leak <= _LEAK * typical_floor(sharp.expected, sharp.subject.dtype):
         return largest, []
     finding = Finding(
         "not causal",
-        "The model is not causal: what comes after a position changes its logits. No cache can be right.",
-        f"one pass over the text and a pass over its beginning differ by {leak:.2g} (RMS) at the same position",
+        "The model is not causal: later tokens change the logits of earlier positions. No cache can be right.",
+        f"a pass over the whole text and a pass over a prefix differ by {leak:.2g} (RMS) at the same position",
     )
     return largest, [finding]
 
@@ -49,12 +50,11 @@ def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float
 def diagnose(
     case: Case, pattern: Pattern, logits: Tensor, judged: Judgement, probes: tuple[Probe, ...], *, wrong: bool
 ) -> list[Finding]:
-    """The explanations that survive for a pattern on a case.
+    """Return the explanations that fit a pattern's result.
 
-    logits: what the pattern returned, (steps, vocab). judged: how far they are from the reference's. wrong: the
-    verdict on them.
+    logits: what the pattern returned, (steps, vocab). judged: their distance from uncached logits. wrong: the verdict.
 
-    Empty for a right pattern that is right; otherwise at least one, if only that nothing explains it.
+    Empty if a right pattern is right; otherwise at least one finding, possibly "unexplained".
     """
     if not wrong:
         found = [] if pattern.right else [_harmless(pattern, judged)]
@@ -70,14 +70,14 @@ def diagnose(
         judged = sharp.judge(logits)
     step = _first_wrong(judged)
     if step is None:
-        return [_unexplained(case, judged, "it vanishes in a wider dtype")]
+        return [_unexplained(case, judged, "the difference vanishes in a wider dtype")]
     trial = _with_another_prompt(sharp, pattern) or Trial(
         sharp, pattern, pattern.call(sharp.subject), sharp.lengths[step], logits[step]
     )
     found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
     for alone in ("not deterministic", "context lost"):
         only = [finding for finding in found if finding.name == alone]
-        if only:  # then order and distance do not matter either, which says nothing more
+        if only:  # implies the other findings, which add nothing
             return only
     if found:
         return found
@@ -87,14 +87,14 @@ def diagnose(
 
 
 def _first_wrong(judged: Judgement) -> int | None:
-    """The index of the first step that is wrong."""
+    """Index of the first wrong step."""
     return next((step for step, apart in enumerate(judged.distances) if apart > LIMIT * judged.floor), None)
 
 
 def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
-    """A trial behind a prompt of a few tokens: with fewer, positions coincide, with many, each experiment takes long.
+    """A trial with a prompt of 4 to 24 tokens: shorter ones are ambiguous, longer ones make experiments slow.
 
-    None if the prompt is such a one, or if the pattern is right behind another.
+    None if the prompt has such a length already, or if the pattern is right with the other prompt.
     """
     shortest, longest = _PROMPT
     if shortest <= case.start <= longest or case.ids.shape[1] < shortest + 2:
@@ -115,37 +115,37 @@ def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
 
 def _unexplained(case: Case, judged: Judgement, more: str = "") -> Finding:
     part = max(judged.distances) / size(case.expected)
-    evidence = f"{judged.ratio:.2g} noise floors, {part:.1e} of the size of the logits, at {judged.length} positions"
+    evidence = f"{judged.ratio:.2g} noise floors, {part:.1e} of the logits' size, at {judged.length} positions"
     return Finding("unexplained", "None of the known explanations fits.", "; ".join(filter(None, (evidence, more))))
 
 
 def _not_numbers(length: int) -> Finding:
     return Finding(
         "not a number",
-        "Calls with the cache return NaN or infinities where uncached ones return numbers.",
+        "Cached calls return NaN or infinity where uncached calls return numbers.",
         f"first after {length} positions",
     )
 
 
 _OF_PROBES = {
     "several new tokens at once": ("multi-token calls", "Calls with several new tokens are wrong."),
-    "rows of a batch": ("rows mixed", "The rows of a batch are mixed up: a row is not as if it were alone."),
+    "rows of a batch": ("rows mixed", "Rows of a batch affect each other: a row differs from the same row alone."),
     "two sequences in turn": (
         "sequences mixed",
-        "Two sequences with a cache each are mixed up: one is not as if the other were not there.",
+        "Two sequences, each with its own cache, affect each other.",
     ),
     "edits": ("edits not noticed", "The cache is wrong after the text was edited."),
-    "rewinds": ("edits not noticed", "The cache is wrong after the last tokens were taken back."),
-    "special tokens": ("special tokens", "Texts with special tokens in them are wrong."),
-    "more steps": ("longer texts", "The first steps are right, and further ones are wrong."),
-    "long texts": ("longer texts", "Long texts are wrong, and short ones are not."),
-    "past a window": ("longer texts", "Texts longer than a window are wrong, and short ones are not."),
+    "rewinds": ("edits not noticed", "The cache is wrong after the last tokens were removed."),
+    "special tokens": ("special tokens", "Texts that contain special tokens are wrong."),
+    "more steps": ("longer texts", "The first steps are right, later ones are wrong."),
+    "long texts": ("longer texts", "Long texts are wrong, short ones are right."),
+    "past a window": ("longer texts", "Texts longer than a window are wrong, shorter ones are right."),
 }
 
 
 def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
-    """One finding for each kind of use that is wrong. An edit leaves several tokens to compute: if these are wrong
-    without an edit, too, it says nothing more."""
+    """One finding for each kind of wrong use. Edits leave several tokens to compute, so they add nothing where calls
+    with several new tokens are wrong already."""
     names = {probe.name for probe in wrong}
     found: dict[str, Finding] = {}
     for probe in wrong:
@@ -158,6 +158,6 @@ def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
 
 
 def _harmless(pattern: Pattern, judged: Judgement) -> Finding:
-    """Why a wrong pattern does no harm on this model."""
-    evidence = "the same bits" if judged.exact else "no further from uncached decoding than rounding"
-    return Finding("harmless here", pattern.harmless, f"its logits: {evidence}")
+    """Why a wrong pattern is harmless on this model."""
+    evidence = "identical bits" if judged.exact else "equal to uncached decoding within rounding error"
+    return Finding("harmless here", pattern.harmless, f"logits: {evidence}")

@@ -1,4 +1,4 @@
-"""Numbers that say how far two series of logits are apart."""
+"""How far apart two series of logits are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a candidate's logits are from the reference's, over the steps of one text.
+    """Difference between candidate and reference logits, over the steps of one text.
 
-    per_step: the largest |difference| of a logit at each step; infinite where one has no number.
+    per_step: largest |difference| of a logit at each step; infinite where one is NaN or infinite.
     kl: KL(reference || candidate) in nats, mean over steps. top1: share of steps with the same most likely token.
-    nll_change: candidate's mean negative log-likelihood of the text, minus the reference's, in nats.
+    nll_change: mean negative log-likelihood of the text, candidate minus reference, in nats.
     """
 
     per_step: tuple[float, ...]
@@ -28,8 +28,8 @@ class Gap:
 
 
 def gap(reference: Tensor, candidate: Tensor, targets: Tensor) -> Gap:
-    """Compare logits of shape (steps, vocab). targets: the tokens that the text goes on with, (steps,) int64."""
-    steps = [_of_step(*step) for step in zip(reference, candidate, targets.tolist(), strict=True)]
+    """Compare logits, (steps, vocab) each. targets: the next token of the text at each step, (steps,) int64."""
+    steps = [_step_gap(*step) for step in zip(reference, candidate, targets.tolist(), strict=True)]
     largest, mean, kl, top1, nll = zip(*steps, strict=True)
     return Gap(
         per_step=largest,
@@ -42,8 +42,8 @@ def gap(reference: Tensor, candidate: Tensor, targets: Tensor) -> Gap:
     )
 
 
-def _of_step(reference: Tensor, candidate: Tensor, target: int) -> tuple[float, float, float, bool, float]:
-    """Of logits of one step, (vocab,): largest and mean |difference|, KL, whether the best agree, change of NLL."""
+def _step_gap(reference: Tensor, candidate: Tensor, target: int) -> tuple[float, float, float, bool, float]:
+    """Largest and mean |difference|, KL, same top token, and NLL change for logits of one step, (vocab,)."""
     if torch.equal(reference, candidate):
         return 0.0, 0.0, 0.0, True, 0.0
     difference = torch.where(reference == candidate, 0.0, candidate.double() - reference.double()).abs()

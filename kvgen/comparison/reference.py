@@ -1,4 +1,4 @@
-"""Uncached logits of any text, and how far rounding alone moves them on that very text."""
+"""Uncached logits of any text, and the size of rounding errors on that text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvgen.comparison.rounding import LIMIT, distance, typical_floor
 from kvgen.comparison.subjects import Subject
 from kvgen.errors import ModelError
 
-_FAR = 100.0  # a difference of so many limits needs no measured floor, which stays within 5 typical ones
-_LONGER = (2, 16)  # tokens more in a pass: other sizes of matrices, other roundings
-_MOST_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
+_FAR = 100.0  # limits; beyond, no floor needs measuring: measured floors stay within 5 typical ones
+_LONGER = (2, 16)  # extra tokens in a pass: other matrix sizes, other roundings
+_MAX_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """How far logits are from uncached ones of the same text.
+    """Distance of logits from uncached logits of the same text.
 
-    exact: whether they are the same bits; nothing else was measured then. floor: the noise floor of that text; 0 if
-    exact. distances: RMS of each step. length: positions of the worst step.
+    exact: whether they are equal bit for bit. floor: noise floor of the text; 0 if exact, since it is not measured.
+    distances: RMS difference of each step. length: positions of the worst step.
     """
 
     exact: bool
@@ -34,7 +34,7 @@ class Judgement:
 
     @property
     def ratio(self) -> float:
-        """The worst step in noise floors."""
+        """Distance of the worst step, in noise floors."""
         return 0.0 if self.exact else max(self.distances) / max(self.floor, sys.float_info.min)
 
     @property
@@ -43,32 +43,33 @@ class Judgement:
 
 
 class Reference:
-    """A model without its cache. Like is judged with like: the noise floor of one text judges no other text.
+    """A model without its cache. A noise floor is measured on the text that it judges, never on a different one.
 
-    A floor is the largest difference, over a few steps of the text, between two uncached ways to compute the same
-    logits: a pass over the text up to the step, and a longer pass. No floor is below a typical rounding error.
+    The floor is the largest difference, over a few steps of the text, between two uncached computations of the same
+    logits: a pass that ends at the step, and a longer pass. It is at least the size of a typical rounding error.
     """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self._kept: dict[tuple[int, ...], Tensor] = {}
+        self._floors: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
 
-    def alone(self, ids: Tensor) -> Tensor:
-        """Logits after `ids`, (1, n), in an uncached pass over them: (vocab,)."""
+    def last_logits(self, ids: Tensor) -> Tensor:
+        """Logits after `ids`, (1, n), from one uncached pass: (vocab,)."""
         key = tuple(ids[0].tolist())
         if key not in self._kept:
-            if len(self._kept) == _MOST_KEPT:
+            if len(self._kept) == _MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = self.subject(ids, None)[0][0, -1].cpu()
         return self._kept[key]
 
-    def rows(self, ids: Tensor, lengths: Sequence[int], more: int = 1) -> Tensor:
-        """Logits after the first `lengths` positions of `ids`, (1, n), each at most n: (len(lengths), vocab).
+    def step_logits(self, ids: Tensor, lengths: Sequence[int], more: int = 1) -> Tensor:
+        """Uncached logits after the first `lengths` positions of `ids`, (1, n): (len(lengths), vocab).
 
-        One pass gives them all where the model returns logits of all positions. It goes `more` positions further than
-        the last length, as far as the context goes, so that it is another way to compute than `alone` is.
+        One pass computes all of them if the model returns logits of all positions. The pass is `more` positions longer
+        than needed, within the context, so that it rounds differently from `last_logits`.
 
-        Raises ModelError for logits that are not numbers.
+        Raises ModelError if they are NaN.
         """
         wanted = [length - 1 for length in lengths]
         end = max(lengths) + more
@@ -78,36 +79,37 @@ class Reference:
             passed = passed[:, :longest]
         found = self.subject.logits_at(passed, wanted)
         if found is None:
-            found = torch.stack([self.alone(ids[:, :length]) for length in lengths])
+            found = torch.stack([self.last_logits(ids[:, :length]) for length in lengths])
         found = found.cpu()
         if found.isnan().any():
-            raise ModelError("the model's uncached logits are not numbers: there is nothing to compare with")
+            raise ModelError("the model's uncached logits are NaN: there is nothing to compare with")
         return found
 
-    def floor(self, ids: Tensor, longer: Sequence[int] = (1,)) -> float:
-        """The noise floor of the logits after `ids`, (1, n), from passes that are longer by so many positions.
+    def noise_floor(self, ids: Tensor, longer: tuple[int, ...] = (1,)) -> float:
+        """Noise floor of the logits after `ids`, (1, n), from passes that are longer by these numbers of positions.
 
-        Two passes of nearly one length may round alike by chance, on a text whose logits rounding moves far. So nothing
-        is condemned by the default alone, but by `_LONGER`.
+        Passes of nearly equal length may round alike by chance. So the default alone never makes a verdict
+        "different"; `_LONGER` is measured first.
         """
-        expected, length = self.alone(ids), ids.shape[1]
-        measured = (distance(expected, self.rows(ids, [length], more)[0]) for more in longer)
-        return max(typical_floor(expected, self.subject.dtype), *measured)
+        key = tuple(ids[0].tolist()), longer
+        if key not in self._floors:
+            expected, length = self.last_logits(ids), ids.shape[1]
+            measured = (distance(expected, self.step_logits(ids, [length], more)[0]) for more in longer)
+            self._floors[key] = max(typical_floor(expected, self.subject.dtype), *measured)
+        return self._floors[key]
 
-    def same(self, a: Tensor, b: Tensor, ids: Tensor) -> bool:
-        """Whether two computations of the logits after `ids`, (vocab,) each, differ by no more than rounding."""
+    def close(self, a: Tensor, b: Tensor, ids: Tensor) -> bool:
+        """Whether two results for the logits after `ids`, (vocab,) each, are equal within rounding error."""
         apart = distance(a.cpu(), b.cpu())
-        if apart == 0 or not math.isfinite(apart):
-            return apart == 0
-        if apart > _FAR * LIMIT * typical_floor(b, self.subject.dtype):
-            return False
-        return apart <= LIMIT * self.floor(ids) or apart <= LIMIT * self.floor(ids, _LONGER)
+        typical = LIMIT * typical_floor(b, self.subject.dtype)
+        if apart <= typical or apart > _FAR * typical or not math.isfinite(apart):
+            return apart <= typical
+        return apart <= LIMIT * self.noise_floor(ids) or apart <= LIMIT * self.noise_floor(ids, _LONGER)
 
     def judge(self, actual: Tensor, expected: Tensor, ids: Tensor, lengths: Sequence[int]) -> Judgement:
-        """Hold logits, (steps, vocab), against uncached ones of the same text.
+        """Compare logits, (steps, vocab), with uncached ones of the same text.
 
-        expected: what `rows` gives for `ids`, (1, n), and `lengths`. What equals either uncached way bit for bit is
-        right.
+        expected: `step_logits(ids, lengths)`. Logits equal to either uncached computation bit for bit are right.
         """
         distances = [distance(*pair) for pair in zip(actual, expected, strict=True)]
         if not any(distances):
@@ -116,18 +118,18 @@ class Reference:
         floor = typical_floor(expected, self.subject.dtype)
         if math.isfinite(distances[worst]):
             for step in {worst, 0, len(lengths) // 2, len(lengths) - 1}:
-                other = self.alone(ids[:, : lengths[step]])
+                other = self.last_logits(ids[:, : lengths[step]])
                 distances[step] = min(distances[step], distance(actual[step], other))
                 floor = max(floor, distance(other, expected[step]))
             worst = max(range(len(lengths)), key=distances.__getitem__)
             if LIMIT * floor < distances[worst] <= _FAR * LIMIT * floor:
-                floor = max(floor, self.floor(ids[:, : lengths[worst]], _LONGER))
+                floor = max(floor, self.noise_floor(ids[:, : lengths[worst]], _LONGER))
         return Judgement(not any(distances), floor, tuple(distances), lengths[worst])
 
-    def judge_one(self, actual: Tensor, ids: Tensor) -> Judgement:
-        """Hold the logits of one step, (vocab,), against uncached ones after `ids`, (1, n)."""
-        expected = self.alone(ids)
+    def judge_step(self, actual: Tensor, ids: Tensor) -> Judgement:
+        """Compare the logits of one step, (vocab,), with uncached ones after `ids`, (1, n)."""
+        expected = self.last_logits(ids)
         if torch.equal(actual, expected):
             return Judgement(True, 0.0, (0.0,), ids.shape[1])
         length = ids.shape[1]
-        return self.judge(actual[None], self.rows(ids, [length]), ids, [length])
+        return self.judge(actual[None], self.step_logits(ids, [length]), ids, [length])

@@ -1,4 +1,4 @@
-"""A comparison as plain data, for --json, for the HTML page, and for tests."""
+"""A comparison as plain data, for `--json`, the HTML page and tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvgen.tokenizer import Tokenizer
 
 
 def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that a comparison found, in types that JSON has."""
+    """Return all results of a comparison in JSON types."""
     prompt = list(comparison.ids[: comparison.start])
     reference = comparison.rows[0]
     return {
@@ -22,18 +22,18 @@ def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
         "acceptable": comparison.acceptable,
         "noise_floor": comparison.floor,
         "reference_max_abs": comparison.reference_gap,
-        "not_looked_at": comparison.unseen,
+        "not_tested": comparison.not_tested,
         "patterns": [_row_as_data(row, reference, comparison, tokenizer) for row in comparison.rows],
     }
 
 
 def speedup(row: PatternResult, reference: PatternResult) -> float | None:
-    """How many times as fast as uncached decoding; None if it did not run."""
+    """Speed relative to uncached decoding; None if it did not run."""
     return reference.seconds / row.seconds if row.seconds and reference.seconds else None
 
 
 def _split(row: PatternResult, tokenizer: Tokenizer) -> int | None:
-    """How many characters of the completion come before the first token that differs; None if none does."""
+    """Number of characters before the first token that differs; None if none does."""
     if row.tokens is None or row.first_difference is None:
         return None
     return len(tokenizer.decode(row.tokens[: row.first_difference]))
@@ -65,7 +65,7 @@ def _row_as_data(
 
 
 def _number(value: float | None) -> float | None:
-    """A number as JSON has it: an infinite one is null."""
+    """The number, or None if infinite: JSON has no infinity."""
     return None if value is None or not math.isfinite(value) else value
 
 

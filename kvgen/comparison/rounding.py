@@ -1,4 +1,4 @@
-"""How large rounding errors are: what separates a difference that means something from one that does not."""
+"""The size of rounding errors, which separates a real difference from noise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 LIMIT = 6.0
-"""A candidate may be this many noise floors away from uncached logits. Correct caches stay below 3 in fp32 and bf16,
-and the mildest seeded fault is above 500: docs/kv-cache.md has the table."""
+"""Largest accepted distance from uncached logits, in noise floors. Correct caches stay below 3 in fp32 and bf16; the
+mildest seeded fault is above 500 (table in docs/kv-cache.md)."""
 
-_ROUNDINGS = 8  # of a typical logit, measured: 5 to 24 in fp32, 2 to 12 in bf16
+_ROUNDINGS = 8  # rounding errors of a typical logit; measured: 5 to 24 in fp32, 2 to 12 in bf16
 
 
 def eps(dtype: torch.dtype) -> float:
@@ -25,9 +25,9 @@ def rms(difference: Tensor) -> Tensor:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The RMS difference of one step's logits, (vocab,) each. 0 only if they are equal bit for bit.
+    """RMS difference of two logit vectors, (vocab,) each; 0 only if they are equal bit for bit.
 
-    Equal infinities differ by nothing. A NaN, or an infinity where the other has a number, is infinitely far away.
+    Equal infinities differ by 0. NaN, or an infinity on one side only, gives infinity.
     """
     if torch.equal(a, b):
         return 0.0
@@ -37,10 +37,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def size(logits: Tensor) -> float:
-    """The RMS of finite logits, (..., vocab), at the step where it is largest."""
+    """Largest RMS of finite logits over the steps of (..., vocab)."""
     return float(rms(torch.where(logits.isfinite(), logits, 0.0)).max())
 
 
 def typical_floor(logits: Tensor, dtype: torch.dtype) -> float:
-    """The noise floor of logits, (..., vocab), computed in `dtype`, where it cannot be measured."""
+    """A typical noise floor of logits, (..., vocab), computed in `dtype`: a lower bound of the measured one."""
     return _ROUNDINGS * eps(dtype) * size(logits)

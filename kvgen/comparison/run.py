@@ -1,4 +1,4 @@
-"""Running a pattern: forced along a given text, and by itself."""
+"""Run a pattern along a given text, or let it decode freely."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from kvgen.contract import Model, one_by_one
-from kvgen.errors import KvgenError
 from kvgen.generation.completion import Completion, Limits
-from kvgen.generation.loop import Row, decode_step
+from kvgen.generation.loop import Row, decode
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import Sampling
 
@@ -22,24 +21,25 @@ _GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class Run:
-    """A pattern on a text, one token a step.
+    """One run of a pattern.
 
-    tokens: that the text goes on with. logits: after each step, (steps, vocab) on the CPU. seconds: for all steps.
-    computed: positions computed; None if the cache does not say.
+    tokens: the tokens after the prompt. logits: (steps, vocab) on the CPU. seconds: total.
+    computed: positions computed; None if the cache does not report them. cache: the cache after the last step.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor
     seconds: float
     computed: int | None
+    cache: Any
 
 
-def run_forced(model: Model, ids: Tensor, start: int, lengths: Sequence[int] | None = None) -> Run:
+def run_forced(model: Model, ids: Tensor, start: int, lengths: Sequence[int] | None = None, cache: Any = None) -> Run:
     """Feed `ids`, (1, n), to a pattern: the first `start` positions at once, then one more on each step.
 
-    lengths: how many positions to hand over on each call, if other ones.
+    lengths: sequence length of each call, to use other chunks. cache: of an earlier run on the same text.
     """
-    rows, cache = [], None
+    rows = []
     computed: int | None = 0
     began = time.perf_counter()
     for length in range(start, ids.shape[1]) if lengths is None else lengths:
@@ -47,30 +47,24 @@ def run_forced(model: Model, ids: Tensor, start: int, lengths: Sequence[int] | N
         rows.append(logits[0, -1].cpu())
         new = getattr(cache, "computed", None)
         computed = None if computed is None or new is None else computed + new
-    return Run(tuple(ids[0, start:].tolist()), torch.stack(rows), time.perf_counter() - began, computed)
+    return Run(tuple(ids[0, start:].tolist()), torch.stack(rows), time.perf_counter() - began, computed, cache)
 
 
 def run_free(model: Model, prompt: Tensor, steps: int) -> Run:
-    """Let a pattern decode greedily from `prompt`, (1, n). It goes on behind tokens that end a text.
-
-    Raises ModelError for logits that are not numbers.
-    """
+    """Decode greedily from `prompt`, (1, n), ignoring end-of-text tokens. Raises ModelError if logits are NaN."""
     rows: list[Tensor] = []
     computed: int | None = 0
+    last: Any = None
 
     def recorded(ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
-        nonlocal computed
-        logits, cache = model(ids, cache)
+        nonlocal computed, last
+        logits, last = model(ids, cache)
         rows.append(logits[0, -1].cpu())
-        new = getattr(cache, "computed", None)
+        new = getattr(last, "computed", None)
         computed = None if computed is None or new is None else computed + new
-        return logits, cache
+        return logits, last
 
     began = time.perf_counter()
     row = Row(completion=Completion(prompt, make_sampler(_GREEDY), Limits(steps)))
-    while not row.completion.finished:
-        for _, step in decode_step(one_by_one(recorded), [row]):
-            if isinstance(step, KvgenError):
-                raise step
-    tokens = tuple(row.completion.tokens[prompt.shape[1] :])
-    return Run(tokens, torch.stack(rows), time.perf_counter() - began, computed)
+    tokens = tuple(step.token for step in decode(one_by_one(recorded), row))
+    return Run(tokens, torch.stack(rows), time.perf_counter() - began, computed, last)

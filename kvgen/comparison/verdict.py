@@ -1,4 +1,4 @@
-"""What the numbers mean."""
+"""The verdicts that a comparison can reach."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from enum import Enum
 
 
 class Verdict(str, Enum):
-    """The verdict on a pattern's logits, and on the tokens that it chooses by itself.
+    """Verdict on a pattern's logits, or on the tokens that it generates.
 
-    EQUIVALENT: no further from the exact logits than rounding. NEAR_TIE, of tokens alone: they part, but only
-    where the two most likely are closer than the noise. DIFFERENT: structurally. LOSSY: different, and declared
-    so. UNSUPPORTED: the model says that it cannot be called so. NOT_COMPARABLE: the reference is no reference,
-    since the model is not deterministic or not causal.
+    EQUIVALENT: equal to uncached decoding within rounding error.
+    NEAR_TIE (tokens only): different tokens, but only where the top two logits are closer than rounding error.
+    DIFFERENT: further apart than rounding explains.
+    LOSSY: different, and the model declares that its cache is lossy.
+    UNSUPPORTED: the model cannot be called this way.
+    NOT_COMPARABLE: the model is not deterministic or not causal, so uncached logits are no reference.
     """
 
     EQUIVALENT = "equivalent"
@@ -26,4 +28,4 @@ class Verdict(str, Enum):
 
 
 ACCEPTABLE = {Verdict.EQUIVALENT, Verdict.NEAR_TIE, Verdict.LOSSY}
-"""The verdicts on the right pattern with which `kvgen compare` exits 0."""
+"""Verdicts on a right pattern for which `kvgen compare` exits with 0."""

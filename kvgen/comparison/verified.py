@@ -1,4 +1,4 @@
-"""Check a cache while it is used: compute some steps again, uncached, and compare."""
+"""Check a cache during generation: recompute some steps uncached and compare."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from kvgen.errors import CacheError
 
 
 class VerifiedBackend(Backend):
-    """A backend whose cached logits are held against uncached ones of the same text.
+    """Wrap a backend; compare its cached logits with uncached logits of the same text.
 
-    every: check one cached step in so many, the first one included; None for the first one alone.
-    on_wrong: called with what was found, after which everything is computed uncached. None to raise CacheError.
+    every: check one cached step in this many, starting with the first; None to check only the first.
+    on_wrong: called with a description if the cache is wrong; from then on every step is uncached. None to raise
+        CacheError.
     """
 
     def __init__(self, inner: Backend, every: int | None, on_wrong: Callable[[str], None] | None = None) -> None:
@@ -39,10 +40,10 @@ class VerifiedBackend(Backend):
             return logits, new_cache
         reference = Reference(subject_of(self._inner))
         rows = [ids[row : row + 1] for row in range(ids.shape[0])]
-        uncached = torch.stack([reference.alone(row) for row in rows])[:, None].to(logits.device)  # (B, 1, vocab)
+        uncached = torch.stack([reference.last_logits(row) for row in rows])[:, None].to(logits.device)  # (B, 1, vocab)
         if uncached.isnan().any():
-            return uncached, None  # the model's fault, not the cache's: the decoding loop says so
-        judgements = [reference.judge_one(row[-1].cpu(), ids) for row, ids in zip(logits, rows, strict=True)]
+            return uncached, None  # the decoding loop reports NaN
+        judgements = [reference.judge_step(row[-1].cpu(), ids) for row, ids in zip(logits, rows, strict=True)]
         wrong = max(judgements, key=lambda judgement: judgement.ratio)
         if not wrong.wrong:
             return logits, new_cache

@@ -1,4 +1,4 @@
-"""What a family is: a config reader, a table of tensor names, and tensor transforms."""
+"""What defines a family: a config reader, tables of tensor names, and tensor transforms."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ NameTable = Mapping[str, str | None]
 Transform = Callable[[Tensor], Tensor]
 Transforms = Mapping[str, Transform]
 
-# llama.cpp gives the tensors of all families the same names.
 GGUF_NAMES: NameTable = {
     "token_embd": "token_embd",
     "position_embd": "position_embd",
     "output_norm": "output_norm",
     "output": "output",
-    "rope_freqs": None,  # these three are read with the config
+    "rope_freqs": None,  # the rope tensors are read with the config
     "rope_factors_long": None,
     "rope_factors_short": None,
     "blk.{i}.attn_norm": "blk.{i}.attn_norm",
@@ -40,35 +39,26 @@ GGUF_NAMES: NameTable = {
     "blk.{i}.ffn_down": "blk.{i}.ffn.down",
     "blk.{i}.post_ffw_norm": "blk.{i}.post_ffw_norm",
 }
+"""llama.cpp's tensor names, the same for all families."""
 
-_FUSED = {
-    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
-    "ffn.gate_up": ("ffn.gate", "ffn.up"),
-    "ffn.up_gate": ("ffn.up", "ffn.gate"),
-}
+_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "ffn.gate_up": ("ffn.gate", "ffn.up")}
 
 
 def _no_transforms(config: DecoderConfig) -> Transforms:
     return {}
 
 
-def _same_name(name: str) -> str:
-    return name
-
-
 @dataclass(frozen=True)
 class Family:
-    """One family of models, as data over the one decoder.
+    """One model family, as data.
 
-    hf_model_type, gguf_architecture: what its checkpoints call themselves; "" where there are none.
-    config: reads the decoder config from a checkpoint's metadata (and, for facts, its tensors).
-    hf_names, gguf_names: the names in a checkpoint, `{i}` for the layer and without `.weight` or `.bias`, to the
-        decoder's names for them; None for a tensor that is known and not needed. Rows that a checkpoint keeps in
-        one tensor go by `attn.qkv`, `ffn.gate_up` or `ffn.up_gate`, in that order. Tensors of one name but for
-        `{j}` are stacked.
-    hf_transforms, gguf_transforms: for each config, what to do with a tensor before it is taken apart or fits the
-        decoder, by its name inside a block (`attn.q`, for weight and bias alike).
-    rename: applied to each tensor's name first, where a table cannot tell them apart.
+    hf_model_type, gguf_architecture: its name in config.json and in GGUF files; "" if that format has none.
+    config: reads the decoder config from a checkpoint's metadata and tensor names.
+    hf_names, gguf_names: tensor names in a checkpoint -> the decoder's parameter names, both without `.weight` and
+        `.bias`. `{i}` stands for the layer; tensors that differ only in `{j}` are stacked. None: a known tensor that
+        is not needed. Fused projections map to `attn.qkv` or `ffn.gate_up` and are split in that order.
+    hf_transforms, gguf_transforms: per config, a function for each layer name inside a block (`attn.q`), applied to its
+        weight and bias before fused tensors are split.
     """
 
     hf_model_type: str
@@ -78,25 +68,21 @@ class Family:
     gguf_names: NameTable = field(default_factory=lambda: GGUF_NAMES)
     gguf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
     hf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
-    rename: Callable[[str], str] = _same_name
 
     def sources(self, raw: RawCheckpoint) -> tuple[dict[str, list[str]], list[str]]:
-        """For each parameter, or fused group of them, the tensors that it comes from; and the unknown tensors."""
-        names = self.gguf_names if raw.format == "gguf" else self.hf_names
-        return parameter_sources(raw.tensors, names, self.rename)
+        """Apply the name table of a checkpoint's format; see `parameter_sources`."""
+        return parameter_sources(raw.tensors, self.gguf_names if raw.format == "gguf" else self.hf_names)
 
     def transforms(self, raw: RawCheckpoint, config: DecoderConfig) -> Transforms:
         return self.gguf_transforms(config) if raw.format == "gguf" else self.hf_transforms(config)
 
 
-def parameter_sources(
-    tensor_names: Iterable[str], table: NameTable, rename: Callable[[str], str] = _same_name
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Apply a name table: decoder parameter -> tensor names, and the tensor names that the table does not have."""
+def parameter_sources(tensor_names: Iterable[str], table: NameTable) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the tensors for each decoder parameter (or fused group), and the tensors that `table` lacks."""
     found: dict[str, dict[int, str]] = {}
     unknown = []
     for name in tensor_names:
-        stem, _, kind = rename(name).rpartition(".")
+        stem, _, kind = name.rpartition(".")
         pattern, numbers = stem, re.findall(r"(?<=\.)\d+(?=\.|$)", stem)
         for number, letter in zip(numbers, "ij", strict=False):
             pattern = re.sub(rf"(?<=\.){number}(?=\.|$)", f"{{{letter}}}", pattern, count=1)
@@ -109,18 +95,18 @@ def parameter_sources(
 
 
 def block_part(parameter: str) -> str:
-    """The name of a parameter's layer inside its block: `blk.3.attn.q.bias` is of `attn.q`."""
+    """Return the layer of a parameter without its block: `attn.q` for `blk.3.attn.q.bias`."""
     return re.sub(r"^blk\.\d+\.", "", parameter).rpartition(".")[0]
 
 
 def parts_of(parameter: str) -> list[str]:
-    """The decoder parameters that a source holds: itself, or those that were fused into it."""
+    """Return the decoder parameters in a source: several for a fused one, else itself."""
     part = block_part(parameter)
     return [parameter.replace(part, piece) for piece in _FUSED.get(part, (part,))]
 
 
-def take_apart(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[Tensor]:
-    """The rows of each of `parts_of(parameter)`. Raises RuntimeError if they do not add up."""
+def split_fused(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[Tensor]:
+    """Split the rows of a fused tensor into `parts_of(parameter)`. Raises RuntimeError if the sizes do not add up."""
     part = block_part(parameter)
     if part not in _FUSED:
         return [tensor]
@@ -130,25 +116,20 @@ def take_apart(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[Te
     return list(torch.split(tensor, [rows.get(piece, key_rows) for piece in _FUSED[part]]))
 
 
-def split_halves(rows: Tensor, heads: int, rotated: int | None = None) -> Tensor:
-    """Undo the row order of interleaved rotation: pairs (2i, 2i + 1) become (i, i + R / 2).
+def split_halves(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows from interleaved rotation to half-split: pairs (2i, 2i + 1) become (i, i + D / 2).
 
-    rows: (heads * D, ...), a weight or a bias of the query or key projection. rotated: R, the dimensions of a head
-    that are rotated, its first; all by default.
+    rows: (heads * D, ...), a weight or bias of the query or key projection.
     """
-    by_head = rows.view(heads, -1, *rows.shape[1:])  # (H, D, ...)
-    turned = by_head[:, :rotated]
-    pairs = turned.reshape(heads, -1, 2, *rows.shape[1:])  # (H, R / 2, 2, ...)
-    halves = pairs.transpose(1, 2).flatten(1, 2)
-    rest = by_head[:, turned.shape[1] :]
-    return torch.cat((halves, rest), dim=1).reshape(rows.shape)
+    pairs = rows.view(heads, -1, 2, *rows.shape[1:])  # (H, D / 2, 2, ...)
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """(in, out) to (out, in); a bias as it is."""
+    """Transpose (in, out) to (out, in); leave a bias unchanged."""
     return tensor.T.contiguous() if tensor.ndim == 2 else tensor
 
 
 def plus_one(tensor: Tensor) -> Tensor:
-    """For norms that multiply by 1 + w."""
+    """Add 1, for norms that multiply by 1 + w."""
     return tensor.float() + 1

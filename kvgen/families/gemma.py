@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config, read_size
 from kvgen.families.family import Family, Transform, plus_one
 from kvgen.model.config import DecoderConfig
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    scale = embedding_scale(raw)
     if raw.format == "gguf":
-        return gguf_config(raw, **gguf_mechanisms(raw))
-    fields = hf_fields(raw)
-    fields.require("use_bidirectional_attention", False)
-    # config.json files of this generation name the exact GELU and mean the approximation (transformers says so).
-    return hf_config(raw, tied_head=True, activation="gelu_tanh", **hf_mechanisms(raw))
+        return gguf_config(raw, activation="gelu_tanh", embedding_scale=scale)
+    fields_of(raw).require("use_bidirectional_attention", False)
+    biases = flagged_biases(raw)
+    # These config.json files name the exact GELU but mean the tanh approximation (see transformers).
+    return hf_config(raw, tied_head=True, activation="gelu_tanh", embedding_scale=scale, biases=biases)
 
 
-def hf_mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
-    """What all generations share, from config.json."""
-    fields = hf_fields(raw)
-    return {
-        "embedding_scale": fields.count("hidden_size") ** 0.5,
-        "biases": flagged_biases(fields),
-    }
-
-
-def gguf_mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
-    """The same from a GGUF file, where llama.cpp has added the 1 to the norms."""
-    return {"activation": "gelu_tanh", "embedding_scale": gguf_fields(raw).count("embedding_length") ** 0.5}
+def embedding_scale(raw: RawCheckpoint) -> float:
+    return float(read_size(raw, "dim") ** 0.5)
 
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
+    """Norms multiply by 1 + w. llama.cpp's converter has already added the 1."""
     names = config.norms | {"output_norm"} | ({"attn.q_norm", "attn.k_norm"} if config.attention.qk_norm else set())
     return dict.fromkeys(names, plus_one)
 

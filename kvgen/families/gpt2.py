@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import (
-    ATTENTION,
-    BLOCK_NORMS,
-    PLAIN_MLP,
-    gguf_config,
-    gguf_fields,
-    gguf_layers,
-    hf_config,
-    hf_fields,
-    hf_layers,
-)
+from kvgen.families.base import ATTENTION, BLOCK_NORMS, PLAIN_MLP, fields_of, gguf_config, hf_config, read_size
 from kvgen.families.family import Family, Transform, transposed
 from kvgen.model.config import DecoderConfig
 
-_BIASES = ATTENTION | PLAIN_MLP | BLOCK_NORMS
-_BLOCK = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn.qkv",
-    "attn.c_proj": "attn.output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn.up",
-    "mlp.c_proj": "ffn.down",
-}
-_BARE = {
+_NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
-    "h.{i}.attn": None,  # the causal mask, which old files hold as `attn.bias`
-    **{f"h.{{i}}.{theirs}": f"blk.{{i}}.{ours}" for theirs, ours in _BLOCK.items()},
+    "h.{i}.attn": None,  # old checkpoints store the causal mask as `attn.bias`
+    "h.{i}.ln_1": "blk.{i}.attn_norm",
+    "h.{i}.attn.c_attn": "blk.{i}.attn.qkv",
+    "h.{i}.attn.c_proj": "blk.{i}.attn.output",
+    "h.{i}.ln_2": "blk.{i}.ffn_norm",
+    "h.{i}.mlp.c_fc": "blk.{i}.ffn.up",
+    "h.{i}.mlp.c_proj": "blk.{i}.ffn.down",
 }
-# The first release was saved without its head, and so without the prefix.
-_HF_NAMES = {**_BARE, **{f"transformer.{name}": target for name, target in _BARE.items()}, "lm_head": "output"}
+# The first release was saved without a head, and so without the prefix.
+_HF_NAMES = {**_NAMES, **{f"transformer.{name}": target for name, target in _NAMES.items()}, "lm_head": "output"}
 _SIZES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -45,42 +34,29 @@ _SIZES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    return _from_gguf(raw) if raw.format == "gguf" else _from_hf(raw)
-
-
-def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
-    fields = hf_fields(raw)
+    mechanisms: dict[str, Any] = {
+        "rotaries": None,
+        "norm": "layer",
+        "gated": False,
+        "biases": ATTENTION | PLAIN_MLP | BLOCK_NORMS,
+    }
+    if raw.format == "gguf":
+        positions = read_size(raw, "context_length")
+        return gguf_config(raw, **mechanisms, activation="gelu_tanh", learned_positions=positions)
+    fields = fields_of(raw)
     fields.require("scale_attn_weights", True)
     fields.require("scale_attn_by_inverse_layer_idx", False)
     fields.require("add_cross_attention", False)
-    sizes = {ours: fields.get(theirs) for ours, theirs in _SIZES.items()}
+    sizes = {usual: fields.get(name) for usual, name in _SIZES.items()} | {"num_key_value_heads": None}
     sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * fields.count("n_embd")
     return hf_config(
-        RawCheckpoint(raw.path, raw.format, {**raw.metadata, **sizes}, raw.tensors),
+        replace(raw, metadata={**raw.metadata, **sizes}),
+        **mechanisms,
         names=_HF_NAMES,
         eps="layer_norm_epsilon",
-        kv_heads=fields.count("n_head"),
         activation_field="activation_function",
         tied_head=True,
-        rotaries=[None] * hf_layers(raw, "n_layer"),
-        norm="layer",
-        gated=False,
         learned_positions=fields.count("n_positions"),
-        biases=_BIASES,
-    )
-
-
-def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
-    keys = gguf_fields(raw)
-    return gguf_config(
-        raw,
-        eps="attention.layer_norm_epsilon",
-        rotaries=[None] * gguf_layers(raw),
-        norm="layer",
-        gated=False,
-        activation="gelu_tanh",
-        learned_positions=keys.count("context_length"),
-        biases=_BIASES,
     )
 
 

@@ -1,13 +1,15 @@
-"""GPT-NeoX and Pythia: attention and MLP in parallel, a part of each head rotated, layer norms."""
+"""GPT-NeoX and Pythia: attention and MLP in parallel, part of each head rotated, layer norms."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, BLOCK_NORMS, PLAIN_MLP, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import ATTENTION, BLOCK_NORMS, PLAIN_MLP, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family, Transform
 from kvgen.model.config import DecoderConfig
 
@@ -17,8 +19,8 @@ _HF_NAMES = {
     "embed_out": "output",
     "gpt_neox.layers.{i}.input_layernorm": "blk.{i}.attn_norm",
     "gpt_neox.layers.{i}.post_attention_layernorm": "blk.{i}.ffn_norm",
-    "gpt_neox.layers.{i}.attention": None,  # the causal mask of old files
-    "gpt_neox.layers.{i}.attention.rotary_emb": None,  # the frequencies of old files
+    "gpt_neox.layers.{i}.attention": None,  # old checkpoints store the causal mask
+    "gpt_neox.layers.{i}.attention.rotary_emb": None,  # old checkpoints store the frequencies
     "gpt_neox.layers.{i}.attention.query_key_value": "blk.{i}.attn.qkv",
     "gpt_neox.layers.{i}.attention.dense": "blk.{i}.attn.output",
     "gpt_neox.layers.{i}.mlp.dense_h_to_4h": "blk.{i}.ffn.up",
@@ -27,45 +29,30 @@ _HF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    return _from_gguf(raw) if raw.format == "gguf" else _from_hf(raw)
-
-
-def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
-    fields = hf_fields(raw)
-    share = fields.number("rotary_pct", 0.25)
-    renamed = {**raw.metadata, "rope_theta": fields.get("rope_theta") or fields.get("rotary_emb_base")}
+    fields, biases = fields_of(raw), PLAIN_MLP | BLOCK_NORMS
+    parallel = fields.flag("use_parallel_residual", True)
+    mechanisms: dict[str, Any] = {"norm": "layer", "gated": False, "parallel": parallel}
+    if raw.format == "gguf":
+        return gguf_config(raw, **mechanisms, activation="gelu", biases=biases)
+    base = fields.get("rope_theta") or fields.get("rotary_emb_base")
+    changes = {"rope_theta": base, "num_key_value_heads": None}  # every head has its own keys, whatever the file says
     return hf_config(
-        RawCheckpoint(raw.path, raw.format, renamed, raw.tensors),
+        replace(raw, metadata={**raw.metadata, **changes}),
+        **mechanisms,
         names=_HF_NAMES,
         eps="layer_norm_eps",
-        kv_heads=fields.count("num_attention_heads"),
-        rotary_share=share,
-        norm="layer",
-        gated=False,
-        parallel=fields.flag("use_parallel_residual", True),
-        biases=PLAIN_MLP | BLOCK_NORMS | (ATTENTION if fields.flag("attention_bias", True) else frozenset()),
+        rotary_share=fields.number("rotary_pct", 0.25),
+        biases=biases | (ATTENTION if fields.flag("attention_bias", True) else frozenset()),
     )
 
 
-def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
-    return gguf_config(
-        raw,
-        eps="attention.layer_norm_epsilon",
-        norm="layer",
-        gated=False,
-        activation="gelu",
-        parallel=gguf_fields(raw).flag("use_parallel_residual", True),
-        biases=PLAIN_MLP | BLOCK_NORMS,
-    )
-
-
-def regroup(rows: Tensor, heads: int) -> Tensor:
-    """(heads * 3 * D, ...), each head's query, key and value together, to all queries, all keys, all values."""
+def group_by_projection(rows: Tensor, heads: int) -> Tensor:
+    """Reorder (H * 3 * D, ...) from the query, key and value of each head to all queries, all keys, all values."""
     return rows.view(heads, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
-    return {"attn.qkv": partial(regroup, heads=config.attention.heads)}
+    return {"attn.qkv": partial(group_by_projection, heads=config.attention.heads)}
 
 
 FAMILY = Family("gpt_neox", "gptneox", read_config, _HF_NAMES, hf_transforms=hf_transforms)

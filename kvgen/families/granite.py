@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family
 from kvgen.families.llama import gguf_transforms
 from kvgen.model.config import DecoderConfig
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    fields = fields_of(raw)
     if raw.format == "gguf":
-        keys = gguf_fields(raw)
         return gguf_config(
             raw,
             scaled_attention=True,
-            attention_scale=keys.optional_number("attention.scale"),
-            embedding_scale=keys.number("embedding_scale", 1.0),
-            residual_scale=keys.number("residual_scale", 1.0),
-            logit_scale=1 / keys.number("logit_scale", 1.0),
+            attention_scale=fields.optional_number("attention.scale"),
+            embedding_scale=fields.number("embedding_scale", 1.0),
+            residual_scale=fields.number("residual_scale", 1.0),
+            logit_scale=1 / fields.number("logit_scale", 1.0),
         )
-    fields = hf_fields(raw)
     return hf_config(
         raw,
         attention_scale=fields.number("attention_multiplier", 1.0),
         embedding_scale=fields.number("embedding_multiplier", 1.0),
         residual_scale=fields.number("residual_multiplier", 1.0),
         logit_scale=1 / fields.number("logits_scaling", 1.0),
-        biases=flagged_biases(fields),
+        biases=flagged_biases(raw),
     )
 
 

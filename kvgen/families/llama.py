@@ -1,11 +1,11 @@
-"""Llama 1, 2 and 3, and what is built like them: SmolLM2, TinyLlama."""
+"""Llama 1, 2 and 3, and models with the same architecture: SmolLM2, TinyLlama."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family, Transform, split_halves
 from kvgen.model.config import DecoderConfig
 
@@ -13,16 +13,12 @@ from kvgen.model.config import DecoderConfig
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         return gguf_config(raw)
-    fields = hf_fields(raw)
-    fields.require("sliding_window", None)
-    return hf_config(
-        raw,
-        biases=flagged_biases(fields),
-    )
+    fields_of(raw).require("sliding_window", None)
+    return hf_config(raw, biases=flagged_biases(raw))
 
 
 def gguf_transforms(config: DecoderConfig) -> dict[str, Transform]:
-    """llama.cpp rotates this family's queries and keys by pairs of neighbours."""
+    """llama.cpp stores this family's queries and keys for interleaved rotation."""
     return {
         "attn.q": partial(split_halves, heads=config.attention.heads),
         "attn.k": partial(split_halves, heads=config.attention.kv_heads),

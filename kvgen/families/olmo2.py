@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family
-from kvgen.model.config import DecoderConfig, QKNorm
+from kvgen.model.config import DecoderConfig
 
 _NORMS = frozenset({"post_attention_norm", "post_ffw_norm"})
 _HF_NAMES = {
@@ -19,17 +19,9 @@ _HF_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        eps = gguf_fields(raw).number("attention.layer_norm_rms_epsilon")
-        gguf_fields(raw).require("attention.sliding_window", None)
-        return gguf_config(raw, norms=_NORMS, qk_norm=QKNorm("rms", "all", eps))
-    fields = hf_fields(raw)
-    return hf_config(
-        raw,
-        names=_HF_NAMES,
-        norms=_NORMS,
-        qk_norm=QKNorm("rms", "all", fields.number("rms_norm_eps")),
-        biases=flagged_biases(fields),
-    )
+        fields_of(raw).require("attention.sliding_window", None)
+        return gguf_config(raw, norms=_NORMS, qk_norm="all")
+    return hf_config(raw, names=_HF_NAMES, norms=_NORMS, qk_norm="all", biases=flagged_biases(raw))
 
 
 FAMILY = Family("olmo2", "olmo2", read_config, _HF_NAMES)

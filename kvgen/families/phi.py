@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, PLAIN_MLP, gguf_config, hf_config, hf_fields
+from kvgen.families.base import ATTENTION, PLAIN_MLP, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family
-from kvgen.model.config import DecoderConfig, QKNorm
+from kvgen.model.config import DecoderConfig
 
 _BIASES = ATTENTION | PLAIN_MLP | {"attn_norm", "output_norm", "output"}
-_NORMS = frozenset({"attn_norm"})
 _HF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.final_layernorm": "output_norm",
@@ -26,30 +27,24 @@ _HF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    mechanisms: dict[str, Any] = {
+        "norm": "layer",
+        "norms": frozenset({"attn_norm"}),
+        "gated": False,
+        "parallel": True,
+    }
     if raw.format == "gguf":
-        return gguf_config(
-            raw,
-            eps="attention.layer_norm_epsilon",
-            norm="layer",
-            norms=_NORMS,
-            gated=False,
-            activation="gelu_tanh",
-            parallel=True,
-            biases=_BIASES,
-        )
-    fields = hf_fields(raw)
-    normed = fields.flag("qk_layernorm", False)
+        return gguf_config(raw, **mechanisms, activation="gelu_tanh", biases=_BIASES)
+    fields = fields_of(raw)
+    has_qk_norm = fields.flag("qk_layernorm", False)
     return hf_config(
         raw,
+        **mechanisms,
         names=_HF_NAMES,
         eps="layer_norm_eps",
         rotary_share=fields.number("partial_rotary_factor", 0.5),
-        norm="layer",
-        norms=_NORMS,
-        gated=False,
-        parallel=True,
-        qk_norm=QKNorm("layer", "head", fields.number("layer_norm_eps")) if normed else None,
-        biases=_BIASES | ({"attn.q_norm", "attn.k_norm"} if normed else set()),
+        qk_norm="head" if has_qk_norm else None,
+        biases=_BIASES | ({"attn.q_norm", "attn.k_norm"} if has_qk_norm else set()),
     )
 
 

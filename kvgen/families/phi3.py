@@ -1,18 +1,9 @@
-"""Phi 3, 3.5 and 4: Llama with fused projections, a window, and LongRoPE for the long-context ones."""
+"""Phi 3, 3.5 and 4: Llama with fused projections, a window, and LongRoPE in the long-context models."""
 
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import (
-    HF_NAMES,
-    gguf_config,
-    gguf_fields,
-    gguf_layers,
-    hf_config,
-    hf_fields,
-    hf_head_dim,
-    hf_layers,
-)
+from kvgen.families.base import HF_NAMES, fields_of, gguf_config, head_dim, hf_config
 from kvgen.families.family import GGUF_NAMES, Family
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_hf
@@ -27,29 +18,25 @@ _GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.ffn_up": "blk.{i}.ffn.gate_up"}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    fields = fields_of(raw)
     if raw.format == "gguf":
-        keys = gguf_fields(raw)
-        window = keys.count("attention.sliding_window") if keys.get("attention.sliding_window") else None  # 0 is none
-        return gguf_config(raw, names=_GGUF_NAMES, windows=[window] * gguf_layers(raw))
-    fields = hf_fields(raw)
-    layers = hf_layers(raw)
-    return hf_config(
-        raw,
-        names=_HF_NAMES,
-        rotaries=[_rotary(raw)] * layers,
-        windows=[fields.optional_count("sliding_window")] * layers,
-    )
+        window = "attention.sliding_window"
+        windows = fields.count(window) if fields.get(window) else None  # 0 means none
+        return gguf_config(raw, names=_GGUF_NAMES, windows=windows)
+    windows = fields.optional_count("sliding_window")
+    return hf_config(raw, names=_HF_NAMES, rotaries=_read_rotary(raw), windows=windows)
 
 
-def _rotary(raw: RawCheckpoint) -> Rotary:
-    """The first releases call LongRoPE `su` or `yarn`."""
-    fields = hf_fields(raw)
-    section = next((name for name in ("rope_parameters", "rope_scaling") if fields.get(name)), None)
-    if section is not None and (values := fields.section(section)) is not None:
-        kind = values.get("rope_type") or values.get("type")
-        renamed = {**values.values, "rope_type": "longrope" if kind in ("su", "yarn") else kind}
-        fields = Fields({**fields.values, section: renamed}, fields.path)
-    return rotary_from_hf(fields, hf_head_dim(fields), default_share=fields.number("partial_rotary_factor", 1.0))
+def _read_rotary(raw: RawCheckpoint) -> Rotary:
+    """Read the rotary; the first releases call LongRoPE `su` or `yarn`."""
+    fields = fields_of(raw)
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    section = fields.section(name)
+    if section is not None:
+        kind = section.get("rope_type") or section.get("type")
+        renamed = {**section.values, "rope_type": "longrope" if kind in ("su", "yarn") else kind}
+        fields = Fields({**fields.values, name: renamed}, fields.path)
+    return rotary_from_hf(fields, head_dim(raw), default_share=fields.number("partial_rotary_factor", 1.0))
 
 
 FAMILY = Family("phi3", "phi3", read_config, _HF_NAMES, _GGUF_NAMES)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family
-from kvgen.families.qwen2 import windows
-from kvgen.model.config import DecoderConfig, QKNorm
+from kvgen.families.qwen2 import read_windows
+from kvgen.model.config import DecoderConfig
 
 _HF_NAMES = {
     **HF_NAMES,
@@ -17,16 +17,8 @@ _HF_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        eps = gguf_fields(raw).number("attention.layer_norm_rms_epsilon")
-        return gguf_config(raw, qk_norm=QKNorm("rms", "head", eps))
-    fields = hf_fields(raw)
-    return hf_config(
-        raw,
-        names=_HF_NAMES,
-        windows=windows(raw),
-        qk_norm=QKNorm("rms", "head", fields.number("rms_norm_eps")),
-        biases=flagged_biases(fields),
-    )
+        return gguf_config(raw, qk_norm="head")
+    return hf_config(raw, names=_HF_NAMES, windows=read_windows(raw), qk_norm="head", biases=flagged_biases(raw))
 
 
 FAMILY = Family("qwen3", "qwen3", read_config, _HF_NAMES)

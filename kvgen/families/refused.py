@@ -1,4 +1,4 @@
-"""Kinds of models that are not dense decoders, so that their checkpoints are refused with the reason."""
+"""Kinds of models that kvgen does not run, to name the reason when it refuses one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ _KINDS = {
         "bert roberta distilbert albert deberta-v2 modernbert nomic-bert electra xlm-roberta"
     ),
 }
-REFUSED = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 def refusal(name: str, metadata: Mapping[str, Any]) -> str | None:
-    """What kind of model it is that kvgen does not run; None if nothing says so."""
-    if name in REFUSED:
-        return REFUSED[name]
+    """Return the kind of an unsupported model, by its name or its metadata; None if it may be supported."""
+    if name in _KIND_OF:
+        return _KIND_OF[name]
     if metadata.get("is_encoder_decoder") is True:
         return _ENCODER_DECODER
     for key in ("num_local_experts", "num_experts", "n_routed_experts", f"{name}.expert_count"):
         count = metadata.get(key)
         if isinstance(count, int) and count > 1:
             return f"{_EXPERTS} ({key} is {count})"
-    if f"{name}.ssm.state_size" in metadata:
-        return _STATE_SPACE
-    return None
+    return _STATE_SPACE if f"{name}.ssm.state_size" in metadata else None

@@ -1,12 +1,12 @@
-"""Rotary frequencies and the schemes that stretch them over a longer context.
+"""Rotary frequencies, and the schemes that scale them to longer contexts.
 
-All arithmetic is in fp32 as in transformers' modeling_rope_utils, so that the frequencies are bit for bit
-those that the checkpoints are run with.
+All arithmetic is in fp32, as in transformers' modeling_rope_utils: the frequencies are equal bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,80 +16,84 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.fields import Fields
 from kvgen.model.config import Rotary
 
-_MOST_DIMENSIONS = 1 << 16  # of a head; none in use has a hundredth of it
+_MAX_HEAD_DIM = 1 << 16  # 100 times the largest in use
 
 
 def rotary_from_hf(
     config: Fields, head_dim: int, *, default_share: float = 1.0, default_base: float = 10000.0
 ) -> Rotary:
-    """From config.json: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+    """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before), from config.json.
 
-    default_share: of a head that is rotated, and default_base, where the file does not say.
+    default_share: share of a head's dimensions that is rotated, and default_base: rope_theta, if the file has none.
     """
     section = config.section("rope_parameters") or config.section("rope_scaling") or Fields({}, config.path)
     share = section.number("partial_rotary_factor", config.number("partial_rotary_factor", default_share))
-    dim = _even(config, int(head_dim * share), head_dim)
-    base = _base(config, "rope_theta", section.number("rope_theta", config.number("rope_theta", default_base)))
-    frequencies = base_frequencies(dim, base)
-    kind = section.get("rope_type") or section.get("type") or "default"
-    if kind == "default":
-        return _rotary(frequencies)
-    if kind == "linear":
-        return _rotary(frequencies / section.number("factor"))
-    trained = _trained_context(config, section)
-    if kind == "llama3":
-        return _rotary(
-            llama3_frequencies(
-                frequencies,
-                factor=section.number("factor"),
-                low=section.number("low_freq_factor"),
-                high=section.number("high_freq_factor"),
-                trained_context=trained,
-            )
-        )
-    if kind == "yarn":
-        section.require("mscale", None)
-        section.require("mscale_all_dim", None)
-        section.require("truncate", True)
-        factor = section.number("factor")
-        stretched = yarn_frequencies(
-            base,
-            dim,
-            factor=factor,
-            trained_context=trained,
-            fast=section.number("beta_fast", 32.0),
-            slow=section.number("beta_slow", 1.0),
-        )
-        return _rotary(stretched, section.number("attention_factor", yarn_scale(factor)))
-    if kind == "longrope":
-        factor = section.number("factor", config.count("max_position_embeddings") / trained)
-        return longrope(
-            base,
-            dim,
-            short=_factors(section, "short_factor", dim // 2),
-            long=_factors(section, "long_factor", dim // 2),
-            trained_context=trained,
-            scale=section.number("attention_factor", longrope_scale(factor, trained)),
-        )
-    if kind == "dynamic":
+    dim = _check_dim(config, int(head_dim * share), head_dim)
+    base = _check_base(config, "rope_theta", section.number("rope_theta", config.number("rope_theta", default_base)))
+    scheme = section.get("rope_type") or section.get("type") or "default"
+    if scheme == "dynamic":
         raise UnsupportedError(
             f"{config.path}: rope type 'dynamic' changes every key's rotation as the text grows, "
             "so keys cannot be cached; kvgen does not support it"
         )
-    raise UnsupportedError(f"{config.path}: rope type {kind!r} is not supported")
+    if not isinstance(scheme, str) or scheme not in _HF_SCHEMES:
+        raise UnsupportedError(f"{config.path}: rope type {scheme!r} is not supported")
+    return _HF_SCHEMES[scheme](config, section, dim, base)
+
+
+def _default(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
+    return _rotary(base_frequencies(dim, base))
+
+
+def _linear(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
+    return _rotary(base_frequencies(dim, base) / section.number("factor"))
+
+
+def _llama3(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
+    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between."""
+    frequencies, factor = base_frequencies(dim, base), section.number("factor")
+    low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
+    trained = _trained_context(config, section)
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (trained / wavelengths - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = torch.where(wavelengths > trained / low, frequencies / factor, between)
+    return _rotary(torch.where(wavelengths < trained / high, frequencies, scaled))
+
+
+def _yarn(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
+    for name, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        section.require(name, supported)
+    factor, trained = section.number("factor"), _trained_context(config, section)
+    fast, slow = section.number("beta_fast", 32.0), section.number("beta_slow", 1.0)
+    frequencies = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=fast, slow=slow)
+    return _rotary(frequencies, section.number("attention_factor", yarn_scale(factor)))
+
+
+def _longrope(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
+    trained = _trained_context(config, section)
+    short, long = (_read_factors(section, name, dim // 2) for name in ("short_factor", "long_factor"))
+    factor = section.number("factor", config.count("max_position_embeddings") / trained)
+    scale = section.number("attention_factor", longrope_scale(factor, trained))
+    return longrope(base, dim, short=short, long=long, trained_context=trained, scale=scale)
+
+
+_HF_SCHEMES: Mapping[str, Callable[[Fields, Fields, int, float], Rotary]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
 
 
 def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
-    """From the `<architecture>.rope.*` keys, and the factors that llama.cpp stores as tensors."""
-    dim = _even(keys, keys.count("rope.dimension_count", head_dim), head_dim)
-    base = _base(keys, f"{keys.prefix}rope.freq_base", keys.number("rope.freq_base", 10000.0))
-    for name, supported in (
-        ("rope.scaling.yarn_beta_fast", 32.0),
-        ("rope.scaling.yarn_beta_slow", 1.0),
-        ("rope.scaling.yarn_ext_factor", 1.0),
-    ):
-        keys.require(name, supported)
-    short, long = (_gguf_factors(raw, f"rope_factors_{length}.weight", dim // 2) for length in ("short", "long"))
+    """Read the `<architecture>.rope.*` keys, and the factors that llama.cpp stores as tensors."""
+    dim = _check_dim(keys, keys.count("rope.dimension_count", head_dim), head_dim)
+    base = _check_base(keys, f"{keys.prefix}rope.freq_base", keys.number("rope.freq_base", 10000.0))
+    for name, supported in (("beta_fast", 32.0), ("beta_slow", 1.0), ("ext_factor", 1.0)):
+        keys.require(f"rope.scaling.yarn_{name}", supported)
+    short, long = (_stored_factors(raw, f"rope_factors_{length}.weight", dim // 2) for length in ("short", "long"))
     if short is not None and long is not None:
         trained = keys.count("rope.scaling.original_context_length")
         factor = keys.count("context_length") / trained
@@ -97,44 +101,34 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
         return longrope(base, dim, short=short, long=long, trained_context=trained, scale=scale)
     keys.require("rope.scaling.attn_factor", 1.0)
     frequencies = base_frequencies(dim, base)
-    factors = _gguf_factors(raw, "rope_freqs.weight", dim // 2)
+    factors = _stored_factors(raw, "rope_freqs.weight", dim // 2)
     if factors is not None:
         frequencies = frequencies / factors
-    kind = keys.get("rope.scaling.type") or ("linear" if keys.get("rope.scale_linear") else "none")
-    if kind == "none":
+    scheme = keys.get("rope.scaling.type") or ("linear" if keys.get("rope.scale_linear") else "none")
+    if scheme == "none":
         return _rotary(frequencies)
-    if kind == "linear":
+    if scheme == "linear":
         return _rotary(frequencies / keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)))
-    if kind == "yarn":
+    if scheme == "yarn":
         factor = keys.number("rope.scaling.factor")
         trained = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
-        stretched = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=32.0, slow=1.0)
-        return _rotary(stretched, yarn_scale(factor))
-    raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.scaling.type {kind!r} is not supported")
+        frequencies = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=32.0, slow=1.0)
+        return _rotary(frequencies, yarn_scale(factor))
+    raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.scaling.type {scheme!r} is not supported")
 
 
 def plain_rotary(fields: Fields, head_dim: int, base: float) -> Rotary:
-    """Whole heads, nothing stretched."""
-    return _rotary(base_frequencies(_even(fields, head_dim, head_dim), _base(fields, "rotary base", base)))
+    """Rotate whole heads, without scaling."""
+    return _rotary(base_frequencies(_check_dim(fields, head_dim, head_dim), _check_base(fields, "rotary base", base)))
 
 
 def base_frequencies(dim: int, base: float) -> Tensor:
-    """base^(-2i / dim) for each pair i, (dim / 2,) fp32."""
+    """Return base^(-2i / dim) for each pair i, (dim / 2,) fp32."""
     return 1.0 / _periods(dim, base)
 
 
-def llama3_frequencies(frequencies: Tensor, *, factor: float, low: float, high: float, trained_context: int) -> Tensor:
-    """Llama 3.1's scheme: long waves are stretched by `factor`, short ones kept, those between interpolated."""
-    wavelengths = 2 * math.pi / frequencies
-    stretched = frequencies / factor
-    smooth = (trained_context / wavelengths - low) / (high - low)
-    between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    result = torch.where(wavelengths > trained_context / low, stretched, between)
-    return torch.where(wavelengths < trained_context / high, frequencies, result)
-
-
 def yarn_frequencies(base: float, dim: int, *, factor: float, trained_context: int, fast: float, slow: float) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp between kept and stretched frequencies."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a linear ramp between kept and scaled frequencies."""
 
     def pair_of(rotations: float) -> float:
         return dim * math.log(trained_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -152,7 +146,7 @@ def yarn_scale(factor: float) -> float:
 
 
 def longrope(base: float, dim: int, *, short: Tensor, long: Tensor, trained_context: int, scale: float) -> Rotary:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a factor for each pair, others for texts beyond the trained."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a factor per pair; `long` ones beyond the trained context."""
     frequencies = [1.0 / (factors * _periods(dim, base)) for factors in (short, long)]
     return Rotary(tuple(frequencies[0].tolist()), scale, tuple(frequencies[1].tolist()), trained_context)
 
@@ -163,39 +157,40 @@ def longrope_scale(factor: float, trained_context: int) -> float:
 
 
 def _trained_context(config: Fields, section: Fields) -> int:
-    """A value beside the section stands above one inside it, as in transformers."""
+    """As in transformers, a value in the config takes precedence over one in the section."""
     inside = section.count("original_max_position_embeddings", config.count("max_position_embeddings"))
     return config.count("original_max_position_embeddings", inside)
 
 
-def _factors(section: Fields, name: str, count: int) -> Tensor:
+def _read_factors(section: Fields, name: str, count: int) -> Tensor:
     values = section.get(name)
     if not isinstance(values, list) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
         raise CheckpointError(f"{section.path}: {name} must be a list of positive numbers")
-    return _of_length(torch.tensor(values, dtype=torch.float32), count, f"{section.path}: {name}")
+    return _check_length(torch.tensor(values, dtype=torch.float32), count, f"{section.path}: {name}")
 
 
-def _gguf_factors(raw: RawCheckpoint, name: str, count: int) -> Tensor | None:
+def _stored_factors(raw: RawCheckpoint, name: str, count: int) -> Tensor | None:
     tensor = raw.tensors.get(name)
-    return None if tensor is None else _of_length(tensor.read(), count, f"{raw.path}: {name}")
+    return None if tensor is None else _check_length(tensor.read(), count, f"{raw.path}: {name}")
 
 
-def _of_length(factors: Tensor, count: int, where: str) -> Tensor:
+def _check_length(factors: Tensor, count: int, where: str) -> Tensor:
     if factors.shape != (count,):
         raise CheckpointError(f"{where} has the shape {tuple(factors.shape)}, not ({count},)")
     return factors.float()
 
 
-def _base(fields: Fields, name: str, base: float) -> float:
+def _check_base(fields: Fields, name: str, base: float) -> float:
     if base <= 1:
         raise CheckpointError(f"{fields.path}: {name} is {base}; it must be above 1")
     return base
 
 
-def _even(fields: Fields, dim: int, head_dim: int) -> int:
-    if dim % 2 or not 0 < dim <= min(head_dim, _MOST_DIMENSIONS):
+def _check_dim(fields: Fields, dim: int, head_dim: int) -> int:
+    if dim % 2 or not 0 < dim <= min(head_dim, _MAX_HEAD_DIM):
         raise CheckpointError(
-            f"{fields.path}: rotary positions need pairs, and cannot turn {dim} of the {head_dim} dimensions of a head"
+            f"{fields.path}: rotary positions need an even number of dimensions, "
+            f"but the config rotates {dim} of the {head_dim} dimensions of a head"
         )
     return dim
 

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama, but every fourth layer does not rotate."""
+"""SmolLM3: Llama without rotary positions in every fourth layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import (
     HF_NAMES,
+    fields_of,
     flagged_biases,
     gguf_config,
-    gguf_fields,
-    gguf_head_dim,
-    gguf_layers,
+    head_dim,
     hf_config,
-    hf_fields,
-    hf_head_dim,
-    hf_layers,
+    layer_count,
     sliding_windows,
 )
 from kvgen.families.family import Family
@@ -22,37 +19,29 @@ from kvgen.families.llama import gguf_transforms
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf
 from kvgen.model.config import DecoderConfig
 
-_EVERY = 4  # GGUF files do not say it; llama.cpp has it fixed
+_INTERVAL = 4  # not stored in GGUF files; constant in llama.cpp
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    return _from_gguf(raw) if raw.format == "gguf" else _from_hf(raw)
-
-
-def _from_hf(raw: RawCheckpoint) -> DecoderConfig:
-    fields = hf_fields(raw)
-    layers, every = hf_layers(raw), fields.count("no_rope_layer_interval", _EVERY)
-    rotates = fields.get("no_rope_layers")  # 1 for a layer that does rotate, whatever the name says
+    fields = fields_of(raw)
+    if raw.format == "gguf":
+        rotary = rotary_from_gguf(raw, fields, head_dim(raw))
+        return gguf_config(raw, rotaries=[rotary if (i + 1) % _INTERVAL else None for i in range(layer_count(raw))])
+    interval = fields.count("no_rope_layer_interval", _INTERVAL)
+    rotates = fields.get("no_rope_layers")  # 1 for a layer that does rotate, despite the name
     if rotates is None:
-        rotates = [(layer + 1) % every != 0 for layer in range(layers)]
+        rotates = [(layer + 1) % interval != 0 for layer in range(layer_count(raw))]
     if not isinstance(rotates, list) or not all(value in (0, 1) for value in rotates):
         raise CheckpointError(f"{fields.path}: no_rope_layers must be a list of 0 and 1")
-    rotary = rotary_from_hf(fields, hf_head_dim(fields))
+    rotary = rotary_from_hf(fields, head_dim(raw))
     slides = fields.flag("use_sliding_window", False) and fields.get("sliding_window") is not None
     return hf_config(
         raw,
         rotaries=[rotary if value else None for value in rotates],
-        windows=sliding_windows(fields, [slides and not value for value in rotates]),
+        windows=sliding_windows(raw, lambda layer: slides and layer < len(rotates) and not rotates[layer]),
         tied_head=True,
-        biases=flagged_biases(fields),
+        biases=flagged_biases(raw),
     )
-
-
-def _from_gguf(raw: RawCheckpoint) -> DecoderConfig:
-    keys = gguf_fields(raw)
-    rotary = rotary_from_gguf(raw, keys, gguf_head_dim(keys))
-    layers = gguf_layers(raw)
-    return gguf_config(raw, rotaries=[rotary if (layer + 1) % _EVERY else None for layer in range(layers)])
 
 
 FAMILY = Family("smollm3", "smollm3", read_config, HF_NAMES, gguf_transforms=gguf_transforms)

@@ -1,13 +1,13 @@
-"""StableLM: layer norms around Llama's parts, a part of each head rotated; the 12B in parallel, with head norms."""
+"""StableLM: Llama with layer norms, part of each head rotated; the 12B in parallel, with norms on each head."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import BLOCK_NORMS, HF_NAMES, gguf_config, gguf_fields, hf_config, hf_fields
+from kvgen.families.base import BLOCK_NORMS, HF_NAMES, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family, Transform
-from kvgen.model.config import DecoderConfig, QKNorm
+from kvgen.model.config import DecoderConfig
 
 _HF_NAMES = {
     **HF_NAMES,
@@ -17,39 +17,30 @@ _HF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    if raw.format == "gguf":
-        keys = gguf_fields(raw)
-        parallel = "blk.0.ffn_norm.weight" not in raw.tensors  # llama.cpp goes by it too
-        normed = "blk.0.attn_q_norm.weight" in raw.tensors
-        return gguf_config(
-            raw,
-            eps="attention.layer_norm_epsilon",
-            qk_norm=QKNorm("layer", "each-head", keys.number("attention.layer_norm_epsilon")) if normed else None,
-            **_norms(parallel),
-        )
-    fields = hf_fields(raw)
-    normed = fields.flag("qk_layernorm", False)
-    norms = _norms(fields.flag("use_parallel_residual", False))
+    if raw.format == "gguf":  # like llama.cpp, look at which tensors there are
+        parallel = "blk.0.ffn_norm.weight" not in raw.tensors
+        return gguf_config(raw, **_norms(parallel, has_qk_norm="blk.0.attn_q_norm.weight" in raw.tensors))
+    fields = fields_of(raw)
+    mechanisms = _norms(fields.flag("use_parallel_residual", False), fields.flag("qk_layernorm", False))
     if fields.flag("use_qkv_bias", False):
-        norms["biases"] |= {"attn.q", "attn.k", "attn.v"}
-    return hf_config(
-        raw,
-        names=_HF_NAMES,
-        eps="layer_norm_eps",
-        rotary_share=fields.number("partial_rotary_factor", 0.25),
-        qk_norm=QKNorm("layer", "each-head", fields.number("layer_norm_eps")) if normed else None,
-        **norms,
-    )
+        mechanisms["biases"] |= {"attn.q", "attn.k", "attn.v"}
+    share = fields.number("partial_rotary_factor", 0.25)
+    return hf_config(raw, names=_HF_NAMES, eps="layer_norm_eps", rotary_share=share, **mechanisms)
 
 
-def _norms(parallel: bool) -> dict[str, Any]:
-    """In parallel, one norm serves both parts."""
+def _norms(parallel: bool, has_qk_norm: bool) -> dict[str, Any]:
     norms = frozenset({"attn_norm"} if parallel else {"attn_norm", "ffn_norm"})
-    return {"norm": "layer", "parallel": parallel, "norms": norms, "biases": BLOCK_NORMS & (norms | {"output_norm"})}
+    return {
+        "norm": "layer",
+        "norms": norms,
+        "parallel": parallel,
+        "biases": BLOCK_NORMS & (norms | {"output_norm"}),
+        "qk_norm": "each-head" if has_qk_norm else None,
+    }
 
 
 def hf_transforms(config: DecoderConfig) -> dict[str, Transform]:
-    """One head's norm is not stacked."""
+    """Add the dimension of heads if there is only one."""
     return dict.fromkeys(("attn.q_norm", "attn.k_norm"), lambda weight: weight.view(-1, config.attention.head_dim))
 
 

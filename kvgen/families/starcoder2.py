@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import (
-    ATTENTION,
-    BLOCK_NORMS,
-    HF_NAMES,
-    PLAIN_MLP,
-    gguf_config,
-    hf_config,
-    hf_fields,
-    hf_layers,
-)
+from kvgen.families.base import ATTENTION, BLOCK_NORMS, HF_NAMES, PLAIN_MLP, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
 
@@ -24,25 +17,18 @@ _HF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    if raw.format == "gguf":  # where the window is not written
-        return gguf_config(
-            raw,
-            eps="attention.layer_norm_epsilon",
-            norm="layer",
-            gated=False,
-            activation="gelu_tanh",
-            biases=BLOCK_NORMS,
-        )
-    fields = hf_fields(raw)
+    mechanisms: dict[str, Any] = {"norm": "layer", "gated": False}
+    if raw.format == "gguf":  # stores no window
+        return gguf_config(raw, **mechanisms, activation="gelu_tanh", biases=BLOCK_NORMS)
+    fields = fields_of(raw)
     linear = ATTENTION | PLAIN_MLP if fields.flag("use_bias", True) else frozenset()
     return hf_config(
         raw,
+        **mechanisms,
         names=_HF_NAMES,
         eps="norm_epsilon",
         tied_head=True,
-        norm="layer",
-        gated=False,
-        windows=[fields.optional_count("sliding_window")] * hf_layers(raw),
+        windows=fields.optional_count("sliding_window"),
         biases=BLOCK_NORMS | linear,
     )
 

@@ -1,1 +1,1 @@
-"""From a prompt to text: sampling, the one decoding loop, and the stream of text over it."""
+"""Text generation: sampling, the decoding loop, batching, and streaming text."""

@@ -1,8 +1,7 @@
-"""Continuous batching: many completions side by side, each as if it were alone.
+"""Continuous batching: decode many completions side by side, each with the tokens that it would have alone.
 
-Each pass computes one position of every row that is decoding, and the prompts of rows that begin. When a row ends, the
-next request takes its place at once (Yu et al. 2022, Orca). What a prompt shares with another row is copied from that
-row's cache, not computed again.
+Each pass computes one position for every decoding row, and the prompts of new rows. When a row ends, the next request
+takes its place at once (Yu et al. 2022, Orca). Prompt prefixes shared with another row are copied from its cache.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from kvgen.errors import KvgenError, UsageError, of_item
-from kvgen.generation.completion import Completion, Limits, Step, check_prompt
+from kvgen.errors import KvgenError, UsageError, as_kvgen_error
+from kvgen.generation.completion import Completion, Limits, Step
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.loop import Row, decode_step
 from kvgen.generation.prefetch import Prefetcher
@@ -23,17 +22,14 @@ from kvgen.generation.sampling import Sampler, make_sampler
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 from kvgen.generation.text import Chunk, CompletionText
 from kvgen.loading.load import Loaded
-from kvgen.model.causal_lm import MOST_NEW
+from kvgen.model.causal_lm import PREFILL_CHUNK
 
-_WORTH_WAITING = 8  # positions that a row waits one pass for, so that another one computes them for it
+_WORTH_WAITING = 8  # shared positions that make a row wait one pass, so that another row computes them
 
 
 @dataclass(eq=False, kw_only=True)
 class _Row(Row):
-    """A request under way.
-
-    new: positions of its prompt to compute. nbytes: what its cache may take. ended: nothing more comes of it.
-    """
+    """A request in progress. new: prompt positions to compute. nbytes: maximum size of its cache."""
 
     number: int
     text: CompletionText
@@ -43,18 +39,25 @@ class _Row(Row):
 
 
 class Batch:
-    """Completes requests side by side.
+    """Completes requests side by side, or one after another from one cache.
 
-    batch_size: the most at a time. A backend that cannot batch computes one at a time.
-    max_cache_bytes: the most that all caches may take together, the kept one included; None for no bound.
-    use_cache: False computes every position anew on each step. cache: of an earlier completion, to go on from.
-    make_drafter: makes a new drafter for each row.
+        >>> batch, greedy = kvgen.Batch(loaded), kvgen.Sampling(temperature=0)
+        >>> for text in ("The capital of France is", "The capital of Japan is"):
+        ...     request = kvgen.Request(loaded.tokenizer.encode(text), greedy, max_tokens=1)
+        ...     for chunk in batch.complete(request):
+        ...         print(f"{chunk.text!r}: {chunk.step.reused} of {chunk.step.positions} positions reused")
+        ' Paris': 0 of 5 positions reused
+        ' Tokyo': 3 of 5 positions reused
 
-    Attribute `cache`: of the row that ended or was given up last, for the next request to go on from; None when a row
-    has taken it over or it had to make room. Attribute `pass_began`: when the pass of the last chunks began, in
-    seconds of `time.perf_counter`.
+    batch_size: maximum number of rows in progress; 1 for a backend that cannot batch.
+    max_cache_bytes: limit for all caches together, the kept one included; None for no limit.
+    use_cache: False recomputes every position on each step. cache: of an earlier completion, to continue from.
+    make_drafter: returns a new drafter for each row.
 
-    Raises UsageError for drafts and a model that cannot judge them.
+    Attribute `cache`: of the row that ended last, for the next request to continue from; None if a row took it over or
+    memory ran short. Attribute `pass_began`: start of the pass of the last chunks, in seconds of `time.perf_counter`.
+
+    Raises UsageError for drafts if the model cannot check them.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Batch:
         cache: Any = None,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
-        if make_drafter is not None and not (use_cache and loaded.model.most_drafts(1)):
+        if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
         self.cache = cache
         self.pass_began = 0.0
@@ -77,13 +80,13 @@ class Batch:
         self._rows: list[_Row] = []
 
     def complete(self, request: Request) -> Generator[Chunk, None, None]:
-        """One completion, a chunk for each token.
+        """Complete one request; yield a chunk for each token.
 
-        Raises UsageError at once for a request that cannot be completed, and later what goes wrong on the way.
+        Raises UsageError at once for an invalid request, and KvgenError later if a step fails.
         """
-        self._give_up()
+        self._abandon()
         row = self._begin(0, request, [])
-        assert row is not None  # nothing else is under way that it would have to wait for
+        assert row is not None  # there is no other row to wait for
         self._rows = [row]
         return self._chunks()
 
@@ -95,24 +98,24 @@ class Batch:
                         raise event
                     yield event
         finally:
-            self._give_up()
+            self._abandon()
 
     def run(
         self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = lambda: True
     ) -> Iterator[tuple[int, Chunk | KvgenError]]:
-        """Chunks as they come, each with the number of its request, counted from 0.
+        """Complete requests; yield chunks as they come, each with the number of its request, from 0.
 
-        A request that fails gives its error in place of chunks, and the others go on; so does an error that stands in
-        place of a request. Requests are read on a thread, as they are needed. What reading raises is raised when all
-        rows before it have ended.
-        admit: asked before another request is begun. Once it says no, rows that are under way end, and that is all.
+        A request that fails yields its error instead of chunks, and the others continue; an error in place of a request
+        is passed through. Requests are read on a thread, as needed. An exception from reading is raised when all
+        earlier rows have ended.
+        admit: called before each new request. Once it returns False, the rows in progress finish and `run` returns.
         """
-        self._give_up()
+        self._abandon()
         try:
-            with closing(Prefetcher(requests, most=self._batch_size)) as source:
+            with closing(Prefetcher(requests, self._batch_size)) as source:
                 yield from self._run(source, admit)
         finally:
-            self._give_up()
+            self._abandon()
 
     def _run(
         self, source: Prefetcher[Request | KvgenError], admit: Callable[[], bool]
@@ -125,14 +128,14 @@ class Batch:
                 if waiting is None and not source.ended:
                     try:
                         waiting = source.take(wait=not self._rows)
-                    except Exception as error:  # noqa: BLE001 (kept until the rows before it have ended)
+                    except Exception as error:  # noqa: BLE001 (raised when the earlier rows have ended)
                         failure = error
                 if waiting is None:
                     break
                 try:
                     row = self._begin(number, waiting, begun)
-                except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
-                    yield number, of_item(error)
+                except Exception as error:  # noqa: BLE001 (an invalid request must not stop the others)
+                    yield number, as_kvgen_error(error)
                 else:
                     if row is None:
                         break
@@ -147,26 +150,31 @@ class Batch:
                 return
 
     def _begin(self, number: int, request: Request | KvgenError, begun: list[_Row]) -> _Row | None:
-        """A row for a request, or None if it has to wait. Raises UsageError for one that cannot be completed."""
+        """Return a row for a request, or None if it has to wait. Raises UsageError for an invalid request."""
         if isinstance(request, KvgenError):
             raise request
-        model, prompt, limits = self._loaded.model, request.prompt, self._limits(request)
+        model, tokenizer, prompt = self._loaded.model, self._loaded.tokenizer, request.prompt
+        limits = Limits(
+            request.most_tokens, tokenizer.eos_ids, model.context_length, request.max_context, request.keep_first
+        )
         ids = model.ids_tensor(prompt)
-        check_prompt(len(prompt), limits)
-        most = request.most_positions(model.context_length)
-        nbytes = model.cache_bytes(most) if self._use_cache else 0
-        self._check_size(nbytes)
-        if not self._has_room(nbytes):
+        limits.check_prompt(len(prompt))
+        positions = request.most_positions(model.context_length)
+        nbytes = model.cache_bytes(positions) if self._use_cache else 0
+        if self._max_cache_bytes is not None and nbytes > self._max_cache_bytes:
+            sizes = f"{nbytes / 1e6:.0f} MB; the limit for all caches is {self._max_cache_bytes / 1e6:.0f} MB"
+            raise UsageError(f"the cache of this request may take {sizes}")
+        if not self._fits(nbytes):
             return None
         cache, shared = None, 0
         if self._use_cache:
             donors = [row.cache for row in self._rows if row not in begun]
-            cache = model.cache_for(ids, most, donors, self.cache)
+            cache = model.cache_for(ids, positions, donors, self.cache)
             shared = getattr(cache, "length", 0)
-            if any(_shared(row.completion.tokens, prompt) > shared + _WORTH_WAITING for row in begun):
-                return None  # once that row is computed, this one has more to copy
+            if any(_common_prefix(row.completion.tokens, prompt) > shared + _WORTH_WAITING for row in begun):
+                return None  # the next pass can copy more from that row
         new = len(prompt) - shared
-        if begun and sum(row.new for row in begun) + new > MOST_NEW:
+        if begun and sum(row.new for row in begun) + new > PREFILL_CHUNK:
             return None
         completion = Completion(
             ids,
@@ -174,19 +182,15 @@ class Batch:
             limits,
             top_logprobs=request.top_logprobs,
             drafter=self._make_drafter() if self._make_drafter else None,
-            most_drafts=model.most_drafts,
+            max_drafts=model.max_drafts,
         )
         kept = getattr(self.cache, "nbytes", 0)
         if cache is self.cache:
             self.cache, nbytes = None, max(nbytes, kept)
-        elif not self._has_room(nbytes + kept):
+        elif not self._fits(nbytes + kept):
             self.cache = None
-        text = CompletionText(self._loaded.tokenizer, request.stop)
+        text = CompletionText(tokenizer, request.stop)
         return _Row(completion=completion, cache=cache, number=number, text=text, new=new, nbytes=nbytes)
-
-    def _limits(self, request: Request) -> Limits:
-        eos_ids, context_length = self._loaded.tokenizer.eos_ids, self._loaded.model.context_length
-        return Limits(request.most_tokens, eos_ids, context_length, request.max_context, request.keep_first)
 
     def _sampler(self, request: Request) -> Sampler:
         sampler = make_sampler(request.sampling)
@@ -196,22 +200,16 @@ class Batch:
 
         return constrained(sampler, request.constraint, self._loaded.tokenizer, self._loaded.model.vocab_size)
 
-    def _has_room(self, nbytes: int) -> bool:
-        """Whether so many bytes fit beside the rows that are under way."""
-        most = self._max_cache_bytes
-        return most is None or sum(row.nbytes for row in self._rows) + nbytes <= most
-
-    def _check_size(self, nbytes: int) -> None:
-        """Raises UsageError for a cache that would never fit."""
-        most = self._max_cache_bytes
-        if most is not None and nbytes > most:
-            raise UsageError(f"its cache may take {nbytes / 1e6:.0f} MB; the most for all is {most / 1e6:.0f} MB")
+    def _fits(self, nbytes: int) -> bool:
+        """Whether a cache of `nbytes` fits beside those of the rows in progress."""
+        limit = self._max_cache_bytes
+        return limit is None or sum(row.nbytes for row in self._rows) + nbytes <= limit
 
     def _pass(self) -> Iterator[tuple[int, Chunk | KvgenError]]:
-        """One step of the decoding loop, and the text that it releases of each row."""
+        """Run one decoding step; yield the text that it releases."""
         self.pass_began = time.perf_counter()
         for row, step in decode_step(self._loaded.model.forward_batch, self._rows, use_cache=self._use_cache):
-            if row.ended:  # by a stop text, inside a draft
+            if row.ended:  # by a stop string inside a draft
                 continue
             event = _chunk(row, step)
             row.ended = ends(event)
@@ -220,8 +218,8 @@ class Batch:
             yield row.number, event
         self._rows = [row for row in self._rows if not row.ended]
 
-    def _give_up(self) -> None:
-        """End what is under way, if anything is; what has been computed of it is kept."""
+    def _abandon(self) -> None:
+        """Drop the rows in progress; keep the cache of the last one."""
         if self._use_cache and self._rows:
             self.cache = self._rows[-1].cache
         self._rows = []
@@ -232,30 +230,30 @@ def _chunk(row: _Row, step: Step | KvgenError) -> Chunk | KvgenError:
         return step
     try:
         return row.text.add(step)
-    except Exception as error:  # noqa: BLE001 (a tokenizer's; the other rows go on)
-        return of_item(error)
+    except Exception as error:  # noqa: BLE001 (a tokenizer may raise anything; the other rows continue)
+        return as_kvgen_error(error)
 
 
 def ends(event: Chunk | KvgenError) -> bool:
-    """Whether nothing more comes of a request."""
+    """Whether this is the last event of its request."""
     return isinstance(event, KvgenError) or event.finish_reason is not None
 
 
 def in_order(events: Iterable[tuple[int, Chunk | KvgenError]]) -> Iterator[tuple[int, Chunk | KvgenError]]:
-    """The events of `Batch.run`, those of each request together and in the order of requests, as soon as can be."""
+    """Yield the events of `Batch.run` grouped by request, in the order of requests, as early as possible."""
     held: dict[int, list[Chunk | KvgenError]] = defaultdict(list)
     current = 0
     for number, event in events:
         held[number].append(event)
         while current in held:
-            here = held.pop(current)
-            for one in here:
+            ready = held.pop(current)
+            for one in ready:
                 yield current, one
-            if not ends(here[-1]):
+            if not ends(ready[-1]):
                 break
             current += 1
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest prefix that two prompts share."""
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

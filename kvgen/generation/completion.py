@@ -1,4 +1,4 @@
-"""One completion under way: its tokens, when it ends, and what it reports of each step. It knows nothing of text."""
+"""The state of one completion: its tokens, when it ends, and the step that each pass yields. Works on ids, not text."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from kvgen.generation.sampling import Sampler, one_thread
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST
 
 FinishReason = Literal["eos", "stop", "length", "context"]
-"""Why a completion ended: an end token, a stop text, the most tokens asked for, or the model's context is full."""
+"""Why a completion ended: an end token, a stop string, max_tokens, or a full context."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One token of a completion.
 
-    token: the id that was chosen.
-    positions: the length of the sequence before it. reused: how many of those came from the cache; None if the cache
-        does not say.
-    drafted: how many tokens were guessed, and computed, behind that sequence.
-    guessed: whether the token before this one had been guessed, so that this one came without a pass of its own.
-    logprob: natural log-probability of the token under the model, before any filter; None if not asked for.
+        >>> chunks = list(kvgen.stream(loaded, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=2))
+        >>> [(chunk.step.token, chunk.step.reused, chunk.step.computed) for chunk in chunks]
+        [(260, 0, 5), (2240, 5, 1)]
+
+    token: the chosen id.
+    positions: length of the sequence before it. reused: how many of those came from the cache; None if unknown.
+    logprob: natural log-probability of the token under the model, before any filter; None if not requested.
     top_logprobs: the most likely tokens and their log-probabilities, most likely first.
+    drafted: how many draft tokens the pass computed behind that sequence.
+    guessed: whether the previous token was a correct draft, so that this one needed no pass of its own.
     """
 
     token: int
@@ -44,18 +47,19 @@ class Step:
 
     @property
     def computed(self) -> int | None:
-        """How many positions the model computed for this step."""
+        """Positions that the model computed for this step; None if unknown."""
         return None if self.reused is None else self.positions - self.reused + self.drafted
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When the loop ends, and what it forgets.
+    """When a completion ends: after max_tokens, at an id in eos_ids, or when context_length positions are full.
 
-    It ends after max_tokens, at an id of eos_ids, or when context_length positions are full.
-    max_context: the most positions to hand to the model; None for all. When a sequence gets there, its middle is
-        forgotten: the first keep_first tokens stay, and the later half of the others. What is left is a shorter text,
-        which the model reads anew: lossy, but right for any model and cache.
+    max_context: maximum number of positions that the model sees; None for no limit. A longer sequence is cut: the
+        first keep_first tokens stay, and the later half of the others. The model then recomputes the shorter text:
+        lossy, but right for any model and cache.
+
+    Raises UsageError for a max_context above context_length or below keep_first + 2.
     """
 
     max_tokens: int
@@ -64,27 +68,35 @@ class Limits:
     max_context: int | None = None
     keep_first: int = DEFAULT_KEEP_FIRST
 
+    def __post_init__(self) -> None:
+        limit = self.max_context
+        if limit is None:
+            return
+        if self.context_length is not None and limit > self.context_length:
+            raise UsageError(f"max_context is {limit}; the model's context length is {self.context_length}")
+        if not 0 <= self.keep_first <= limit - 2:
+            raise UsageError(f"max_context is {limit}; it must be at least 2 more than keep_first, {self.keep_first}")
+
     @property
     def end_of_context(self) -> int | None:
-        """The length at which nothing more fits; None if something is forgotten before that."""
+        """Maximum length of the sequence; None if it is unbounded or max_context shortens it."""
         return self.context_length if self.max_context is None else None
 
-    def __post_init__(self) -> None:
-        most = self.max_context
-        if most is None:
-            return
-        if self.context_length is not None and most > self.context_length:
-            raise UsageError(f"max_context is {most}; the model's own context is {self.context_length}")
-        if not 0 <= self.keep_first <= most - 2:
-            raise UsageError(f"max_context is {most}; it must be at least 2 more than keep_first, {self.keep_first}")
+    def check_prompt(self, length: int) -> None:
+        """Raise UsageError for an empty prompt, ContextError for one that fills the context."""
+        if length == 0:
+            raise UsageError("the prompt is empty")
+        if self.end_of_context is not None and length >= self.end_of_context:
+            raise ContextError(
+                f"the prompt has {length} tokens, but the model's context has room for {self.end_of_context}, "
+                "completion included"
+            )
 
 
 class Completion:
-    """One completion under way: what to hand to the model next, and what to make of its logits.
+    """One completion in progress: builds the ids for the next pass and chooses tokens from its logits.
 
-    It knows no cache and no other completion.
-
-    tokens: the prompt and what has been chosen so far. finished: whether the last step had a finish_reason, or failed.
+    tokens: the prompt and the tokens chosen so far. finished: whether the last step had a finish_reason, or failed.
     """
 
     def __init__(
@@ -95,81 +107,86 @@ class Completion:
         *,
         top_logprobs: int | None = None,
         drafter: Drafter | None = None,
-        most_drafts: Callable[[int], int] = lambda length: 0,
+        max_drafts: Callable[[int], int] = lambda length: 0,
     ) -> None:
-        """Begin behind a prompt.
+        """Start from a prompt, `ids`, (1, n) int64.
 
-        ids: the prompt, (1, n) int64. top_logprobs: how many of the most likely tokens to report; 0 for the chosen one
-            alone, None for no log-probabilities.
-        drafter: guesses tokens, which the model judges in one pass. Each token is chosen from the logits that it would
-            see without guesses, so the completion is the same.
-        most_drafts: how many drafts the model can judge behind a sequence of a given length.
+        top_logprobs: as in `Request`.
+        drafter: proposes tokens, which the model checks in one pass. Each token is chosen from the same logits as
+            without drafts, so the completion does not change. max_drafts: as `Backend.max_drafts`.
 
         Raises UsageError for an empty prompt, ContextError for one that fills the context.
         """
-        check_prompt(ids.shape[1], limits)
+        limits.check_prompt(ids.shape[1])
         self.tokens: list[int] = ids[0].tolist()
         self.finished = False
-        self._ids = ids  # `tokens` for the model, with spare room behind them; the caller's until something is added
+        self._ids = ids  # `tokens` as a tensor with spare capacity; the caller's tensor until a token is added
         self._prompt_length = len(self.tokens)
         self._end = len(self.tokens) + limits.max_tokens
-        self._forgotten = 0  # tokens behind the first `keep_first` that the model does not see any more
+        self._visible = limits.max_context or sys.maxsize
+        self._dropped = 0  # tokens after the first `keep_first` that the model no longer sees
         self._sampler, self._limits, self._top_logprobs = sampler, limits, top_logprobs
-        self._drafter, self._most_drafts = drafter, most_drafts
+        self._drafter, self._max_drafts = drafter, max_drafts
         self._drafts: list[int] = []
 
     def next_ids(self) -> Tensor:
-        """The whole sequence for the next pass, with drafts at its end: (1, n)."""
-        self._forget()
-        length = len(self.tokens)
+        """Return the whole sequence for the next pass, followed by drafts: (1, n)."""
+        length, keep = len(self.tokens), self._limits.keep_first
+        if length - self._dropped > self._visible:
+            self._dropped = length - keep - max(1, (self._visible - keep) // 2)
         if self._drafter is not None:
-            seen = length - self._forgotten
-            most = min(self._end - length - 1, self._visible - seen, self._most_drafts(seen))
-            self._drafts = self._drafter.draft(self.tokens, most)
+            seen = length - self._dropped
+            limit = min(self._end - length - 1, self._visible - seen, self._max_drafts(seen))
+            self._drafts = self._drafter.draft(self.tokens, limit)
             self._write(self._drafts)
-        end, keep = length + len(self._drafts), self._limits.keep_first
-        if not self._forgotten:
+        end = length + len(self._drafts)
+        if not self._dropped:
             return self._ids[:, :end]
-        return torch.cat((self._ids[:, :keep], self._ids[:, keep + self._forgotten : end]), dim=1)
+        return torch.cat((self._ids[:, :keep], self._ids[:, keep + self._dropped : end]), dim=1)
 
     @property
     def count(self) -> int:
-        """At how many positions at the end of `next_ids` the logits are wanted."""
+        """Number of positions at the end of `next_ids` whose logits `take` needs."""
         return len(self._drafts) + 1
 
     def take(self, logits: Tensor, reused: int | None) -> Iterator[Step]:
         """Choose tokens from the logits of a pass over `next_ids`, (count, vocab). reused: as in `Step`.
 
-        Raises ModelError for logits that are not numbers.
+        Raises ModelError for logits that are not finite.
         """
         drafts, start = self._drafts, len(self.tokens)
-        for guess, at in zip([*drafts, None], logits, strict=True):
+        for draft, row in zip([*drafts, None], logits, strict=True):
             length = len(self.tokens)
-            token, logprob, top = self._choose(at)
+            token, logprob, top = self._choose(row)
             self._write([token])
             self.tokens.append(token)
             finish = self._finish_reason(token)
             self.finished = finish is not None
-            seen = length - self._forgotten
+            seen = length - self._dropped
             if length == start:
                 yield Step(token, seen, reused, finish, logprob, top, drafted=len(drafts))
             else:
                 yield Step(token, seen, seen, finish, logprob, top, guessed=True)
             if finish:
                 return
-            if token != guess:
+            if token != draft:
                 break
         if drafts and self._drafter:
             self._drafter.learn(len(drafts), len(self.tokens) - start - 1)
 
     def _choose(self, logits: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
-        """The next token from logits, (vocab,), and the log-probabilities that are wanted, as in `Step`."""
+        """Choose a token from logits, (vocab,); return it with `logprob` and `top_logprobs` of `Step`."""
         with one_thread():
-            last = logits.to("cpu", torch.float32)
-            if not math.isfinite(float(last.max())):
+            logits = logits.to("cpu", torch.float32)
+            if not math.isfinite(float(logits.max())):
                 raise ModelError(f"the model's logits after {len(self.tokens)} positions are not finite numbers")
-            token = self._sampler(last, self.tokens, self._prompt_length)
-            return token, *((None, ()) if self._top_logprobs is None else _logprobs(last, token, self._top_logprobs))
+            token = self._sampler(logits, self.tokens, self._prompt_length)
+            if self._top_logprobs is None:
+                return token, None, ()
+            logprobs = logits.log_softmax(-1)
+            best = logprobs.topk(min(self._top_logprobs, len(logprobs)))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            return token, float(logprobs[token]), top
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         if token in self._limits.eos_ids:
@@ -178,39 +195,11 @@ class Completion:
             return "length"
         return "context" if len(self.tokens) == self._limits.end_of_context else None
 
-    @property
-    def _visible(self) -> int:
-        """The most tokens that the model may see."""
-        return self._limits.max_context or sys.maxsize
-
-    def _forget(self) -> None:
-        """Once the model sees as many tokens as it may, half of those that may be forgotten are."""
-        seen, keep = len(self.tokens) - self._forgotten, self._limits.keep_first
-        if seen > self._visible:
-            self._forgotten = len(self.tokens) - keep - max(1, (self._visible - keep) // 2)
-
     def _write(self, tokens: Sequence[int]) -> None:
-        """Put tokens behind the ids, without counting them."""
+        """Write tokens after the current ones in `_ids`, growing it if needed."""
         length = len(self.tokens)
         end = length + len(tokens)
         if end > self._ids.shape[1]:
             self._ids = torch.cat((self._ids, self._ids.new_empty(1, end)), dim=1)
         if tokens:
             self._ids[0, length:end] = torch.tensor(tokens)
-
-
-def check_prompt(length: int, limits: Limits) -> None:
-    """Raises UsageError for a prompt of so many tokens that is empty, ContextError for one that fills the context."""
-    if length == 0:
-        raise UsageError("the prompt is empty")
-    if limits.end_of_context is not None and length >= limits.end_of_context:
-        raise ContextError(
-            f"the prompt has {length} tokens, but the model's context has room for {limits.end_of_context}, "
-            "completion included"
-        )
-
-
-def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    return float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Completions that have to follow a grammar: llguidance says which tokens may come next, and the sampler takes one."""
+"""Constrained decoding: llguidance computes which tokens may come next, and the sampler chooses among them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from kvgen.generation.sampling import Sampler
 from kvgen.generation.settings import Constraint
 from kvgen.tokenizer import Tokenizer
 
-# Between the parts of JSON. Bounded, or a model could go on with blanks for ever.
-_WHITESPACE = r"[ \n\t]{0,16}"
+_WHITESPACE = r"[ \n\t]{0,16}"  # between JSON tokens; bounded, or a model could generate blanks for ever
 
 
 def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, vocab_size: int | None) -> Sampler:
-    """A sampler for one completion, which chooses only among the tokens that the constraint allows next.
+    """Restrict a sampler to the tokens that the constraint allows next; for one completion.
 
-    An end token is allowed only where the text may end. Raises UsageError for a constraint that is not valid or a
-    tokenizer without end tokens.
+    End tokens are allowed only where the text may end. Raises UsageError for an invalid constraint or a tokenizer
+    without end tokens.
     """
     if vocab_size is None:
-        raise UsageError("a constraint needs a model whose vocabulary is known")
-    vocabulary = _vocabulary(tokenizer, vocab_size)
-    matcher = LLMatcher(vocabulary, _grammar(constraint), log_level=0)
+        raise UsageError("a constraint needs a model with a known vocabulary size")
+    llguidance_tokenizer = _make_llguidance_tokenizer(tokenizer, vocab_size)
+    try:
+        matcher = LLMatcher(llguidance_tokenizer, _compile(constraint), log_level=0)
+    except ValueError as error:
+        raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
     if matcher.is_error():
         raise UsageError(f"{constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
     words = torch.zeros((vocab_size + 31) // 32, dtype=torch.int32)
@@ -45,21 +47,18 @@ def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, 
     return sample
 
 
-def _grammar(constraint: Constraint) -> str:
+def _compile(constraint: Constraint) -> str:
     if constraint.kind == "regex":
         return LLMatcher.grammar_from_regex(constraint.text)
     if constraint.kind == "grammar":
         return LLMatcher.grammar_from_lark(constraint.text)
-    try:
-        return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": _WHITESPACE})
-    except ValueError as error:
-        raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
+    return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": _WHITESPACE})
 
 
-@lru_cache(maxsize=2)  # making one takes a tenth of a second or more
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+@lru_cache(maxsize=2)  # building one takes a tenth of a second or more
+def _make_llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
     if not tokenizer.eos_ids:
-        raise UsageError("a constraint needs a tokenizer that has an end token")
+        raise UsageError("a constraint needs a tokenizer with an end token")
     try:
         return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_ids))
     except (ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A conversation with a model: each turn renders all of it anew, and the cache finds what it has already seen."""
+"""Multi-turn chat: each turn renders the whole conversation, and the cache reuses what it has already computed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,31 @@ from kvgen.tokenizer.chat import Message, check_messages
 
 @dataclass
 class Conversation:
-    """Messages, and the cache of what has been computed of them.
+    """Messages and the cache of what has been computed of them.
 
-    request: how answers are to be completed; its prompt does not matter.
-    prompt_tokens: of the conversation up to the last question.
+        >>> talk = kvgen.Conversation(loaded, kvgen.Request((), kvgen.Sampling(temperature=0)))
+        >>> talk.system = "You are brief."
+        >>> for question in ("What is the capital of Japan?", "And of Italy?"):
+        ...     print("".join(chunk.text for chunk in talk.ask(question)))
+        The capital of Japan is Tokyo.
+        The capital of Italy is Rome.
+
+    request: settings for each answer; its prompt is ignored.
+    cache: see `load_prompt_cache` and `save_prompt_cache` to keep it in a file.
+    prompt_tokens: length of the conversation up to the last question.
     """
 
     loaded: Loaded
-    request: Request
+    request: Request = field(default_factory=lambda: Request(()))
     messages: list[Message] = field(default_factory=list)
     cache: Any = None
     prompt_tokens: int = 0
 
     def ask(self, text: str) -> Iterator[Chunk]:
-        """Say something; the chunks of the answer. What has come of it is kept when the caller stops or is interrupted.
+        """Add a question; yield the chunks of the answer. An interrupted answer is kept as far as it came.
 
-        Raises UsageError for a conversation that the template refuses, ContextError for one that fills the context. It
-        is then as before.
+        Raises UsageError if the template refuses the conversation, ContextError if it fills the context; the messages
+        are then unchanged.
         """
         before, batch = len(self.messages), Batch(self.loaded, batch_size=1, cache=self.cache)
         self.messages.append({"role": "user", "content": text})
@@ -43,8 +51,7 @@ class Conversation:
         try:
             prompt = self.loaded.tokenizer.encode_chat(self.messages)
             self.prompt_tokens = len(prompt)
-            request = replace(self.request, prompt=prompt)
-            with closing(batch.complete(request)) as chunks:
+            with closing(batch.complete(replace(self.request, prompt=prompt))) as chunks:
                 for chunk in chunks:
                     answer["content"] += chunk.text
                     yield chunk
@@ -56,7 +63,7 @@ class Conversation:
                 del self.messages[before:]
 
     def undo(self) -> str | None:
-        """Take back the last question and its answer; returns the question, None if there is none."""
+        """Remove the last question and its answer; return the question, or None if there is none."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if last is None:
             return None
@@ -65,12 +72,12 @@ class Conversation:
         return question
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Remove all messages but the system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     @property
     def system(self) -> str | None:
-        """The system message."""
+        """The system message; None removes it."""
         first = self.messages[:1]
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
@@ -80,7 +87,7 @@ class Conversation:
         self.messages = [*([] if not text else [Message(role="system", content=text)]), *rest]
 
     def save(self, path: Path) -> None:
-        """Write the messages as JSON. Raises KvgenError if that cannot be."""
+        """Write the messages as JSON. Raises KvgenError if the file cannot be written."""
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
         try:
             path.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
@@ -88,14 +95,11 @@ class Conversation:
             raise KvgenError(f"{path}: cannot be written ({error.strerror})") from error
 
     def load(self, path: Path) -> None:
-        """Take the messages of a file instead. Raises NotFoundError, or UsageError for one that has none."""
+        """Replace the messages by those of a file. Raises NotFoundError, or UsageError for an invalid file."""
         try:
             value = json.loads(path.read_bytes())
+            self.messages = check_messages(value.get("messages") if isinstance(value, dict) else value)
         except OSError as error:
             raise NotFoundError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not a conversation ({error})") from None
-        try:
-            self.messages = check_messages(value.get("messages") if isinstance(value, dict) else value)
-        except UsageError as error:
+        except (ValueError, RecursionError, UsageError) as error:
             raise UsageError(f"{path}: not a conversation ({error})") from None

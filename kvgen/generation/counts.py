@@ -1,4 +1,4 @@
-"""Counts that not every model tells."""
+"""Sums of counts that may be unknown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Iterable
 
 
 def total(counts: Iterable[int | None]) -> int | None:
-    """Their sum; None if one of them is unknown."""
+    """Return the sum; None if any count is unknown."""
     known = list(counts)
     return None if None in known else sum(count for count in known if count is not None)

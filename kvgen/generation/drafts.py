@@ -1,4 +1,4 @@
-"""Guesses at what comes next, for the model to check many at once. They change how fast a text comes, not which."""
+"""Speculative decoding: drafters that propose tokens for the model to check in one pass."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ import torch
 
 from kvgen.contract import Backend
 
-MOST = 10  # tokens of a draft: beyond it, checking costs about what steps would
-_GRAMS = (8, 5, 3)  # how many tokens must have occurred before, for what followed them to be a guess
+MAX_DRAFT = 10  # tokens: checking a longer draft costs about as much as decoding it
+_NGRAMS = (8, 5, 3)  # lengths that PromptLookup matches, longest first
 
 
 class Drafter(Protocol):
-    """Guesses tokens."""
+    """Proposes tokens; `PromptLookup` and `DraftModel` are two.
+
+    >>> class Repeat:
+    ...     def draft(self, tokens, most):
+    ...         return tokens[-1:][:most]
+    ...
+    ...     def learn(self, drafted, accepted):
+    ...         pass
+    >>> kvgen.generate(loaded, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=6, drafter=Repeat())
+    ' the city of Nova Haven was'
+    """
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens that may follow `tokens`, which grow from call to call."""
+        """Return at most `most` tokens that may follow `tokens`, which only grow from call to call."""
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Told how many tokens of a draft the model would have chosen too, from its first on."""
+        """Receive how many tokens of the last draft were right, from its first on."""
 
 
-class Confidence:
-    """How long a draft is worth making: longer after one that was right, and after wrong ones none for a while."""
+class AdaptiveLength:
+    """Draft length that grows after accepted drafts, shrinks after rejected ones, and pauses after repeated misses."""
 
     def __init__(self) -> None:
         self._length = 4
-        self._wrong = 0  # drafts in a row whose first token was wrong
-        self._pause = 0  # chances to let go by
+        self._misses = 0  # consecutive drafts whose first token was wrong
+        self._pause = 0  # drafts to skip
 
     def length(self) -> int:
-        """The length for the next draft."""
+        """Return the length of the next draft; 0 to skip it."""
         if self._pause:
             self._pause -= 1
             return 0
@@ -40,52 +50,53 @@ class Confidence:
 
     def learn(self, drafted: int, accepted: int) -> None:
         """See `Drafter.learn`."""
-        self._length = min(MOST, 2 * drafted) if accepted == drafted else max(2, accepted + 1)
-        self._wrong = 0 if accepted else min(self._wrong + 1, 5)
-        self._pause = 2**self._wrong - 1
+        self._length = min(MAX_DRAFT, 2 * drafted) if accepted == drafted else max(2, accepted + 1)
+        self._misses = 0 if accepted else min(self._misses + 1, 5)
+        self._pause = 2**self._misses - 1
 
 
-class PromptLookup:
-    """What followed the last tokens when they last occurred (Saxena 2023, prompt lookup decoding).
+class PromptLookup(AdaptiveLength):
+    """Drafts what followed the last 8, 5 or 3 tokens when they last occurred (Saxena 2023, prompt lookup decoding).
 
-    The more of them occurred together, the better the guess: eight are looked for, then five, then three.
+    >>> drafter = kvgen.PromptLookup()
+    >>> kvgen.generate(loaded, "1, 2, 3, 4, 1, 2, 3,", kvgen.Sampling(temperature=0), max_tokens=6, drafter=drafter)
+    ' 4, 5,'
     """
 
     def __init__(self) -> None:
-        self._confidence = Confidence()
-        # For each length: so many tokens, and the index of what came after them.
-        self._followed: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in _GRAMS}
+        super().__init__()
+        # For each length n: n-gram -> index of the token after its last occurrence.
+        self._followed: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in _NGRAMS}
         self._known = 0
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """See `Drafter`."""
-        for end in range(self._known + 1, len(tokens)):  # the last ones have nothing after them yet
+        """See `Drafter.draft`."""
+        for end in range(self._known + 1, len(tokens)):  # nothing follows the last tokens yet
             for length, followed in self._followed.items():
                 if end >= length:
                     followed[tuple(tokens[end - length : end])] = end
         self._known = max(self._known, len(tokens) - 1)
         found = (followed.get(tuple(tokens[-length:])) for length, followed in self._followed.items())
         start = next((index for index in found if index is not None), None)
-        if start is None:
-            return []
-        return list(tokens[start : start + min(self._confidence.length(), most)])
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """See `Drafter`."""
-        self._confidence.learn(drafted, accepted)
+        return [] if start is None else list(tokens[start : start + min(self.length(), most)])
 
 
-class DraftModel:
-    """What a smaller model with the same vocabulary finds most likely (Leviathan et al. 2023, arXiv:2211.17192)."""
+class DraftModel(AdaptiveLength):
+    """Drafts with a smaller model of the same vocabulary (Leviathan et al. 2023, arXiv:2211.17192).
+
+    >>> drafter = kvgen.DraftModel(loaded.model)  # usually a smaller one
+    >>> kvgen.generate(loaded, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=6, drafter=drafter)
+    ' the city of Nova Haven was'
+    """
 
     def __init__(self, model: Backend) -> None:
+        super().__init__()
         self._model = model
         self._cache: Any = None
-        self._confidence = Confidence()
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """See `Drafter`."""
-        known, length = len(tokens), min(self._confidence.length(), most)
+        """See `Drafter.draft`."""
+        known, length = len(tokens), min(self.length(), most)
         if self._model.context_length is not None:
             length = min(length, self._model.context_length - known)
         ids = torch.tensor([[*tokens, *[0] * max(0, length)]], device=self._model.device)
@@ -94,7 +105,3 @@ class DraftModel:
             ids[0, end] = logits[0, -1].argmax()
         drafted: list[int] = ids[0, known:].tolist()
         return drafted
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """See `Drafter`."""
-        self._confidence.learn(drafted, accepted)

@@ -1,9 +1,6 @@
-"""The one decoding loop. Each step hands the model every whole sequence, with its cache, and takes the next tokens.
+"""The decoding loop. Each step passes every whole sequence to the model with its cache and chooses the next tokens.
 
-    while not all(row.completion.finished for row in rows):
-        for row, step in decode_step(model.forward_batch, rows): ...
-
-One prompt is a batch of one. Uncached decoding is the same loop with no cache handed over.
+One prompt is a batch of one. Uncached decoding is the same loop without passing a cache.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvgen.contract import ForwardBatch
-from kvgen.errors import KvgenError, of_item
+from kvgen.errors import KvgenError, as_kvgen_error
 from kvgen.generation.completion import Completion, Step
 
 
@@ -31,9 +28,9 @@ R = TypeVar("R", bound=Row)
 def decode_step(
     forward: ForwardBatch, rows: Sequence[R], *, use_cache: bool = True
 ) -> Iterator[tuple[R, Step | KvgenError]]:
-    """One pass over all rows: the next token of each, or several where drafts were right.
+    """Run one pass over all rows; yield the next token of each, or several where drafts were right.
 
-    A row that fails gives an error, is finished, and does not stop the others. A pass that fails is the error of all.
+    A row that fails yields an error and is finished; the others continue. If the pass fails, every row gets its error.
     """
     ids = [row.completion.next_ids() for row in rows]
     caches = [row.cache if use_cache else None for row in rows]
@@ -49,6 +46,15 @@ def decode_step(
         try:
             for step in row.completion.take(row_logits, reused):
                 yield row, step
-        except Exception as error:  # noqa: BLE001 (samplers meet odd settings; the other rows go on)
+        except Exception as error:  # noqa: BLE001 (a sampler may raise anything)
             row.completion.finished = True
-            yield row, of_item(error)
+            yield row, as_kvgen_error(error)
+
+
+def decode(forward: ForwardBatch, row: Row, *, use_cache: bool = True) -> Iterator[Step]:
+    """Decode one row to its end. Raises KvgenError if a step fails."""
+    while not row.completion.finished:
+        for _, step in decode_step(forward, [row], use_cache=use_cache):
+            if isinstance(step, KvgenError):
+                raise step
+            yield step

@@ -1,4 +1,4 @@
-"""Read an iterable on a thread, so that slow input does not hold up what is under way."""
+"""Read an iterable on a background thread, so that slow input does not block decoding."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-_PATIENCE = 0.1  # seconds after which a wait for input returns, so that the caller can look whether to go on
+_TIMEOUT = 0.1  # seconds that `take` waits, so that the caller can check whether to stop
 
 T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Items of an iterable, read ahead. ended: whether all are taken."""
+    """Reads up to `size` items ahead. ended: whether all have been taken."""
 
-    def __init__(self, items: Iterable[T], most: int) -> None:
-        """most: how many items to read ahead."""
+    def __init__(self, items: Iterable[T], size: int) -> None:
         self.ended, self._closed = False, False
-        self._read: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)
+        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
         threading.Thread(target=self._fill, args=(items,), daemon=True).start()
 
     def take(self, *, wait: bool) -> T | None:
-        """The next item; None if there is none yet, with `wait` after a moment. Raises what reading raised."""
+        """Return the next item; None if there is none yet, after a moment if `wait`. Raises what reading raised."""
         try:
-            item, error = self._read.get(timeout=_PATIENCE) if wait else self._read.get_nowait()
+            item, error = self._queue.get(timeout=_TIMEOUT) if wait else self._queue.get_nowait()
         except queue.Empty:
             return None
         self.ended = item is None
@@ -34,19 +33,19 @@ class Prefetcher(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop reading. A thread that waits for room ends at once, one that waits for input with the next item."""
+        """Stop reading: at once if the queue is full, else after the next item."""
         self._closed = True
         with suppress(queue.Empty):
             while True:
-                self._read.get_nowait()
+                self._queue.get_nowait()
 
     def _fill(self, items: Iterable[T]) -> None:
+        failure: BaseException | None = None
         try:
             for item in items:
-                self._read.put((item, None))
+                self._queue.put((item, None))
                 if self._closed:
                     return
-        except BaseException as error:  # noqa: BLE001 (raised again where items are taken)
-            self._read.put((None, error))
-            return
-        self._read.put((None, None))
+        except BaseException as error:  # noqa: BLE001 (raised again by `take`)
+            failure = error
+        self._queue.put((None, failure))

@@ -1,16 +1,15 @@
-"""A KV cache as a file, for a later process to go on from.
+"""Prompt caches: KV caches in files, so that a later process continues from them.
 
-A safetensors file: `tokens`, and for each layer `keys.N`, `values.N` and, in the metadata, the position that they begin
-at. It belongs to weights and arithmetic, not to a text: the cache finds what of a text it has seen, as in memory.
+A safetensors file: `tokens`, `keys.N` and `values.N` for each layer, and in the metadata the first position of each.
+A file belongs to weights and arithmetic, not to a prompt: a loaded cache matches any text as in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,13 +27,14 @@ from kvgen.errors import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.loading.load import Loaded
 from kvgen.model.cache import KVCache
 from kvgen.model.states import KeyValues
+from kvgen.system import atomic_file
 
 _FORMAT = "1"
 
 
 @dataclass(frozen=True)
 class PromptCacheInfo:
-    """What is known of a file without the model. nbytes: of keys and values."""
+    """Contents of a file that can be read without the model. nbytes: of keys and values."""
 
     model: str
     numerics: str
@@ -44,39 +44,39 @@ class PromptCacheInfo:
     nbytes: int
 
 
-def save_prompt_cache(path: Path, cache: KVCache, loaded: Loaded) -> None:
-    """Write the file at once: it is whole or not there. Raises KvgenError if it cannot be written."""
-    native = _native(loaded.model)
-    rooms = cache.held()
+def save_prompt_cache(path: str | Path, cache: KVCache, loaded: Loaded) -> None:
+    """Write a cache to a file, atomically.
+
+        >>> ids = loaded.tokenizer.encode("A long document. " * 20)
+        >>> batch = kvgen.Batch(loaded)
+        >>> _ = list(batch.complete(kvgen.Request(ids, max_tokens=1)))
+        >>> kvgen.save_prompt_cache("document.cache", batch.cache, loaded)
+
+    Raises KvgenError if the file cannot be written, UsageError if the model does not run on kvgen's decoder.
+    """
+    path, native = Path(path), _native(loaded.model)
+    layers = cache.held()
     tensors = {"tokens": cache.tokens}
-    for number, room in enumerate(rooms):
-        tensors |= {f"keys.{number}": room.keys, f"values.{number}": room.values}
+    for number, layer in enumerate(layers):
+        tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
     metadata = {
         "kvgen-prompt-cache": _FORMAT,
         "identity": _identity(loaded),
         "model": loaded.source,
         "numerics": native.numerics,
         "variant": str(cache.variant),
-        "first": json.dumps([room.first for room in rooms]),
+        "first": json.dumps([layer.first for layer in layers]),
         "sha256": digest(tensors),
     }
     try:
-        with tempfile.TemporaryDirectory(prefix=".kvgen-", dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            with written.open("wb") as file:
-                _write(file, tensors, metadata)
-                file.flush()
-                os.fsync(file.fileno())
-            written.replace(path)
+        with atomic_file(path) as file:
+            _write(file, tensors, metadata)
     except OSError as error:
         raise KvgenError(f"{path}: the prompt cache cannot be written ({error})") from error
 
 
 def open_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
-    """What `load_prompt_cache` finds; None where there is no file yet, and one can be written.
-
-    Raises UsageError where it cannot.
-    """
+    """Load a cache; None if the file does not exist yet. Raises UsageError if it could not be created."""
     _native(loaded.model)
     if path.exists():
         return load_prompt_cache(path, loaded)
@@ -85,12 +85,17 @@ def open_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
     return None
 
 
-def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
-    """The cache of a file that these weights and this arithmetic wrote.
+def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
+    """Load a cache that `save_prompt_cache` or `--prompt-cache` wrote with the same weights and arithmetic.
 
-    Raises CacheError for a file that is damaged or belongs to others, UsageError for a model whose cache is no KVCache.
+        >>> batch = kvgen.Batch(loaded, cache=kvgen.load_prompt_cache("document.cache", loaded))
+        >>> ids = loaded.tokenizer.encode("A long document. " * 20 + "In short,")
+        >>> next(batch.complete(kvgen.Request(ids))).step.computed
+        3
+
+    Raises CacheError if the file is damaged or of another model, UsageError if `loaded` is not on kvgen's decoder.
     """
-    native = _native(loaded.model)
+    path, native = Path(path), _native(loaded.model)
     metadata, tensors = _read(path)
     if metadata["identity"] != _identity(loaded):
         raise CacheError(
@@ -101,17 +106,17 @@ def load_prompt_cache(path: Path, loaded: Loaded) -> KVCache:
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < native.decoder.config.vocab_size:
         raise _damaged(path, "token ids outside the vocabulary")
     try:
-        rooms = (
+        layers = (
             KeyValues(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
             for n, first in enumerate(json.loads(metadata["first"]))
         )
-        return native.restored(tokens.to(native.device), rooms, int(metadata["variant"]))
+        return native.restored(tokens.to(native.device), layers, int(metadata["variant"]))
     except (CacheError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"it does not fit the model ({error})") from error
 
 
 def describe_prompt_cache(path: Path) -> PromptCacheInfo:
-    """What a file holds. Raises CacheError for one that is damaged or no prompt cache."""
+    """Return the contents of a file. Raises CacheError if it is damaged or not a prompt cache."""
     metadata, tensors = _read(path)
     parts = [tensors[name] for name in tensors if name != "tokens"]
     return PromptCacheInfo(
@@ -130,56 +135,52 @@ def _native(model: Backend) -> NativeBackend:
     raise UsageError("a prompt cache needs kvgen's own decoder, and goes without --verify-cache")
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Tensors of a file, of which the two that were read last are in memory: keys and values of a layer."""
+class _LazyTensors(UserDict[str, Any]):
+    """Tensors of a file, read on access; only the last two, a layer's keys and values, stay in memory."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors: dict[str, RawTensor] = {}
+        super().__init__()
         self._read: list[RawTensor] = []
-        add_shard(self._tensors, path)
+        add_shard(self.data, path)
 
     def __getitem__(self, name: str) -> Tensor:
-        self._read.append(self._tensors[name])
+        self._read.append(self.data[name])
         if len(self._read) > 2:
             self._read.pop(0).release()
         return self._read[-1].read()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
 
 def _read(path: Path) -> tuple[dict[str, str], Mapping[str, Tensor]]:
-    """Metadata and tensors of a file that says what it is, and whose content is what was written."""
+    """Read metadata and tensors; check the format and the checksum."""
     try:
-        tensors = _Stored(path)
+        tensors = _LazyTensors(path)
         file: Any = safe_open(path, framework="pt")
         metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError, CheckpointError) as error:
-        raise CacheError(f"{path}: no readable prompt cache ({error})") from error
+        raise CacheError(f"{path}: not a readable prompt cache ({error})") from error
     if metadata.get("kvgen-prompt-cache") != _FORMAT:
-        raise CacheError(f"{path}: no prompt cache of this version of kvgen")
-    wanted = {"identity", "model", "numerics", "variant", "first", "sha256"}
-    if not wanted <= metadata.keys() or "tokens" not in tensors:
-        raise _damaged(path, "something is missing")
+        raise CacheError(f"{path}: not a prompt cache of this version of kvgen")
+    if (
+        not {"identity", "model", "numerics", "variant", "first", "sha256"} <= metadata.keys()
+        or "tokens" not in tensors
+    ):
+        raise _damaged(path, "an entry is missing")
     if tensors["tokens"].dtype != torch.int64 or tensors["tokens"].ndim != 2:
-        raise _damaged(path, "its tokens are none")
+        raise _damaged(path, "invalid token ids")
     if metadata["sha256"] != digest(tensors):
-        raise _damaged(path, "its content is not what was written")
+        raise _damaged(path, "wrong checksum")
     return metadata, tensors
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """In the format of safetensors, whose own writer wants all tensors in contiguous memory: a copy of the cache."""
+    """Write the safetensors format; the library's own writer would copy the whole cache into contiguous memory."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # which aligns what follows
+    text += b" " * (-len(text) % 8)  # align the tensors
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         file.write(_bytes(tensor))
@@ -189,23 +190,23 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _damaged(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path}: the prompt cache is damaged: {why}; remove it")
+def _damaged(path: Path, reason: str) -> CacheError:
+    return CacheError(f"{path}: the prompt cache is damaged: {reason}; remove it")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of what a file holds, names and shapes included."""
-    whole = hashlib.sha256()
+    """Return the SHA-256 of names, dtypes, shapes and contents."""
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        whole.update(_bytes(tensor))
-    return whole.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        sha256.update(_bytes(tensor))
+    return sha256.hexdigest()
 
 
 def _identity(loaded: Loaded) -> str:
-    """Weights and arithmetic. The tokenizer does not matter: token ids are compared, not text."""
+    """Return a digest of weights and arithmetic. Token ids are compared, not text, so the tokenizer is left out."""
     numerics = _native(loaded.model).numerics
     if not loaded.files:
-        raise UsageError("a prompt cache needs a model that was read from files, as `kvgen.load` does")
+        raise UsageError("a prompt cache needs a model that kvgen.load read from files")
     return hashlib.sha256(f"{numerics}\0{digest_of(loaded.files)}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""How the next token is chosen: pure filters on logits, and the sampler that the settings compose them into.
+"""Sampling: pure filters on logits, and the sampler that composes them.
 
-The filters run in this order, which is that of transformers for the ones that it has: logit bias, repetition
-penalty, presence and frequency penalties, temperature, top-k, top-p, min-p, typical-p. Each takes logits of
-shape (vocab,) and returns new ones, with -inf for the tokens that it rules out; at least one token stays.
+Order, as in transformers where it has the filter: logit bias, repetition penalty, presence and frequency penalties,
+temperature, top-k, top-p, min-p, typical-p. Each takes logits, (vocab,), and returns new ones, with -inf for the tokens
+that it removes; at least one token stays.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from kvgen.errors import ModelError, UsageError
 from kvgen.generation.settings import Sampling
 
 Sampler = Callable[[Tensor, Sequence[int], int], int]
-"""logits (vocab,) fp32 on the CPU, ids so far, how many of them are the prompt -> the next id."""
+"""(logits, (vocab,) fp32 on the CPU; ids so far; how many of them are the prompt) -> the next id."""
 
 Filter = Callable[[Tensor], Tensor]
 
-_FEW = 256
-_CLOSE = 1e-5
+_TOP_P_CANDIDATES = 256
+_TOP_P_MARGIN = 1e-5  # probability
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Leave torch's threads asleep: to wake them for one row of logits takes longer than the work."""
+    """Run torch on one thread: waking the others takes longer than the work on one row of logits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -38,10 +38,11 @@ def one_thread() -> Iterator[None]:
 
 
 def make_sampler(settings: Sampling) -> Sampler:
-    """Compose the settings into a sampler with a random generator of its own."""
+    """Compose the settings into a sampler with its own random generator."""
     penalties = _penalties(settings)
     if settings.temperature == 0:
-        return lambda logits, ids, prompt_length: most_likely(penalties(logits, ids, prompt_length))
+        # NumPy's argmax is five times as fast as torch's; both return the first maximum.
+        return lambda logits, ids, prompt_length: int(penalties(logits, ids, prompt_length).numpy().argmax())
     filters = _filters(settings)
     generator = torch.Generator()
     if settings.seed is None:
@@ -59,19 +60,19 @@ def make_sampler(settings: Sampling) -> Sampler:
 
 
 def _filters(settings: Sampling) -> list[Filter]:
-    """The filters that the settings switch on, in order."""
-    choices: list[tuple[bool, Filter]] = [
-        (settings.temperature != 1, partial(scale, temperature=settings.temperature)),
+    """Return the enabled filters in order."""
+    filters: list[tuple[bool, Filter]] = [
+        (settings.temperature != 1, partial(scale, temperature=float(settings.temperature))),
         (settings.top_k > 0, partial(top_k, k=settings.top_k)),
         (settings.top_p < 1, partial(top_p, p=settings.top_p)),
         (settings.min_p > 0, partial(min_p, p=settings.min_p)),
         (settings.typical_p < 1, partial(typical_p, mass=settings.typical_p)),
     ]
-    return [apply for wanted, apply in choices if wanted]
+    return [apply for enabled, apply in filters if enabled]
 
 
 def _penalties(settings: Sampling) -> Callable[[Tensor, Sequence[int], int], Tensor]:
-    """What depends on the ids so far, and the bias that comes before it."""
+    """Compose the logit bias and the penalties, which depend on the ids so far."""
     bias_ids = torch.tensor(list(settings.logit_bias), dtype=torch.int64)
     bias = torch.tensor(list(settings.logit_bias.values()), dtype=torch.float32)
 
@@ -91,54 +92,49 @@ def _penalties(settings: Sampling) -> Callable[[Tensor, Sequence[int], int], Ten
 
 
 def repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Make the tokens in `ids` less likely, by a factor on their logits that pushes both signs down."""
+    """Divide positive and multiply negative logits of the tokens in `ids` by the penalty."""
     seen = logits[ids]
     return logits.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def most_likely(logits: Tensor) -> int:
-    """The first of the largest logits. NumPy finds it five times as fast as torch.argmax."""
-    return int(logits.numpy().argmax())
-
-
 def draw(logits: Tensor, generator: torch.Generator) -> int:
-    """A token by its probability: where a random number falls among the sums of those before it.
+    """Sample a token by inverting the cumulative distribution.
 
-    Ten times as fast as torch.multinomial, which draws a number for each token of the vocabulary. Raises ModelError
-    where no token has a probability.
+    Ten times as fast as torch.multinomial, which draws a number for each token of the vocabulary. Raises ModelError if
+    all probabilities are zero.
     """
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     if not float(sums[-1]) > 0:
-        raise ModelError("no token can be chosen: the settings leave none a probability")
+        raise ModelError("no token can be sampled: with these settings every probability is zero")
     point = torch.rand(1, dtype=torch.float64, generator=generator) * sums[-1]
-    last = torch.searchsorted(sums, sums[-1:])  # of those with a probability
+    last = torch.searchsorted(sums, sums[-1:])  # the last token with a probability above zero
     return int(torch.minimum(torch.searchsorted(sums, point, right=True), last))
 
 
 def scale(logits: Tensor, temperature: float) -> Tensor:
     """Divide by the temperature."""
     scaled: Tensor = logits / temperature
-    # A tiny temperature would overflow; only differences matter, so the largest logit can be 0.
+    # A tiny temperature would overflow; softmax sees only differences, so shift the largest logit to 0.
     return scaled if scaled.max().isfinite() else ((logits - logits.max()).double() / temperature).float()
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest logits, and any equal to the smallest of them."""
+    """Keep the k largest logits, and ties with the k-th."""
     if k >= len(logits):
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities add up to p or more."""
-    likely, indices = logits.topk(min(_FEW, len(logits)))  # sorting all would take longer than a model's step
+    """Keep the fewest most likely tokens whose probabilities add up to at least p."""
+    likely, indices = logits.topk(min(_TOP_P_CANDIDATES, len(logits)))  # sorting all takes longer than a model's step
     held = (likely - logits.logsumexp(-1)).exp().cumsum(-1)
     kept = int((held < p).sum()) + 1
-    # The order of ties, and what is within rounding of p, is left to the sort below, which is that of transformers.
-    if kept < len(held) and likely[kept - 1] > likely[kept] and (held - p).abs().min() > _CLOSE:
+    # Ties, and sums within rounding of p, are decided as in transformers, by the sort below.
+    if kept < len(held) and likely[kept - 1] > likely[kept] and (held - p).abs().min() > _TOP_P_MARGIN:
         return torch.full_like(logits, -torch.inf).scatter(0, indices[:kept], likely[:kept])
     ordered, order = logits.sort(descending=False)
-    below = ordered.softmax(-1).cumsum(-1)  # probability up to and with each token, from the least likely
+    below = ordered.softmax(-1).cumsum(-1)  # cumulative probability, from the least likely token
     dropped = below <= 1 - p
     dropped[-1] = False
     return logits.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), -torch.inf)
@@ -151,7 +147,7 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def typical_p(logits: Tensor, mass: float) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the entropy, until they hold `mass` together."""
+    """Keep the tokens whose surprise is closest to the entropy, until their probabilities add up to `mass`."""
     log_probabilities = logits.log_softmax(-1)
     probabilities = log_probabilities.exp()
     entropy = -(probabilities * log_probabilities).nansum()

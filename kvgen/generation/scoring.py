@@ -21,10 +21,14 @@ DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of a text.
+    """Log-probabilities of the tokens of a text.
 
-    logprobs: in nats, one for each of `ids`; None for a token that nothing stands before, -inf for one that the model
-    rules out. window, stride: in tokens; see `score`.
+        >>> score = kvgen.score(loaded, "The capital of France is Paris.")
+        >>> print(f"{score.count} tokens, {score.total:.2f} nats, perplexity {score.perplexity:.2f}")
+        6 tokens, -15.40 nats, perplexity 13.03
+
+    logprobs: in nats, one for each of `ids`; None for a token that is not scored, -inf for an impossible one.
+    window, stride: in tokens, see `score`.
     """
 
     ids: tuple[int, ...]
@@ -34,28 +38,27 @@ class Score:
 
     @property
     def count(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return sum(value is not None for value in self.logprobs)
 
     @property
     def total(self) -> float:
-        """The log-likelihood of the tokens that are scored, in nats; summed without rounding in between."""
+        """Log-likelihood of the scored tokens, in nats; summed without intermediate rounding."""
         return math.fsum(value for value in self.logprobs if value is not None)
 
     @property
     def perplexity(self) -> float:
-        """exp(-total / count); infinite where float64 ends."""
+        """exp(-total / count); infinite if it overflows float64."""
         try:
             return math.exp(-self.total / self.count)
         except OverflowError:
             return math.inf
 
     def bits_per_byte(self, tokens: int, size: int) -> float:
-        """Surprise by length of text, which unlike perplexity compares models with different vocabularies.
+        """Bits per byte, which unlike perplexity can be compared between vocabularies: section 3.1 of arXiv:2101.00027.
 
-        tokens: that the text itself has, without BOS and EOS; scored or not. size: of the text, in bytes of UTF-8.
-        It is (tokens / size) * (-total / count) / ln 2, in bits: section 3.1 of "The Pile", arXiv:2101.00027. So tokens
-        that are not scored are taken to be as surprising as the others.
+        (tokens / size) * (-total / count) / ln 2. tokens: of the text without BOS and EOS, scored or not. size: of the
+        text, in bytes of UTF-8. Tokens that are not scored count as surprising as the others.
         """
         return tokens / size * -self.total / self.count / math.log(2)
 
@@ -68,40 +71,32 @@ def score(
     stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Score a text in windows, as in the guide "Perplexity of fixed-length models" of transformers.
+    """Score a text in windows, as in transformers' guide "Perplexity of fixed-length models".
+
+        >>> [None if value is None else round(value, 2) for value in kvgen.score(loaded, "Hello, world!").logprobs]
+        [None, -2.42, -9.51, -5.98]
 
     text: as for `generate`; or the token ids of the whole text, BOS and EOS included.
-    window: tokens that the model sees at once; None for its context, at most 2048. stride: tokens from the start of one
-    window to that of the next; None for half a window. A token is scored in the first window that holds it, so it has
-    at least window - stride tokens before it, beyond the first window. With stride = window, windows are independent,
-    and the first token of each is not scored.
-    progress: told after each window how many tokens are done, of how many.
+    window: tokens that the model sees at once; None for its context, at most 2048. stride: tokens from the start of a
+    window to the start of the next; None for half a window. A token is scored in the first window that holds it, so it
+    has at least window - stride tokens before it, except in the first window. With stride = window, windows are
+    independent, and the first token of each is not scored.
+    progress: called after each window with the number of tokens done, and in total.
 
-    Raises UsageError for a text of one token, for ids outside the vocabulary, or for sizes that do not fit, ModelError
-    for logits that are not numbers.
+    Raises UsageError for a text of one token, ids outside the vocabulary or invalid sizes, ModelError for logits that
+    are not finite.
     """
     for name, size in (("window", window), ("stride", stride)):
         if size is not None and not is_whole(size):
             raise UsageError(f"{name} is {size!r}; it must be a whole number of tokens, or None")
     ids = text_ids(loaded, text)
-    return score_ids(loaded.model, ids, window=window, stride=stride, progress=progress)
-
-
-def score_ids(
-    model: Backend,
-    ids: Sequence[int],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Score:
-    """`score` of token ids, with a model that need not have a tokenizer."""
-    longest = model.context_length  # None: any window fits
+    model = loaded.model
+    longest = model.context_length  # None: unbounded
     if window is None:
         window = DEFAULT_WINDOW if longest is None else min(longest, DEFAULT_WINDOW)
     stride = max(1, window // 2) if stride is None else stride
     if len(ids) < 2:
-        raise UsageError("a text needs at least two tokens to be scored: the first is given")
+        raise UsageError("a text needs at least two tokens to be scored: the first one has no context")
     if window < 2 or (longest is not None and window > longest):
         sizes = "2 or more" if longest is None else f"2 to {longest}"
         raise UsageError(f"a window of {window} tokens does not fit: it can be {sizes}")
@@ -109,7 +104,7 @@ def score_ids(
         raise UsageError(f"a stride of {stride} tokens does not fit: it can be 1 to the window, {window}")
     logprobs: list[float | None] = [None] * len(ids)
     for begin, first, end in windows(len(ids), window, stride):
-        first = max(first, begin + 1)  # nothing stands before the first token of a window
+        first = max(first, begin + 1)  # nothing precedes the first token of a window
         if first < end:
             logprobs[first:end] = _logprobs(model, model.ids_tensor(ids[begin:end]), first - begin)
         progress(end, len(ids))
@@ -117,7 +112,7 @@ def score_ids(
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """For each window its begin, the first token that no window before it holds, and its end."""
+    """Yield for each window its start, its first token that is in no earlier window, and its end."""
     first = 0
     for begin in range(0, count, stride):
         end = min(begin + window, count)
@@ -129,10 +124,10 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 @torch.inference_mode()
 def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
-    """Log-probabilities of the tokens of `text`, (1, n) int64, from index `first` on, at least 1."""
+    """Return the log-probabilities of the tokens of `text`, (1, n) int64, from index `first` >= 1."""
     found: list[float] = []
     positions = range(first - 1, text.shape[1] - 1)
-    for logits in model.each_logits(text[:, :-1], positions) or _step_by_step(model, text, positions):
+    for logits in model.each_logits(text[:, :-1], positions) or _decode_logits(model, text, positions):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         start = first + len(found)
         targets = text[0, start : start + len(logits), None]
@@ -145,8 +140,8 @@ def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
     return found
 
 
-def _step_by_step(model: Backend, text: Tensor, positions: Iterable[int]) -> Iterator[Tensor]:
-    """Logits after each position, (1, vocab), of a model that gives those of the last one alone."""
+def _decode_logits(model: Backend, text: Tensor, positions: Iterable[int]) -> Iterator[Tensor]:
+    """Yield the logits after each position, (1, vocab), step by step: for models that return only the last ones."""
     cache: Any = None
     for position in positions:
         logits, cache = model(text[:, : position + 1], cache)

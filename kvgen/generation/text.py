@@ -1,4 +1,4 @@
-"""Steps in, text out: characters only when they are whole, and nothing of a stop text or after it."""
+"""From steps to text: whole characters only, cut before stop strings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from kvgen.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Chunk:
-    """Text released by one step; it may be empty. All chunks together are the completion.
+    """Text released by one step, possibly empty; all chunks together are the completion.
 
-    finish_reason: set on the last chunk alone.
+        >>> *_, last = kvgen.stream(loaded, "The capital of France is", kvgen.Sampling(temperature=0), max_tokens=2)
+        >>> last.text, last.finish_reason
+        ('.', 'length')
+
+    finish_reason: `eos`, `stop`, `length` or `context` on the last chunk, None before.
     """
 
     text: str
@@ -22,30 +26,27 @@ class Chunk:
 
 
 class CompletionText:
-    """Turns the steps of one completion into chunks, one for each, until a stop text occurs."""
+    """Turns each step of one completion into a chunk, until a stop string occurs."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._matcher = StopMatcher(stop)
 
     def add(self, step: Step) -> Chunk:
-        """The chunk of a step. After one with a finish_reason there are no more."""
+        """Return the chunk of a step. A chunk with a finish_reason is the last one."""
         text = self._detokenizer.add(step.token)
         if step.finish_reason:
             text += self._detokenizer.flush()
-        certain = self._matcher.add(text)
+        released = self._matcher.add(text)
         if self._matcher.stopped:
-            return Chunk(certain, step, "stop")
+            return Chunk(released, step, "stop")
         if step.finish_reason:
-            certain += self._matcher.flush()
-        return Chunk(certain, step, step.finish_reason)
+            released += self._matcher.flush()
+        return Chunk(released, step, step.finish_reason)
 
 
 class StopMatcher:
-    """Passes text on until one of the stop texts occurs in it, however it is cut into pieces.
-
-    Text that may turn out to be the beginning of a stop text is held back.
-    """
+    """Passes on text up to the first stop string, and holds back what may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False
@@ -53,7 +54,7 @@ class StopMatcher:
         self._held = ""
 
     def add(self, piece: str) -> str:
-        """The text that is certain to come before any stop text."""
+        """Return the text that precedes any stop string."""
         text = self._held + piece
         found = [position for position in map(text.find, self._stop) if position >= 0]
         if found:
@@ -64,11 +65,11 @@ class StopMatcher:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What is still held back, at the end of the stream."""
+        """Return the text held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

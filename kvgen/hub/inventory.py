@@ -1,4 +1,4 @@
-"""The models that are on this machine, or could be: what `kvgen models` lists, fetches and removes."""
+"""List and remove the models of the catalogue and of the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model by name.
+    """A model and its files.
 
-    source: `catalogue`, or `hub` for a repository in the Hugging Face cache. path: where it is; None if it is not here.
-    nbytes: on disk, or to fetch. licence: an SPDX name; "" if unknown. whole: whether nothing of it is missing.
+    source: `catalogue`, or `hub` for a repository in the Hugging Face cache. path: None if not downloaded.
+    nbytes: size on disk or of the download. licence: SPDX name; "" if unknown. whole: whether no file is missing.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Entry:
 
 
 def list_models() -> list[Entry]:
-    """The catalogue, and the models in the Hugging Face cache."""
+    """Return the models of the catalogue and of the Hugging Face cache."""
     folder = cache_dir() / "models"
     entries = []
     for known in CATALOGUE.values():
@@ -43,9 +43,9 @@ def list_models() -> list[Entry]:
 
 
 def remove(name: str) -> Entry:
-    """Remove a model from kvgen's or the hub's cache, and say what it was.
+    """Remove a model from kvgen's cache or the Hugging Face cache, and return what was removed.
 
-    Raises NotFoundError if it is not there, UsageError for a file that an installed package owns.
+    Raises NotFoundError if it is in neither, UsageError if an installed package owns the file.
     """
     folder = cache_dir() / "models"
     if known := CATALOGUE.get(name):
@@ -57,9 +57,7 @@ def remove(name: str) -> Entry:
         except FileNotFoundError:
             if catalogue.find(known, folder) is None:
                 raise NotFoundError(f"model {name!r} is not in {folder}") from None
-            raise UsageError(
-                f"model {name!r} belongs to the package {known.package}: pip uninstall {known.package}"
-            ) from None
+            raise UsageError(f"model {name!r} is part of an installed package: pip uninstall {known.package}") from None
         except OSError as error:
             raise KvgenError(f"{path}: cannot be removed ({error.strerror})") from error
         return Entry(name, "catalogue", path, size, known.licence, size == known.size)
@@ -67,17 +65,17 @@ def remove(name: str) -> Entry:
         if entry.name == name:
             _scan().delete_revisions(*revisions).execute()
             return entry
-    raise NotFoundError(f"model {name!r} is neither in {folder} nor in the hub's cache")
+    raise NotFoundError(f"model {name!r} is neither in {folder} nor in the Hugging Face cache")
 
 
 def _scan() -> HFCacheInfo:
-    import huggingface_hub  # here because it is slow to import
+    import huggingface_hub  # slow to import
 
     return huggingface_hub.scan_cache_dir()
 
 
 def _hub_entries() -> list[tuple[Entry, list[str]]]:
-    """Repositories with a checkpoint, and their revisions."""
+    """Return the repositories that hold a checkpoint, each with its revisions."""
     from huggingface_hub.errors import CacheNotFound
 
     try:

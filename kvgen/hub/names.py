@@ -1,7 +1,6 @@
-"""From a reference to files on this machine: paths, the built-in catalogue, the Hugging Face hub.
+"""Resolve a model name to local files: a path, a model of the catalogue, or a Hugging Face hub id.
 
-Nothing is downloaded unless the caller names a model that is not here yet, and nothing at all with
-$KVGEN_OFFLINE set.
+Missing files are downloaded, unless $KVGEN_OFFLINE is set.
 """
 
 from __future__ import annotations
@@ -30,40 +29,38 @@ _HUB_FILES = [
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """The `Progress` of a caller who does not want to know."""
+    """Ignore download progress."""
 
 
 def resolve(reference: str | Path | None = None, *, progress: Progress = no_progress) -> Path:
-    """The file or folder that `reference` means; None is $KVGEN_MODEL or the default model.
+    """Return the file or folder of a model; None is $KVGEN_MODEL or the default model.
 
-    Tried in this order: a path that exists, a name of the catalogue, a hub id `owner/name`.
-    Raises NotFoundError if none of them fits or the files cannot be had.
+    Tries an existing path, then a name of the catalogue, then a hub id `owner/name`.
+    Raises NotFoundError if none of them matches or the download fails.
     """
     reference = str(reference or default_reference())
     try:
         path = Path(reference).expanduser()
         if path.is_file() or path.is_dir():
             return path
-    except (OSError, RuntimeError) as error:  # a name too long, a user that does not exist
-        raise NotFoundError(f"model {reference[:60]!r}: cannot be looked up ({error.__class__.__name__})") from error
+    except (OSError, RuntimeError) as error:  # name too long, unknown user
+        raise NotFoundError(f"model {reference[:60]!r}: not a valid path ({error.__class__.__name__})") from error
     if entry := CATALOGUE.get(reference):
         folder = cache_dir() / "models"
         present = catalogue.find(entry, folder)
         if present is None and is_offline():
-            raise NotFoundError(
-                f"model {reference!r} is not in {folder} and KVGEN_OFFLINE is set: unset it once to fetch the model"
-            )
+            raise NotFoundError(f"model {reference!r} is not in {folder}: unset KVGEN_OFFLINE to download it")
         return present or catalogue.fetch(entry, folder, progress)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference) and path.suffix != ".gguf":
         return _hub_folder(reference, progress)
     raise NotFoundError(
-        f"model {reference!r}: no such file or folder, and neither a name of the catalogue "
-        f"({', '.join(CATALOGUE)}) nor a hub id owner/name"
+        f"model {reference!r}: not a file or folder, not in the catalogue ({', '.join(CATALOGUE)}), not a hub id "
+        "owner/name"
     )
 
 
 def default_reference() -> str:
-    """What is meant where no model is named: $KVGEN_MODEL, or the default model."""
+    """Return $KVGEN_MODEL or the default model."""
     return os.environ.get("KVGEN_MODEL") or DEFAULT_MODEL
 
 
@@ -73,20 +70,18 @@ def is_offline() -> bool:
 
 
 def _hub_folder(repository: str, progress: Progress) -> Path:
-    """The repository's snapshot: from the hub's own cache if it is whole there, else downloaded into it."""
-    import huggingface_hub  # here because it is slow to import and seldom needed
+    """Return the repository's snapshot in the Hugging Face cache, downloading it if it is missing or incomplete."""
+    import huggingface_hub  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()  # a library keeps off the terminal
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    disable_progress_bars()
 
     def snapshot(*, local: bool) -> Path:
+        bar = _progress_bar(repository, progress)
         return Path(
             huggingface_hub.snapshot_download(
-                repository,
-                allow_patterns=_HUB_FILES,
-                local_files_only=local,
-                tqdm_class=_reporter(repository, progress),
+                repository, allow_patterns=_HUB_FILES, local_files_only=local, tqdm_class=bar
             )
         )
 
@@ -97,38 +92,37 @@ def _hub_folder(repository: str, progress: Progress) -> Path:
     except (LocalEntryNotFoundError, FileNotFoundError):
         if is_offline():
             raise NotFoundError(
-                f"model {repository!r} is not in the hub's cache and KVGEN_OFFLINE is set: unset it once to fetch it"
+                f"model {repository!r} is not in the Hugging Face cache: unset KVGEN_OFFLINE to download it"
             ) from None
     except HFValidationError as error:
-        raise NotFoundError(f"model {repository!r}: no such file or folder, and not a valid hub id") from error
+        raise NotFoundError(f"model {repository!r}: not a file or folder, and not a valid hub id") from error
     try:
         return snapshot(local=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = in_one_line(error)
-        raise NotFoundError(f"model {repository!r} is no local path and could not be fetched: {reason}") from error
+        raise NotFoundError(f"model {repository!r}: download failed ({in_one_line(error)})") from error
 
 
-def _reporter(repository: str, progress: Progress) -> type[Any]:
-    """What the hub's library takes for a progress bar: a class whose objects show nothing and tell `progress`."""
+def _progress_bar(repository: str, progress: Progress) -> type[Any]:
+    """Return a tqdm class for huggingface_hub that shows nothing and calls `progress`."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Reporter(tqdm):
+    class ProgressBar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
-            # Not the bar that counts files, nor that of the network, which may count the same bytes again.
-            self.is_for_bytes = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
+            # Ignore the bar that counts files, and the one of the network, which may count the same bytes again.
+            self.counts_bytes = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
             self.bytes = int(options.get("initial") or 0)
 
         def update(self, count: float | None = 1) -> None:
-            if self.is_for_bytes and self.total:
+            if self.counts_bytes and self.total:
                 self.bytes += int(count or 0)
                 progress(repository, min(self.bytes, int(self.total)), int(self.total))
 
-    return Reporter
+    return ProgressBar
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a snapshot has all that a checkpoint needs; a download that was interrupted leaves less."""
+    """Whether a snapshot has its config, tokenizer and all shards. An interrupted download does not."""
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.exists():

@@ -1,6 +1,6 @@
-"""The C++ kernels as a library: compiled for this machine the first time, and kept in kvgen's cache folder.
+"""Compiles the C++ kernels for this machine at first use, into kvgen's cache folder, and loads them.
 
-They are written in GCC's dialect, for its vectors.
+They use GCC's vector extensions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import torch
 from kvgen.errors import UnsupportedError
 from kvgen.system import cache_dir
 
-SOURCE = Path(__file__).parent / "kernels.cpp"
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-# Sums must not be reordered, so no -ffast-math.
+_SOURCE = Path(__file__).parent / "kernels.cpp"
+# No -ffast-math: it would reorder sums.
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-_TIMEOUT = 300  # seconds; it takes about four
+_TIMEOUT = 300  # seconds; compiling takes about four
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernels, ready to call. Raises UnsupportedError where they cannot be built or loaded."""
-    compiler = _compiler()
+    """Return the kernels, compiled if necessary. Raises UnsupportedError if they cannot be built or loaded."""
+    chosen = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ([chosen] if chosen else ["g++", "c++"]))
+    compiler = next((path for path in found if path), None)
     if compiler is None:
         raise UnsupportedError("no C++ compiler found ($CXX, g++ or c++)")
     path = cache_dir() / "kernels" / f"{_key(compiler)}.so"
@@ -42,16 +43,10 @@ def library() -> ctypes.CDLL:
         raise UnsupportedError(f"the kernels cannot be loaded: {error}") from error
 
 
-def _compiler() -> str | None:
-    chosen = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ([chosen] if chosen else ["g++", "c++"]))
-    return next((path for path in found if path), None)
-
-
 def _key(compiler: str) -> str:
-    """What the library depends on: its source, how it is compiled, and the processor that it is compiled for."""
+    """Return a digest of source, flags, compiler and processor."""
     digest = hashlib.sha256()
-    for file in (SOURCE, *HEADERS):
+    for file in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
         digest.update(file.read_bytes())
     stat = Path(compiler).stat()
     for part in (*_FLAGS, compiler, stat.st_size, stat.st_mtime_ns, torch.__version__, _processor()):
@@ -60,7 +55,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name and what it can do, as far as the system says."""
+    """Return the processor's name and features."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
@@ -73,11 +68,11 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [compiler, *_FLAGS, str(SOURCE), "-o", str(built)]
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
             if done.returncode:
                 why = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
                 raise UnsupportedError(f"{compiler} cannot build the kernels: {why}")
-            built.replace(path)  # at once: another process may be building it too
+            built.replace(path)  # atomically: another process may be building it too
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnsupportedError(f"the kernels cannot be built: {error}") from error

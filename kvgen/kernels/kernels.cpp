@@ -1,23 +1,19 @@
-// The decoder's arithmetic on a CPU: a run of operations over buffers of fp32, on all threads at once.
+// The decoder's arithmetic on a CPU: runs the operations that program.py lists over fp32 buffers, on all threads.
 //
-// It knows tensors and no models: what the operations are is the business of program.py, which mirrors the structs
-// below. Weights stay as small as the checkpoint has them. An output is summed in one order, whatever stands beside it:
-// the logits of a position are the same bits in a prefill, in a step and in a batch, on any number of threads.
+// Every output is summed in one fixed order, whatever is computed beside it, so the logits of a position have the same
+// bits in a prefill, a step and a batch, on any number of threads.
 //
-// Integer weights (groups of 4 or 8 bits with a scale and perhaps a minimum) meet activations that are rounded to 16
-// bits in each group, so that products inside a group are exact integers; the rounding is 2^-16 of a group's largest
-// activation. All else is fp32.
+// Integer weights (groups of 4 or 8 bits with a scale and maybe a minimum) are multiplied with activations rounded to
+// 16 bits per group, so products inside a group are exact integers; the error is 2^-16 of a group's largest activation.
+// Everything else is fp32.
 
 #include <unistd.h>
 
 #include "attention.h"
-#include "linear.h"
-#include "structs.h"
-#include "vectors.h"
 
 namespace {
 
-// Norms over runs of `width` numbers; mode 0 is RMS, 1 layer, 2 the unit vector
+// RMSNorm (mode 0) or LayerNorm (mode 1) of each `width` numbers
 void norm(const Op &op, const Run &run, Shared &shared) {
     int width = op.width, runs = run.rows * (run.widths[op.src] / width);
     shared.threads->each(runs, 4 * width, [&](int r) {
@@ -38,7 +34,7 @@ void norm(const Op &op, const Run &run, Shared &shared) {
         }
         for (; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
         square += sum(squares);
-        float scale = op.mode == 2 ? 1 / std::max(std::sqrt(square), op.eps) : 1 / std::sqrt(square / width + op.eps);
+        float scale = 1 / std::sqrt(square / width + op.eps);
         for (i = 0; i < width; i++) {
             float value = (x[i] - mean) * scale;
             if (op.vector) value *= op.vector[at + i];
@@ -47,7 +43,7 @@ void norm(const Op &op, const Run &run, Shared &shared) {
     });
 }
 
-// Rotates pairs (i, i + R / 2) of each head, in place
+// Rotates pairs (i, i + R / 2) of each head, in place.
 void rotate(const Op &op, const Run &run, Shared &shared) {
     const Table &table = run.tables[op.mode];
     int half = table.rotated / 2;
@@ -67,13 +63,13 @@ void rotate(const Op &op, const Run &run, Shared &shared) {
 float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 
-// dst = act(src) * other, or act(src); mode 0 is SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU
+// dst = act(src) * other, or act(src). mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU
 void activate(const Op &op, const Run &run, Shared &shared) {
     size_t size = size_t(run.rows) * run.widths[op.src];
     const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
     float *y = run.slots[op.dst];
     int blocks = int((size + 255) / 256);
-    shared.threads->each(blocks, 16 * 256, [&](int block) { // exponentials
+    shared.threads->each(blocks, 16 * 256, [&](int block) { // 16: exponentials are slow
         size_t i = size_t(block) * 256, end = std::min(size, i + 256);
         for (; op.mode == 0 && i + 16 <= end; i += 16) {
             f32x16 v = load<f32x16>(x + i);
@@ -101,14 +97,14 @@ void add(const Op &op, const Run &run, Shared &shared) {
     });
 }
 
-Shared &shared_here() {
+Shared &process_state() {
     static std::atomic<Shared *> current{nullptr};
     Shared *shared = current.load();
     if (shared && shared->process == getpid()) return *shared;
-    auto *fresh = new Shared; // what a forked process was born with is left alone: its threads are the parent's
+    auto *fresh = new Shared; // a forked process abandons its parent's state, whose threads it does not have
     fresh->process = getpid();
     if (current.compare_exchange_strong(shared, fresh)) return *fresh;
-    delete fresh; // another thread was faster
+    delete fresh; // a concurrent call was faster
     return *shared;
 }
 
@@ -117,7 +113,7 @@ Shared &shared_here() {
 extern "C" {
 
 void kvgen_run(const Run *run, int threads) {
-    Shared &shared = shared_here();
+    Shared &shared = process_state();
     std::lock_guard<std::mutex> lock(shared.busy);
     shared.use(threads);
     shared.owners.resize(run->rows);
@@ -142,9 +138,9 @@ void kvgen_run(const Run *run, int threads) {
     }
 }
 
-// out[i] = row ids[i] of a weight, as fp32: (count, cols)
+// out[i] = row ids[i] of a weight, as fp32, (count, cols)
 void kvgen_rows(const Weight *w, const int64_t *ids, int64_t count, float *out, int threads) {
-    Shared &shared = shared_here();
+    Shared &shared = process_state();
     std::lock_guard<std::mutex> lock(shared.busy);
     shared.use(threads);
     shared.threads->each(int(count), w->cols, [&](int i) { unpack_row(*w, ids[i], out + size_t(i) * w->cols); });

@@ -1,13 +1,9 @@
-// Products with weights, which stay as small as the checkpoint has them.
+// Products with weights, which keep the checkpoint's types.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "structs.h"
-#include "vectors.h"
 
 namespace {
 
@@ -22,25 +18,29 @@ template <int N> void multiply(const float *const *x, const float *panel, int st
     for (int n = 0; n < N; n++) store(out[n], acc[n][0]), store(out[n] + 16, acc[n][1]);
 }
 
-void multiply_rows(int n, const float *const *x, const float *panel, int stride, int cols, float *const *out) {
+// Calls f with n, 1 to TILE, as a compile-time constant.
+template <class F> void with_constant(int n, F f) {
     switch (n) {
-    case 1: return multiply<1>(x, panel, stride, cols, out);
-    case 2: return multiply<2>(x, panel, stride, cols, out);
-    case 3: return multiply<3>(x, panel, stride, cols, out);
-    case 4: return multiply<4>(x, panel, stride, cols, out);
-    case 5: return multiply<5>(x, panel, stride, cols, out);
-    default: return multiply<TILE>(x, panel, stride, cols, out);
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    default: return f(std::integral_constant<int, TILE>());
     }
 }
 
-// Activations as 16-bit integers: of each group its pairs, in the order in which the weight's codes come, its scale, and
-// the sum of its numbers.
+void multiply_rows(int n, const float *const *x, const float *panel, int stride, int cols, float *const *out) {
+    with_constant(n, [=](auto N) { multiply<N>(x, panel, stride, cols, out); });
+}
+
+// Activations as 16-bit integers: per group the pairs, in the order of the weight's codes, the scale, and the sum.
 struct Rounded {
     int32_t *pairs;
     float *scales, *sums;
 };
 
-// How a panel's codes are laid out. `pair(g, p, half)`: columns 2p and 2p + 1, as ordered, of 16 rows in group g.
+// Layouts of a panel's codes. `pair(g, p, half)`: pair p of group g, for 16 of the rows.
 template <int PAIRS> struct Codes4 { // [group][word][row], 8 columns in a word
     const uint32_t *at;
     i32x16 pair(int g, int p, int half) const {
@@ -96,20 +96,7 @@ void multiply_codes(C codes, Scales scales, Scales mins, int groups, Rounded x, 
     for (int n = 0; n < N; n++) store(out[n], acc[n][0]), store(out[n] + 16, acc[n][1]);
 }
 
-template <int PAIRS, class C>
-void multiply_codes_rows(int n, C codes, Scales scales, Scales mins, int groups, Rounded x, float *const *out) {
-    switch (n) {
-    case 1: return multiply_codes<1, PAIRS>(codes, scales, mins, groups, x, out);
-    case 2: return multiply_codes<2, PAIRS>(codes, scales, mins, groups, x, out);
-    case 3: return multiply_codes<3, PAIRS>(codes, scales, mins, groups, x, out);
-    case 4: return multiply_codes<4, PAIRS>(codes, scales, mins, groups, x, out);
-    case 5: return multiply_codes<5, PAIRS>(codes, scales, mins, groups, x, out);
-    default: return multiply_codes<TILE, PAIRS>(codes, scales, mins, groups, x, out);
-    }
-}
-
-// The column of a group that stands at `half` (0 or 1) of pair p. Nibbles lie as ggml has them: a byte holds columns
-// i and i + group / 2.
+// The column of a group at `half` (0 or 1) of pair p. Nibbles are as in ggml: a byte holds columns i and i + group / 2.
 int column_of(Kind kind, int group, int p, int half) {
     if (kind == INT8) return 2 * p + half;
     return p / 4 * 4 + p % 4 / 2 + 2 * half + (p % 2) * (group / 2);
@@ -117,17 +104,17 @@ int column_of(Kind kind, int group, int p, int half) {
 
 void round_row(const float *x, Kind kind, int group, int groups, Rounded to) {
     int pairs = group / 2;
-    i32x16 low{}, high{}; // where in the group the halves of each pair stand
+    i32x16 low{}, high{}; // columns of the halves of each pair
     for (int p = 0; p < pairs; p++) low[p] = column_of(kind, group, p, 0), high[p] = column_of(kind, group, p, 1);
     for (int g = 0; g < groups; g++, x += group) {
         f32x16 a = load<f32x16>(x), b = group == 32 ? load<f32x16>(x + 16) : f32x16{};
-        float most = largest_magnitude(a, b), inverse = most > 0 ? 32767 / most : 0;
-        // Added to 1.5 * 2^23, a number is rounded to a whole one.
+        float max = largest_magnitude(a, b), inverse = max > 0 ? 32767 / max : 0;
+        // Adding 1.5 * 2^23 rounds to an integer.
         i32x16 c = __builtin_convertvector(a * inverse + 12582912.0f - 12582912.0f, i32x16);
         i32x16 d = __builtin_convertvector(b * inverse + 12582912.0f - 12582912.0f, i32x16);
         i32x16 packed = (__builtin_shuffle(c, d, low) & 0xffff) | __builtin_shuffle(c, d, high) << 16;
         std::memcpy(to.pairs + g * pairs, &packed, pairs * sizeof(int32_t));
-        to.scales[g] = most / 32767, to.sums[g] = sum(__builtin_convertvector(c + d, f32x16)) * to.scales[g];
+        to.scales[g] = max / 32767, to.sums[g] = sum(__builtin_convertvector(c + d, f32x16)) * to.scales[g];
     }
 }
 
@@ -142,23 +129,23 @@ void linear_codes(const Weight &w, C codes, int panel, const Shared &shared, int
         float *rows[TILE];
         int n = std::min(TILE, count - t);
         for (int i = 0; i < n; i++) rows[i] = out + (t + i) * PANEL;
-        multiply_codes_rows<PAIRS>(n, codes, scales, mins, groups, x, rows);
+        with_constant(n, [&](auto N) { multiply_codes<N, PAIRS>(codes, scales, mins, groups, x, rows); });
     }
 }
 
 const float *unpack_panel(const Weight &w, int panel) {
     size_t start = size_t(panel) * w.cols * PANEL;
     if (w.kind == F32) return (const float *)w.codes + start;
-    resize(panel_room, size_t(w.cols) * PANEL);
+    resize(panel_buffer, size_t(w.cols) * PANEL);
     const uint16_t *from = (const uint16_t *)w.codes + start;
     for (size_t i = 0; i < size_t(w.cols) * PANEL; i += 16) {
         u16x16 v = load<u16x16>(from + i);
-        store(&panel_room[i], w.kind == BF16 ? bfloat_to_float(v) : half_to_float(v));
+        store(&panel_buffer[i], w.kind == BF16 ? bfloat_to_float(v) : half_to_float(v));
     }
-    return panel_room.data();
+    return panel_buffer.data();
 }
 
-// A row of a weight, as fp32.
+// Writes a row of a weight as fp32.
 void unpack_row(const Weight &w, int64_t row, float *to) {
     int panel = int(row / PANEL), lane = int(row % PANEL);
     size_t start = size_t(panel) * w.cols * PANEL;
@@ -167,9 +154,8 @@ void unpack_row(const Weight &w, int64_t row, float *to) {
             size_t at = start + size_t(k) * PANEL + lane;
             u16x16 half{};
             if (w.kind != F32) half[0] = ((const uint16_t *)w.codes)[at];
-            to[k] = w.kind == F32    ? ((const float *)w.codes)[at]
-                    : w.kind == BF16 ? bfloat_to_float(half)[0]
-                                     : half_to_float(half)[0];
+            if (w.kind == F32) to[k] = ((const float *)w.codes)[at];
+            else to[k] = (w.kind == BF16 ? bfloat_to_float(half) : half_to_float(half))[0];
         }
         return;
     }
@@ -215,7 +201,7 @@ void linear_panel(const Weight &w, int panel, const float *x, const Shared &shar
     }
 }
 
-// to = scale * (from + bias), or that added to it, for the `count` outputs from `start`
+// to = scale * (from + bias), or to += it, for `count` outputs from `start`
 void write_panel(const Op &op, const float *from, int start, int count, float *to) {
     if (count == PANEL) {
         for (int i = 0; i < PANEL; i += 16) {
@@ -232,7 +218,7 @@ void write_panel(const Op &op, const float *from, int start, int count, float *t
     }
 }
 
-// dst = scale * (src W^T + bias), or that added to dst
+// dst = scale * (src W^T + bias), or dst += it
 void linear(const Op &op, const Run &run, Shared &shared) {
     const Weight &w = *op.weight;
     const float *x = run.slots[op.src];
@@ -251,8 +237,8 @@ void linear(const Op &op, const Run &run, Shared &shared) {
     for (int first = 0; first < rows; first += TOKENS) {
         int count = std::min(TOKENS, rows - first);
         shared.threads->each(panels, int64_t(count) * w.cols * PANEL, [&](int panel) {
-            resize(tile_room, size_t(TOKENS) * PANEL);
-            float *tile = tile_room.data();
+            resize(tile_buffer, size_t(TOKENS) * PANEL);
+            float *tile = tile_buffer.data();
             linear_panel(w, panel, x, shared, first, count, tile);
             int start = panel * PANEL, end = std::min(PANEL, w.rows - start);
             for (int t = 0; t < count; t++)

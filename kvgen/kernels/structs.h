@@ -1,28 +1,24 @@
-// What the kernels are told, mirrored by program.py, packed.py and fused.py; and what they keep between operations.
+// The input of the kernels, mirrored by structs.py, and their state between operations.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <memory>
-#include <mutex>
 #include <utility>
-#include <vector>
 
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int PANEL = 32;   // rows of a weight that lie interleaved, two vectors of them
-constexpr int TILE = 6;     // activations that are multiplied at once: what fits into 32 registers
-constexpr int TOKENS = 120; // activations that meet a panel in turn: few enough for a core's cache
-constexpr int KEYS = 64;    // cached positions that are looked at together, from a multiple of 64
-constexpr int QUERIES = 32; // tokens whose queries share packed keys
+constexpr int PANEL = 32;   // interleaved rows of a weight: two vectors
+constexpr int TILE = 6;     // input rows multiplied at once: what fits into 32 registers
+constexpr int TOKENS = 120; // input rows per panel of a weight: few enough for a core's cache
+constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
+constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
 
 enum Kind { F32, BF16, F16, INT4, INT8 };
 
 struct Weight {
     int32_t kind, rows, cols, group; // group: columns that share a scale, 16 or 32
-    int32_t wide;                    // whether scales are fp32, not fp16
+    int32_t wide;                    // scales are fp32, not fp16
     const void *codes, *scales, *mins;
 };
 
@@ -30,7 +26,7 @@ enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD };
 enum Flag { ACCUMULATE = 1, SAME_INPUT = 2 };
 
 struct Op {
-    int32_t kind, src, dst, other, third; // slots; what they are depends on the kind
+    int32_t kind, src, dst, other, third; // slots, used as the kind requires
     int32_t mode, width, heads, kv_heads, layer, flags;
     float eps, scale, softcap;
     const Weight *weight;
@@ -40,20 +36,20 @@ struct Op {
 
 enum Stored { STORED_F32, STORED_BF16, STORED_INT8 };
 
-struct Layer { // of one sequence's cache: (H_kv, capacity, row), whose entry 0 is the position `first`
+struct Layer { // cache of one sequence, (H_kv, capacity, row); entry 0 is position `first`
     char *keys, *values;
     int64_t key_head, value_head; // strides, in numbers
-    int64_t first, window;        // window: positions that a query sees; 0 for all
-    int32_t stored;               // what a row is made of
+    int64_t first, window;        // window: positions that a query attends to; 0 for all
+    int32_t stored;
 };
 
-struct Sequence { // its new positions are the rows [row, row + tokens) of every buffer
+struct Sequence { // its new positions are rows [row, row + tokens) of every buffer
     const Layer *layers;
-    int64_t past; // positions in its cache, before these
+    int64_t past; // positions already in the cache
     int32_t row, tokens;
 };
 
-struct Table { // rotary cosines and sines of every row, (rows, rotated)
+struct Table { // rotary cosines and sines, (rows, rotated)
     const float *cos, *sin;
     int32_t rotated;
 };
@@ -64,7 +60,6 @@ struct Run {
     const int32_t *widths;
     const Sequence *sequences;
     const Table *tables;
-    const float *slopes; // of ALiBi, one a head; null for none
     int32_t count, rows, sequence_count;
 };
 
@@ -72,17 +67,16 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
     if (v.size() < size) v.resize(size);
 }
 
-thread_local std::vector<float> panel_room, tile_room;
+thread_local std::vector<float> panel_buffer, tile_buffer;
 
-// Attention of the queries [t0, t1) of a sequence, of those that share a key head. Its parts, for each chunk of
-// positions, are at `room` of what threads share.
+// Attention of queries [t0, t1) of a sequence, in the heads of one key head, to `chunks` chunks from chunk `from`.
 struct Task {
     int32_t sequence, kv_head, t0, t1;
     int64_t from, chunks;
-    size_t room;
+    size_t rows, offset; // rows: (t1 - t0) * heads; offset: of the results per chunk in Shared::partials
 };
 
-// What there is once in a process: threads, and what they share during a run.
+// Per-process state: threads, and what they share during a run.
 struct Shared {
     int process;
     std::mutex busy; // one run at a time
@@ -91,10 +85,10 @@ struct Shared {
         if (!threads || threads->asked != count) threads.reset(), threads = std::make_unique<Threads>(count);
     }
     std::vector<int32_t> pairs, owners; // owners: the sequence of each row
-    std::vector<float> scales, sums, parts;
-    std::vector<Task> split, whole; // tasks whose chunks threads divide, and those that one thread does
-    std::vector<std::pair<int32_t, int32_t>> chunks; // of the former: task and chunk
-    int32_t most_rows;                               // of one of the former
+    std::vector<float> scales, sums, partials;
+    std::vector<Task> split, whole; // tasks whose chunks are divided among threads; tasks for one thread each
+    std::vector<std::pair<int32_t, int32_t>> chunks; // of split tasks: task and chunk
+    int32_t max_rows;                                // of a split task
 };
 
 } // namespace

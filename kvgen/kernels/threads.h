@@ -1,8 +1,7 @@
-// Loops that threads share. Outputs are divided among threads and sums never are, so their number changes no bit.
+// Parallel loops. Threads divide outputs, never sums, so the number of threads does not change any bit.
 //
-// The indices of a loop are dealt out in equal shares. A thread that is done with its own takes from the others', so one
-// that the system has set aside for another process delays no more than the piece that it holds. Whoever has to wait
-// spins for some microseconds, since most waits are shorter, and then sleeps.
+// Each thread gets an equal share of the indices, then steals from the others, so a thread that the system suspends
+// delays only the piece it holds. Waiting threads spin for some microseconds, since most waits are shorter, then sleep.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +18,7 @@
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(20);
-constexpr int64_t WORTH_SHARING = 16384; // numbers: a loop over fewer is done before another thread has heard of it
+constexpr int64_t MIN_PARALLEL = 16384; // numbers; a smaller loop is done before a second thread wakes up
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -29,7 +28,7 @@ inline void pause() {
 #endif
 }
 
-// Where one thread waits until another one has changed something.
+// Lets one thread wait for a condition that another thread changes.
 class Waiter {
   public:
     template <class Ready> void wait(Ready ready) {
@@ -48,7 +47,7 @@ class Waiter {
         asleep.store(false, std::memory_order_relaxed);
     }
 
-    // After a change and a full fence: either it is seen by who goes to sleep, or that is seen here.
+    // Call after the change and a full fence: then either the waiter sees the change, or this sees that it sleeps.
     void wake() {
         if (!asleep.load(std::memory_order_relaxed)) return;
         std::lock_guard<std::mutex> lock(mutex);
@@ -69,7 +68,7 @@ class Threads {
         for (int i = 0; i < count; i++) shares.push_back(std::make_unique<Share>());
         try {
             for (int i = 1; i < count; i++) workers.emplace_back([this, i] { serve(i); });
-        } catch (const std::system_error &) { // the system gives no more of them
+        } catch (const std::system_error &) { // continue with fewer threads
         }
     }
     ~Threads() {
@@ -81,9 +80,9 @@ class Threads {
 
     const int asked;
 
-    // f(i) for each i below `count`, in any order; `cost`: about how many numbers one of them handles.
+    // Calls f(i) for each i below `count`, in any order. cost: roughly how many numbers one call handles.
     template <class F> void each(int count, int64_t cost, const F &f) {
-        int64_t parts = std::min<int64_t>(count, 1 + count * cost / WORTH_SHARING);
+        int64_t parts = std::min<int64_t>(count, 1 + count * cost / MIN_PARALLEL);
         parts = std::min<int64_t>(parts, 1 + workers.size());
         if (parts <= 1) return run<F>(&f, 0, count);
         pending.store(count, std::memory_order_relaxed);
@@ -102,18 +101,18 @@ class Threads {
 
   private:
     struct alignas(64) Share {
-        std::atomic<uint64_t> left{0}; // indices that nobody has taken yet: the first, and behind 32 bits the end
-        void (*body)(const void *f, int begin, int end) = nullptr; // to be read once some of them are taken
+        std::atomic<uint64_t> left{0}; // indices not taken yet: begin in the high 32 bits, end in the low ones
+        void (*body)(const void *f, int begin, int end) = nullptr; // read only after taking indices
         const void *f = nullptr;
         Waiter waiter;
     };
 
-    // Not inlined: a copy could be compiled to round differently.
+    // Not inlined: copies could round differently.
     template <class F> __attribute__((noinline)) static void run(const void *f, int begin, int end) {
         for (int i = begin; i < end; i++) (*static_cast<const F *>(f))(i);
     }
 
-    // Does half of what is left of a share, and says how much that was.
+    // Runs half of the remaining indices of a share; returns how many.
     static int take(Share &share) {
         uint64_t left = share.left.load(std::memory_order_relaxed);
         for (;;) {
@@ -128,7 +127,7 @@ class Threads {
         }
     }
 
-    // The share of a thread, and then the others'.
+    // Runs the thread's own share, then steals from the others.
     void work(int own) {
         int done = 0, parts = shared.load(std::memory_order_relaxed);
         for (int i = 0; i < parts; i++)
@@ -145,11 +144,11 @@ class Threads {
         while (share.waiter.wait(called), !stopping) work(own);
     }
 
-    std::vector<std::unique_ptr<Share>> shares; // the first is the caller's
+    std::vector<std::unique_ptr<Share>> shares; // the first belongs to the caller
     std::vector<std::thread> workers;
-    std::atomic<int> shared{0}; // shares of the loop
+    std::atomic<int> shared{0}; // number of shares in this loop
     std::atomic<bool> stopping{false};
-    alignas(64) std::atomic<int> pending{0}; // indices that are not done
+    alignas(64) std::atomic<int> pending{0}; // indices not finished
 };
 
 } // namespace

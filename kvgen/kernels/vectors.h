@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, in GCC's own types: the compiler makes of them what the processor has.
+// Vectors of 16 numbers as GCC vector types, which it compiles to the processor's instructions.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ template <class V> void store(void *at, V v) { std::memcpy(at, &v, sizeof v); }
 f32x16 splat(float x) { return x - f32x16{}; }
 f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// GCC makes of these conversions a dozen instructions where there is one.
+// GCC compiles these conversions to a dozen instructions; AVX-512 has one.
 i32x16 widen(u16x16 v) {
 #if defined(__AVX512F__)
     return (i32x16)_mm512_cvtepu16_epi32((__m256i)v);
@@ -61,7 +61,7 @@ f32x16 half_to_float(u16x16 h) {
 
 f32x16 bfloat_to_float(u16x16 b) { return (f32x16)(widen(b) << 16); }
 
-// acc + w.low * x.low + w.high * x.high: of pairs of 16-bit integers
+// acc + w.low * x.low + w.high * x.high, on pairs of 16-bit integers
 i32x16 dot2(i32x16 acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
@@ -84,23 +84,23 @@ float sum(f32x16 v) {
 }
 
 float largest(f32x16 v) {
-    float most = v[0];
-    for (int i = 1; i < 16; i++) most = std::max(most, v[i]);
-    return most;
+    float max = v[0];
+    for (int i = 1; i < 16; i++) max = std::max(max, v[i]);
+    return max;
 }
 
-// Compared as integers, in which what is not a number is the largest of all.
+// Compares as integers, so that NaN is the largest.
 float largest_magnitude(f32x16 a, f32x16 b) {
     i32x16 x = (i32x16)a & 0x7fffffff, y = (i32x16)b & 0x7fffffff;
     x = x > y ? x : y;
-    int32_t most = 0;
-    for (int i = 0; i < 16; i++) most = std::max(most, x[i]);
+    int32_t max = 0;
+    for (int i = 0; i < 16; i++) max = std::max(max, x[i]);
     float magnitude;
-    std::memcpy(&magnitude, &most, sizeof magnitude);
+    std::memcpy(&magnitude, &max, sizeof magnitude);
     return magnitude;
 }
 
-// exp to about 2 units in the last place (Cephes' polynomial); 0 below -87
+// exp within about 2 ulp (the polynomial of Cephes); 0 below -87
 f32x16 exp_of(f32x16 x) {
     f32x16 low = splat(-87.3f), high = splat(88.3f);
     i32x16 keep = x > low;
@@ -116,7 +116,7 @@ f32x16 exp_of(f32x16 x) {
     return (f32x16)((i32x16)(p * (f32x16)((whole + 127) << 23)) & keep);
 }
 
-// rows of 16 become columns, in four rounds that swap blocks of 8, 4, 2 and 1
+// Transposes 16 rows of 16, in four rounds that swap blocks of 8, 4, 2 and 1.
 template <int STEP> inline void swap_blocks(f32x16 m[16]) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const i32x16 low = (lane & STEP) != 0 ? lane + (16 - STEP) : lane, high = low + STEP;

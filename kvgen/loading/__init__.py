@@ -1,1 +1,1 @@
-"""From a checkpoint to a model that runs, to a description, or to another format."""
+"""Load a checkpoint, describe it, or convert it to another format."""

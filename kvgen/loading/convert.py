@@ -1,9 +1,8 @@
-"""A native checkpoint written as an x-transformers folder, so that its model runs in the real library."""
+"""Convert a native model to a folder that the x-transformers library runs."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -21,69 +20,65 @@ from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.tokenizer import Tokenizer
 
+_MAX_SHOWN = 60  # characters of a value in an error message
+
 
 def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `folder`, which must not exist: config.json, model.safetensors, tokenizer.json and its settings.
+    """Write config.json, model.safetensors, tokenizer.json and its settings to `folder`, which must not exist.
 
-    The folder appears whole or not at all. The library's norm has no epsilon, so logits differ by about norm_eps over
-    the mean square of what is normed: 1e-5 of their size for SmolLM2.
+    The folder appears complete or not at all. The library's RMS norm has no epsilon, so logits differ by about norm_eps
+    divided by the mean square of the normalized values: a relative 1e-5 for SmolLM2.
 
-    Raises UsageError if it exists, UnsupportedError for a mechanism that
-    the library lacks, KvgenError if it cannot be written.
+    Raises UsageError if the folder exists, UnsupportedError for a mechanism that the library lacks, KvgenError if the
+    folder cannot be written.
     """
     if folder.exists():
-        raise UsageError(f"{folder} exists; give a folder that does not")
+        raise UsageError(f"{folder} exists; choose a new folder")
     config = library_config(decoder.config)
     state = library_state(decoder)
     expected = build_net(config, str(folder)).state_dict()
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
-        raise UnsupportedError("the installed x-transformers names its parameters otherwise than kvgen knows them")
+        raise UnsupportedError("the installed x-transformers has parameters that kvgen does not know; try version 2.31")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".convert-"))
-        try:
-            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_file(state, scratch / "model.safetensors")
-            _write_tokenizer(tokenizer, scratch)
-            scratch.chmod(0o755)
-            scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
+            written = Path(scratch) / folder.name
+            written.mkdir()
+            (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(state, written / "model.safetensors")
+            _write_tokenizer(tokenizer, written)
+            written.rename(folder)
     except OSError as error:
         raise KvgenError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
-_LONGEST_SHOWN = 60  # characters of a value
-
-
 def _obstacles(config: DecoderConfig) -> Iterator[str]:
-    """What the library has no place for: whatever is not the default, but for sizes and biases."""
-    layer = config.layers[0]
+    """Yield the mechanisms that the library lacks: all that are not the default, except sizes and biases."""
+    layer, rotary = config.layers[0], config.attention.rotary
+    if missing := config.biases - {"ffn.down"}:
+        yield f"biases of {', '.join(sorted(missing))}"
     if any(config.windows):
         yield "its layers have sliding windows"
     if len(set(config.layers)) > 1:
-        yield "its layers rotate in different ways"
+        yield "its layers have different rotary positions"
     sizes = {"norm_eps", "tied_head", "biases", "rotary"}
     for part in (layer.mixer, layer.ffn, config):
         for field in fields(part):
             value = getattr(part, field.name)
             if field.name not in sizes and field.default is not MISSING and value != field.default:
                 shown = repr(value)
-                short = len(shown) <= _LONGEST_SHOWN
-                yield f"{field.name} is {shown}" if short else f"it has no {field.name} like this model's"
+                yield f"{field.name} is {shown}" if len(shown) <= _MAX_SHOWN else f"{field.name} is not supported"
+    if rotary is None or len(rotary.inverse_frequencies) * 2 != config.attention.head_dim or rotary.long_frequencies:
+        yield "it does not rotate whole heads by the same frequencies at all lengths"
+    elif rotary.scale != 1:
+        yield "it scales rotated queries and keys"
 
 
 def library_config(config: DecoderConfig) -> dict[str, Any]:
-    """The library's arguments for a decoder of this kind."""
-    if config.biases - {"ffn.down"}:
-        raise UnsupportedError(f"x-transformers has no place for the biases of {', '.join(sorted(config.biases))}")
+    """Return the library's arguments for a decoder. Raises UnsupportedError for mechanisms that it lacks."""
     for obstacle in _obstacles(config):
         raise UnsupportedError(f"cannot be converted to x-transformers: {obstacle}")
-    attention, rotary = config.attention, config.attention.rotary
-    if rotary is None or len(rotary.inverse_frequencies) * 2 != attention.head_dim or rotary.long_frequencies:
-        raise UnsupportedError("cannot be converted to x-transformers: its rotation is not of whole heads")
-    if rotary.scale != 1:
-        raise UnsupportedError("x-transformers does not scale rotated queries and keys, as this model does")
+    attention = config.attention
     wrapper: dict[str, Any] = {
         "num_tokens": config.vocab_size,
         "max_seq_len": config.context_length or 0,
@@ -110,26 +105,25 @@ def library_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def library_state(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's parameters under the library's names and in its layouts, contiguous.
+    """Return the decoder's parameters with the library's names and layouts, contiguous.
 
-    Its norms add 1 to their weight. Its gated layers hold up, then gate, with a bias. Its rotation takes pairs of
-    neighbours where ours takes halves, so rows of queries and keys change places. Its query head h reads
-    key-value head h % kv_heads where ours reads h // (heads / kv_heads), so query heads change places as well.
-    The rotary frequencies are a buffer, so stretched ones need nothing more.
+    The library adds 1 to norm weights, stores up and gate in one matrix with a bias, and rotates interleaved pairs
+    instead of halves. Its query head h reads key-value head h % kv_heads, kvgen's h // (heads / kv_heads), so query
+    heads are reordered. Rotary frequencies are a buffer, so context scaling is included.
     """
-    config, ours = decoder.config, decoder.state_dict()
+    config, weights = decoder.config, decoder.state_dict()
     heads, kv_heads, head_dim = config.attention.heads, config.attention.kv_heads, config.attention.head_dim
-    groups = torch.arange(heads).view(kv_heads, -1).T.reshape(-1)  # library head -> ours
+    groups = torch.arange(heads).view(kv_heads, -1).T.reshape(-1)  # library head -> kvgen head
     state = {
-        "token_emb.emb.weight": ours["token_embd.weight"],
+        "token_emb.emb.weight": weights["token_embd.weight"],
         "attn_layers.rotary_pos_emb.inv_freq": decoder.get_buffer("rotaries.0.frequencies"),
-        "attn_layers.final_norm.g": ours["output_norm.weight"] - 1,
+        "attn_layers.final_norm.g": weights["output_norm.weight"] - 1,
     }
     if decoder.output is not None:
-        state["to_logits.weight"] = ours["output.weight"]
+        state["to_logits.weight"] = weights["output.weight"]
     for index in range(len(config.layers)):
         prefix = f"blk.{index}."
-        block = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
+        block = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
         attention, feed_forward = f"attn_layers.layers.{2 * index}", f"attn_layers.layers.{2 * index + 1}"
         q = block["attn.q.weight"].view(heads, head_dim, config.dim)[groups]  # (H, D, dim)
         k = block["attn.k.weight"].view(kv_heads, head_dim, config.dim)  # (H_kv, D, dim)
@@ -158,7 +152,6 @@ def interleave(rows: Tensor) -> Tensor:
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(tokenizer.eos_ids)}) + "\n")
-    template = tokenizer.chat_template
-    if template is not None:
+    if (template := tokenizer.chat_template) is not None:
         settings = {**template.special_tokens, "chat_template": template.source}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its header alone: no tensor is read."""
+"""Describe a checkpoint from its header, without reading weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from kvgen.tokenizer import Tokenizer, read_tokenizer
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a checkpoint.
+    """A description of a checkpoint.
 
-    kind: what it calls itself: `model_type`, `general.architecture`, or the library.
-    backend: what runs it; None if nothing does. obstacle: why not, or why not natively; "" if there is none.
-    parameters: numbers in its tensors. nbytes: what they take in the files. types: bytes for each storage type.
-    config: of the native decoder; None if that cannot run it. mechanisms: the same in words, subject to text.
-    cache_bytes_per_token: of keys and values for one more token, at 4 bytes a number (fp32, the default on a CPU);
-        cache_bytes_full: at the full context, where windows keep less; None if the config is not known.
-    vocabulary: size of the tokenizer; None if kvgen cannot read it, which tokenizer_obstacle then explains.
+    kind: its own name for its architecture: `model_type`, `general.architecture`, or the library.
+    backend: `native` or `x-transformers`; None if kvgen cannot run it, for the reason in `obstacle`, else "".
+    parameters: number of weights. nbytes: their size in the files. types: storage type -> bytes.
+    config: of the native decoder, or None. mechanisms: the same in words, by subject.
+    cache_bytes_per_token: keys and values of one more token in fp32, the default on a CPU. cache_bytes_full: at full
+        context, where windows keep less. None if unknown.
+    vocabulary: size of the tokenizer; None if kvgen cannot read it, for the reason in `tokenizer_obstacle`, else "".
     """
 
     path: Path
@@ -49,18 +49,16 @@ class Inspection:
 
 
 def inspect(reference: str | Path | None = None, *, progress: Progress = no_progress) -> Inspection:
-    """Read a checkpoint's header. reference, progress: as for `kvgen.load`.
+    """Describe a checkpoint from its header. reference, progress: see `kvgen.load`.
 
-    Raises NotFoundError, CheckpointError for damaged files, UnsupportedError for what is no checkpoint.
+    Raises NotFoundError, CheckpointError for damaged files, UnsupportedError for other files.
     """
     name = str(reference or default_reference())
     if ".py:" in name or name.endswith(".py"):
-        raise UsageError(
-            f"model {name!r} is a program, not a checkpoint: there is nothing to inspect without running it"
-        )
+        raise UsageError(f"model {name!r} is a program, not a checkpoint; kvgen inspect does not run it")
     raw = read_checkpoint(resolve(name, progress=progress))
-    config, obstacle = _native_config(raw)
-    tokenizer, tokenizer_obstacle = _tokenizer(raw)
+    config, obstacle = _read_config(raw)
+    tokenizer, tokenizer_obstacle = _read_tokenizer(raw)
     types: Counter[str] = Counter()
     for tensor in raw.tensors.values():
         types[tensor.type] += tensor.nbytes
@@ -68,8 +66,8 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     return Inspection(
         path=raw.path,
         format=raw.format,
-        kind=_kind(raw),
-        backend="native" if config is not None else "x-transformers" if raw.format == "x-transformers" else None,
+        kind=str(raw.metadata.get({"gguf": "general.architecture", "hf": "model_type"}.get(raw.format, "library"))),
+        backend="native" if config is not None else None if obstacle else raw.format,
         obstacle=obstacle,
         parameters=sum(math.prod(tensor.shape) for tensor in raw.tensors.values()),
         nbytes=sum(types.values()),
@@ -84,8 +82,24 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     )
 
 
+def _read_config(raw: RawCheckpoint) -> tuple[DecoderConfig | None, str]:
+    if raw.format == "x-transformers":
+        return None, ""
+    try:
+        return draw_blueprint(raw).decoder.config, ""
+    except UnsupportedError as error:
+        return None, str(error)
+
+
+def _read_tokenizer(raw: RawCheckpoint) -> tuple[Tokenizer | None, str]:
+    try:
+        return read_tokenizer(raw), ""
+    except (UnsupportedError, CheckpointError) as error:
+        return None, str(error)
+
+
 def mechanisms(config: DecoderConfig) -> dict[str, str]:
-    """What the decoder is made of, in words."""
+    """Describe a decoder in words, by subject."""
     norm = {"rms": "RMS norm", "layer": "layer norm"}[config.norm]
     places = {
         "attn_norm": "before attention",
@@ -93,19 +107,20 @@ def mechanisms(config: DecoderConfig) -> dict[str, str]:
         "ffn_norm": "before the MLP",
         "post_ffw_norm": "after the MLP",
     }
+    qk_norms = {"head": "per head", "each-head": "per head, own weights", "all": "over all heads"}
     attention, mlp = config.attention, config.mlp
     described = {
         "layers": f"{len(config.layers)} of width {config.dim}" + (", attention and MLP in parallel" * config.parallel),
-        "attention": f"{attention.heads} heads of size {attention.head_dim}, {attention.kv_heads} of keys and values",
+        "attention": f"{attention.heads} heads of size {attention.head_dim}, {attention.kv_heads} key-value heads",
         "positions": _positions(config),
         "windows": _windows(config),
         "norms": f"{norm} " + ", ".join(text for name, text in places.items() if name in config.norms),
-        "MLP": f"{mlp.activation}, {'gated' if mlp.gated else 'plain'}, width {mlp.width}",
-        "head": "the embedding (tied)" if config.tied_head else "its own",
+        "MLP": f"{mlp.activation}, {'gated' if mlp.gated else 'not gated'}, width {mlp.width}",
+        "head": "tied to the embedding" if config.tied_head else "separate",
         "biases": ", ".join(sorted(config.biases)) or "none",
     }
     if attention.qk_norm is not None:
-        described["query-key norm"] = f"{attention.qk_norm.kind}, over {attention.qk_norm.over}"
+        described["query-key norm"] = f"{norm} {qk_norms[attention.qk_norm]}"
     caps = {"scores": attention.softcap, "logits": config.logit_softcap}
     if any(caps.values()):
         described["soft caps"] = ", ".join(f"{name} {cap:g}" for name, cap in caps.items() if cap)
@@ -121,61 +136,40 @@ def mechanisms(config: DecoderConfig) -> dict[str, str]:
 
 
 def _positions(config: DecoderConfig) -> str:
-    kinds = [_rotary(rotary, config.attention.head_dim) for rotary in config.rotaries]
-    still = sum(layer.mixer.rotary is None for layer in config.layers)
-    if kinds and still:
-        kinds.append(f"none in {still} of {len(config.layers)} layers")
+    kinds = [_describe_rotary(rotary, config.attention.head_dim) for rotary in config.rotaries]
+    without = sum(layer.mixer.rotary is None for layer in config.layers)
+    if kinds and without:
+        kinds.append(f"none in {without} of {len(config.layers)} layers")
     if config.learned_positions:
         kinds.append(f"learned, {config.learned_positions}")
-    if config.attention.alibi:
-        kinds.append("ALiBi")
     return "; ".join(kinds) or "none"
 
 
-def _rotary(rotary: Rotary, head_dim: int) -> str:
+def _describe_rotary(rotary: Rotary, head_dim: int) -> str:
     rotated = 2 * len(rotary.inverse_frequencies)
     text = "rotary" if rotated == head_dim else f"rotary on {rotated} of {head_dim} dimensions"
-    text += f", slowest wave {2 * math.pi / min(rotary.inverse_frequencies):.3g} tokens"
+    text += f", longest wavelength {2 * math.pi / min(rotary.inverse_frequencies):.3g} tokens"
     if rotary.scale != 1:
         text += f", scaled by {rotary.scale:.4g}"
     if rotary.long_frequencies:
-        text += f", other frequencies beyond {rotary.short_length} tokens"
+        text += f", different frequencies beyond {rotary.short_length} tokens"
     return text
 
 
 def _windows(config: DecoderConfig) -> str:
     counts = Counter(layer.mixer.window for layer in config.layers if layer.mixer.window is not None)
-    described = [f"{window} in {count} of {len(config.layers)} layers" for window, count in counts.items()]
-    return ", ".join(described) or "none"
-
-
-def _kind(raw: RawCheckpoint) -> str:
-    if raw.format == "x-transformers":
-        return raw.format
-    return str(raw.metadata.get("general.architecture" if raw.format == "gguf" else "model_type"))
-
-
-def _native_config(raw: RawCheckpoint) -> tuple[DecoderConfig | None, str]:
-    try:
-        return draw_blueprint(raw).decoder.config, ""
-    except UnsupportedError as error:
-        return None, str(error)
-
-
-def _tokenizer(raw: RawCheckpoint) -> tuple[Tokenizer | None, str]:
-    try:
-        return read_tokenizer(raw), ""
-    except (UnsupportedError, CheckpointError) as error:
-        return None, str(error)
+    return (
+        ", ".join(f"{window} in {count} of {len(config.layers)} layers" for window, count in counts.items()) or "none"
+    )
 
 
 def as_data(inspection: Inspection) -> dict[str, Any]:
-    """The inspection as what JSON can hold. A text that is "" is null there."""
-    config = inspection.config
-    sizes = (
-        {}
-        if config is None
-        else {
+    """Return the inspection as JSON data, with null for ""."""
+    data = {name: None if value == "" else value for name, value in vars(inspection).items()}
+    config, nbytes, has_chat_template = (data.pop(name) for name in ("config", "nbytes", "has_chat_template"))
+    data |= {"path": str(inspection.path), "bytes": nbytes, "chat_template": has_chat_template}
+    if config is not None:
+        data |= {
             "context_length": config.context_length,
             "layers": len(config.layers),
             "dim": config.dim,
@@ -186,21 +180,4 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "windows": [layer.mixer.window for layer in config.layers],
         }
-    )
-    return {
-        "path": str(inspection.path),
-        "format": inspection.format,
-        "kind": inspection.kind,
-        "backend": inspection.backend,
-        "obstacle": inspection.obstacle or None,
-        "parameters": inspection.parameters,
-        "bytes": inspection.nbytes,
-        "types": inspection.types,
-        **sizes,
-        "mechanisms": inspection.mechanisms,
-        "cache_bytes_per_token": inspection.cache_bytes_per_token,
-        "cache_bytes_full": inspection.cache_bytes_full,
-        "vocabulary": inspection.vocabulary,
-        "tokenizer_obstacle": inspection.tokenizer_obstacle or None,
-        "chat_template": inspection.has_chat_template,
-    }
+    return data

@@ -1,1 +1,1 @@
-"""The native decoder. It knows nothing of files, text or model families."""
+"""The decoder and its KV cache. Knows nothing of files, text or model families."""

@@ -1,11 +1,11 @@
-"""A model over the KV cache: one forward pass behind the contract `logits, cache = model(ids, cache)`."""
+"""Base class of a decoder: matches ids against the cache; subclasses compute the new positions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,21 +17,19 @@ from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.model.ids import check_form, check_range
 from kvgen.model.states import State, new_state
 
-MOST_NEW = 512
-"""The most new positions of prompts in one pass, which bounds its memory, and how long it cannot be interrupted."""
+PREFILL_CHUNK = 512
+"""Maximum prompt positions in one pass. Bounds its memory, and the time until it can be interrupted."""
 
-_LEAST_NEW, _MOST_PRODUCTS = 24, 1.2e11  # on two cores of a CPU half a second
-_MOST_RESERVED = 4096  # positions that a cache has room for from the start
-_MOST_LOGITS = 1 << 23  # that are computed at once
-
-Progress = Callable[[int, int], None]
+_MIN_CHUNK, _MAX_PRODUCTS = 24, 1.2e11  # half a second on two CPU cores
+_MAX_INITIAL_CAPACITY = 4096  # positions of a new cache
+_MAX_LOGITS = 1 << 23  # computed at once
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a pass computes behind one cache: `new`, (B, T) ids, at positions from `start`.
+    """New tokens of one sequence in a pass: `new`, (B, T) ids, at positions from `start`.
 
-    total: the length of the sequence that they are of, which may go on behind them.
+    total: the length of the whole sequence, which may continue after this span.
     """
 
     new: Tensor
@@ -41,21 +39,21 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """How many rows it takes in a pass."""
+        """B * T, the rows of this span in a pass."""
         return self.new.numel()
 
     def split(self, count: int) -> tuple[Span, Span]:
-        """Its first `count` positions, and the others."""
+        """Return the first `count` positions, and the rest."""
         first = Span(self.new[:, :count], self.cache, self.start, self.total)
         return first, Span(self.new[:, count:], self.cache, self.start + count, self.total)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What the layers of a pass are handed beside hidden states.
+    """Input of every layer in one pass besides the hidden states.
 
-    rotations: cosines and sines of the new positions for each of the config's rotaries, (rows, 1, R) each.
-    shared: what one layer has computed for others of its kind.
+    rotations: cosines and sines for the new positions, per rotary of the config, (rows, 1, R) each.
+    shared: values that a layer has computed for later layers of the same kind, such as masks.
     """
 
     spans: Sequence[Span]
@@ -64,106 +62,111 @@ class Pass:
 
 
 def positions_of(spans: Sequence[Span]) -> Tensor:
-    """The position of each row, (rows,) int64."""
+    """Return the position of each row, (rows,) int64."""
     runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
     return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
 
 
 class CausalLM(ABC):
-    """What makes a forward pass the contract: the cache, and what of a sequence is new. How to compute is left open."""
+    """The contract `logits, cache = model(ids, cache)`, without the arithmetic.
+
+    dtype: of the computation. kv_dtype: of cached keys and values; None for `dtype`.
+    rotaries: `RotaryTables` for each of the config's rotaries.
+    progress: called with the computed and the total number of new positions, for prompts that take several passes.
+    """
 
     config: DecoderConfig
     dtype: torch.dtype
-    """Of the computation."""
     rotaries: Iterable[Any]
-    """`RotaryTables` of each of the config's rotaries."""
     kv_dtype: torch.dtype | None = None
-    """Of cached keys and values; None for that of the computation."""
-    progress: Progress | None = None
-    """Told of sequences that take several passes: how many of their new positions are computed, of how many."""
+    progress: Callable[[int, int], None] | None = None
 
     @abstractmethod
     def extend(self, spans: Sequence[Span]) -> Tensor:
-        """Compute spans side by side, each behind what its cache holds, and count them there.
+        """Compute the new positions of all spans in one pass, and advance their caches.
 
-        Returns hidden states, (rows, dim): those of the spans one after the other, of each by batch row and position.
+        Returns hidden states, (rows, dim): span after span, in each by batch row and position.
         """
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, (rows, dim), before scale and cap: (rows, vocab)."""
+        """Return the logits of hidden states, (rows, dim), before scale and softcap: (rows, vocab)."""
 
     @abstractmethod
     def token_rows(self, ids: Tensor) -> Tensor:
-        """The embeddings of `ids`, (rows,): (rows, dim), a tensor of its own."""
+        """Return token embeddings of `ids`, (rows,), in a new tensor, (rows, dim)."""
 
     @abstractmethod
     def position_rows(self, positions: Tensor) -> Tensor:
-        """The learned embeddings of positions, (rows,): (rows, dim). Asked for only if the config has them."""
+        """Return learned position embeddings, (rows,) to (rows, dim). Called only if the config has them."""
 
     def new_states(self, batch: int, device: torch.device, dtype: torch.dtype | None = None) -> list[State]:
-        """The states of an empty cache. dtype: to store keys and values in; None for that of the computation."""
+        """Create the states of an empty cache. dtype: of stored keys and values; None for that of the computation."""
         return [new_state(layer.mixer, batch, dtype or self.dtype, device) for layer in self.config.layers]
 
-    @torch.inference_mode()
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
-        """Logits for the token after `ids`, and the cache to hand in with the next, longer sequence.
+        """Return logits for the token after `ids`, and the cache for the next call.
 
-        ids: the WHOLE sequence, (B, n) int64. What is new is decided here: positions whose ids the cache has
-        already seen are not computed again. last: of how many positions the logits are wanted. Returns fp32 (or fp64)
-        logits, (B, last, vocab), and the cache, which is `cache` itself, brought up to date, or a new one for None.
-        What is interrupted between two passes stays in the cache as far as it came.
+        ids: the WHOLE sequence, (B, n) int64; positions that the cache already holds are not computed again.
+        last: number of positions at the end to return logits for. Returns fp32 (or fp64) logits, (B, last, vocab), and
+        `cache` itself, updated, or a new one for None. If interrupted between two passes, the cache keeps the finished
+        passes.
 
-        Raises CacheError for a cache that another model wrote, UsageError for ids that are none.
+        Raises CacheError if a different model wrote the cache, UsageError for invalid ids.
         """
-        span = self._caught_up(self._new_span(ids, cache, last), last)
-        hidden = self._extend_one(span)
-        self._tell_done(span)
-        return self._logits(hidden[:, -last:]), span.cache
+        (logits,), (cache,) = self.forward_batch([ids], [cache], [last])
+        return logits.view(ids.shape[0], last, -1), cache
 
     @torch.inference_mode()
     def forward_batch(
         self, sequences: Sequence[Tensor], caches: Sequence[KVCache | None], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[KVCache]]:
-        """`forward` for sequences of any lengths, (1, n) each and with a cache of its own, side by side.
+        """`forward` for sequences of any lengths, (B, n), each with its own cache.
 
-        counts: of how many positions at the end of each the logits are wanted. Returns them, (count, vocab) each, and
-        the caches. Raises as `forward` does, before anything is computed.
+        counts: number of positions at the end of each sequence to return logits for, (B * count, vocab) each. Raises as
+        `forward` does, before anything is computed.
         """
         wanted = zip(sequences, caches, counts, strict=True)
         spans = [self._new_span(ids, cache, count) for ids, cache, count in wanted]
-        spans = [self._caught_up(span, count) for span, count in zip(spans, counts, strict=True)]
-        ends = accumulate(span.rows for span in spans)
-        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        spans = [self._catch_up(span, count) for span, count in zip(spans, counts, strict=True)]
+        rows: list[int] = []
+        end = 0
+        for span, count in zip(spans, counts, strict=True):
+            for _ in range(span.new.shape[0]):
+                end += span.new.shape[1]
+                rows += range(end - count, end)
         logits = self._logits(self.extend(spans)[rows])
         for span in spans:
-            self._tell_done(span)
-        return list(torch.split(logits, list(counts))), [span.cache for span in spans]
+            if self.progress and (total := span.cache.computed) > span.new.shape[1]:
+                self.progress(total, total)
+        sizes = [span.new.shape[0] * count for span, count in zip(spans, counts, strict=True)]
+        return list(torch.split(logits, sizes)), [span.cache for span in spans]
 
     @torch.inference_mode()
-    def cache_for(self, ids: Tensor, most: int, donors: Iterable[KVCache], ended: KVCache | None = None) -> KVCache:
-        """A cache for a sequence, (1, n), that has as much of it as one of the donors, and will come to hold `most`.
+    def cache_for(
+        self, ids: Tensor, max_length: int, donors: Iterable[KVCache], ended: KVCache | None = None
+    ) -> KVCache:
+        """Return a cache for a sequence, (1, n), seeded with the longest prefix that any donor holds.
 
-        Donors stay as they are: what they have is copied. `ended` is one that nobody uses any more: it is returned
-        itself where that keeps more than half of it.
+        The prefix is copied; donors do not change. ended: a donor that is no longer used; it is returned itself if more
+        than half of it is reused. max_length: positions that the cache will hold.
         """
         variant = self._variant(ids.shape[1])
-        usable = [*donors, *([] if ended is None else [ended])]
-        counts = [(donor.shared(ids, variant), donor) for donor in usable]
+        counts = [(donor.match_length(ids, variant), donor) for donor in (*donors, ended) if donor is not None]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
-        capacity = min(most, _MOST_RESERVED)
+        capacity = min(max_length, _MAX_INITIAL_CAPACITY)
         if donor is None or not shared:
-            return KVCache(self, self.kv_dtype, capacity, most)
+            return KVCache(self, self.kv_dtype, capacity, max_length)
         if donor is ended and 2 * shared > donor.length:
-            donor.most = most
+            donor.max_length = max_length
             return donor
-        return donor.branch(shared, capacity, most)
+        return donor.branch(shared, capacity, max_length)
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:
-        """The forward pass without the guard: add `new`, (B, T), to the cache at positions from `start`, unasked.
+        """Add `new`, (B, T), to the cache at positions from `start`, without checking the text.
 
-        This is what a cache does that does not know its text. `compare` shows with it what goes wrong then.
+        This is the error of a cache that does not know its text; `compare` uses it to show the effect.
         """
         cache = self._checked(new, cache)
         cache.reused, cache.computed = cache.length, new.shape[1]
@@ -171,126 +174,106 @@ class CausalLM(ABC):
         return self._logits(self._extend_one(span)[:, -1:]), cache
 
     def all_logits(self, ids: Tensor) -> Tensor:
-        """Logits after every position of `ids`, (B, n) int64, computed anew: (B, n, vocab). See `each_logits`."""
+        """Return uncached logits after every position of `ids`, (B, n) int64: (B, n, vocab). See `each_logits`."""
         check_form(ids)
-        whole, end = torch.empty(0), 0
-        for logits in self.each_logits(ids, range(ids.shape[1])):
-            if end == 0:
-                whole = logits.new_empty(*ids.shape, logits.shape[-1])
-            whole[:, end : end + logits.shape[1]] = logits
-            end += logits.shape[1]
-        return whole
+        return torch.cat(list(self.each_logits(ids, range(ids.shape[1]))), dim=1)
 
     @torch.inference_mode()
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
-        """Logits after some positions of `ids`, (B, n), in ascending order, a few at a time: (B, m, vocab).
+        """Yield uncached logits after ascending `positions` of `ids`, (B, n), a few at a time: (B, m, vocab).
 
-        They are those of step-by-step decoding. So a text that grows out of LongRoPE's short length is passed over
-        twice, for the positions that a short text rotates otherwise than a long one does.
+        They equal those of step-by-step decoding: if a text grows past LongRoPE's short length, the positions before
+        are computed as part of a short text, in an extra run.
         """
-        n, most = ids.shape[1], max(1, _MOST_LOGITS // self.config.vocab_size // ids.shape[0])
+        n, limit = ids.shape[1], max(1, _MAX_LOGITS // self.config.vocab_size // ids.shape[0])
         begin = 0
         for cut in sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n}):
-            for hidden, start in self._passes(self._span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)):
+            rest = self._span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)
+            while rest.rows:
+                chunk, rest = rest.split(self._chunk_size(rest))
+                hidden, start = self._extend_one(chunk), chunk.start
                 end = start + hidden.shape[1]
                 wanted = [position - start for position in positions if max(begin, start) <= position < end]
-                for at in range(0, len(wanted), most):
-                    yield self._logits(hidden[:, wanted[at : at + most]])
+                for at in range(0, len(wanted), limit):
+                    yield self._logits(hidden[:, wanted[at : at + limit]])
             begin = cut
 
     def embed(self, spans: Sequence[Span], positions: Tensor) -> Tensor:
-        """What the first block reads, (rows, dim). positions: as `positions_of` gives them.
+        """Return the input of the first block, (rows, dim). positions: as `positions_of` returns them.
 
-        Every id passes here before it is computed, and only once. Raises UsageError for one outside the vocabulary.
+        Every new id passes through this once. Raises UsageError for an id outside the vocabulary.
         """
         ids = torch.cat([span.new.flatten() for span in spans])
         check_range(ids, self.config.vocab_size)
         x = self.token_rows(ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        if self.config.learned_positions:
+        if limit := self.config.learned_positions:
             end = int(positions.max()) + 1
-            if end > self.config.learned_positions:
-                raise UsageError(
-                    f"the sequence has {end} positions, but the model has learned {self.config.learned_positions}"
-                )
+            if end > limit:
+                raise UsageError(f"the sequence has {end} positions, but the model has learned {limit}")
             x = x + self.position_rows(positions)
         return x
 
     def rotations(self, spans: Sequence[Span], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines of each row for each of the config's rotaries, (rows, R) each."""
+        """Return cosines and sines of each row, per rotary of the config, (rows, R) each."""
         tables = []
         for rotary, make in zip(self.config.rotaries, self.rotaries, strict=True):
-            long = [rotary.is_long(span.total) for span in spans]
-            if not any(long):
-                tables.append(make(positions))
-                continue
-            of_rows = torch.tensor(long).repeat_interleave(torch.tensor([span.rows for span in spans]))
-            tables.append(make(positions, of_rows.to(positions.device)))
+            long = [rotary.is_long(span.total) for span in spans for _ in range(span.rows)]
+            tables.append(make(positions, torch.tensor(long, device=positions.device) if any(long) else None))
         return tables
 
-    def _new_span(self, ids: Tensor, cache: KVCache | None, last: int = 1) -> Span:
-        """What is new of a whole sequence."""
+    def _new_span(self, ids: Tensor, cache: KVCache | None, last: int) -> Span:
+        """Match a whole sequence against its cache."""
         cache, n = self._checked(ids, cache), ids.shape[1]
         new = cache.match(ids, self._variant(n), last)
         cache.expect(n)
         return self._span(new, cache, cache.length, n)
 
     def _span(self, new: Tensor, cache: KVCache, start: int, total: int) -> Span:
-        """A span whose cache has a state for each layer."""
         if not cache.states:
             cache.states = self.new_states(new.shape[0], new.device, cache.dtype)
         return Span(new, cache, start, total)
 
-    def _most_new(self, span: Span) -> int:
-        """How many positions of a span to compute in one pass: on a CPU, fewer of a large model."""
-        most = MOST_NEW
+    def _chunk_size(self, span: Span) -> int:
+        """How many positions of a span to compute in one pass; fewer for large models on a CPU."""
+        size = PREFILL_CHUNK
         if span.new.device.type == "cpu":
-            most = min(most, max(_LEAST_NEW, int(_MOST_PRODUCTS / self.config.products)))
-        return max(1, most // span.new.shape[0])
+            size = min(size, max(_MIN_CHUNK, int(_MAX_PRODUCTS / self.config.products)))
+        return max(1, size // span.new.shape[0])
 
-    def _passes(self, span: Span) -> Iterator[tuple[Tensor, int]]:
-        """Hidden states of a span pass by pass, (B, m, dim), and the position of the first of them."""
-        while span.rows:
-            head, span = span.split(self._most_new(span))
-            yield self._extend_one(head), head.start
-
-    def _caught_up(self, span: Span, last: int) -> Span:
-        """Compute all of a span but what one pass can do, at least its `last` positions; returns the rest."""
-        new, most = span.new.shape[1], max(last, self._most_new(span))
+    def _catch_up(self, span: Span, last: int) -> Span:
+        """Compute a span except for one last pass of at least `last` positions, which is returned."""
+        new, limit = span.new.shape[1], max(last, self._chunk_size(span))
         while True:
             left = span.new.shape[1]
-            if self.progress and new > most:
+            if self.progress and new > limit:
                 self.progress(new - left, new)
-            if left <= most:
+            if left <= limit:
                 return span
-            head, span = span.split(self._most_new(span))
-            self.extend([head])
-
-    def _tell_done(self, rest: Span) -> None:
-        """Say that a sequence is computed whole, where `_caught_up` has left the rest of it."""
-        new = rest.cache.computed
-        if self.progress and new > rest.new.shape[1]:
-            self.progress(new, new)
+            chunk, span = span.split(self._chunk_size(span))
+            self.extend([chunk])
 
     def _extend_one(self, span: Span) -> Tensor:
-        """Hidden states of one span, (B, T, dim)."""
+        """Return the hidden states of one span, (B, T, dim)."""
         return self.extend([span]).view(*span.new.shape, -1)
 
     def _checked(self, ids: Tensor, cache: KVCache | None) -> KVCache:
         check_form(ids)
-        if cache is not None and cache.owner is None and cache.length == 0:
+        if cache is None:
+            return KVCache(self, self.kv_dtype)
+        if cache.owner is None and cache.length == 0:
             cache.owner = self
-        if cache is not None and cache.owner is not self:
+        if cache.owner is not self:
             raise CacheError("this KV cache was written by another model")
-        return KVCache(self, self.kv_dtype) if cache is None else cache
+        return cache
 
     def _variant(self, length: int) -> int:
-        """How many rotations a sequence of this length takes the long frequencies of."""
+        """How many rotaries use their long frequencies for a sequence of this length."""
         return sum(rotary.is_long(length) for rotary in self.config.rotaries)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states, (..., dim): (..., vocab)."""
+        """(..., dim) to (..., vocab)"""
         logits = self.head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.logit_scale != 1:

@@ -1,4 +1,4 @@
-"""What a decoder is made of. Every field names a mechanism; none names a model."""
+"""The description of a decoder: mechanisms and their sizes. It names no model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from functools import cached_property
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+QKNorm = Literal["head", "each-head", "all"]
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout.
+    """Rotary position embedding (RoPE, Su et al. 2021, arXiv:2104.09864) in the half-split layout.
 
-    inverse_frequencies: radians per position, one for each pair of the first dimensions of a head; the dimensions
-        beyond are not rotated. Context-extension schemes (linear, YaRN and their like) are already folded in.
-    scale: multiplies the rotated queries and keys (YaRN's attention factor); 1 for most schemes.
-    long_frequencies: LongRoPE (Ding et al. 2024, arXiv:2402.13753): what to rotate every position of a sequence by
-        that is longer than `short_length`.
+    inverse_frequencies: radians per position, one per pair of dimensions; further dimensions of a head are not rotated.
+        Context extension (linear, YaRN and others) is already applied.
+    scale: multiplies rotated queries and keys (YaRN's attention factor).
+    long_frequencies: LongRoPE (Ding et al. 2024, arXiv:2402.13753): used for all positions of a sequence that is longer
+        than `short_length`.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -26,22 +27,8 @@ class Rotary:
     short_length: int = 0
 
     def is_long(self, length: int) -> bool:
-        """Whether a sequence of `length` positions is rotated by `long_frequencies`."""
+        """Whether a sequence of `length` positions uses `long_frequencies`."""
         return bool(self.long_frequencies) and length > self.short_length
-
-
-@dataclass(frozen=True)
-class QKNorm:
-    """A norm of queries and keys before they are rotated.
-
-    kind: `l2` makes each head a unit vector, without the mean of `rms`.
-    over: `head`, each head by one weight of the head's size; `each-head`, by a weight of its own; `unscaled`, by none;
-        `all`, the whole projection at once.
-    """
-
-    kind: Literal["rms", "layer", "l2"]
-    over: Literal["head", "each-head", "unscaled", "all"]
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -49,10 +36,11 @@ class Attention:
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
     rotary: None for no rotation.
-    window: how many positions a query sees, its own among them; None for all.
-    alibi: slopes, one for each head, of a bias that falls with distance (Press et al. 2021, arXiv:2108.12409).
+    window: number of positions that a query attends to, including its own; None for all.
+    qk_norm: normalize queries and keys before rotation, with the norm and eps of `DecoderConfig`: `head`, per head with
+        a shared weight; `each-head`, per head with its own weight; `all`, the whole projection.
     scale: of query-key products; None for head_dim ** -0.5.
-    softcap: cap * tanh(x / cap) of scores (arXiv:2408.00118).
+    softcap: scores become cap * tanh(score / cap) (arXiv:2408.00118).
     """
 
     heads: int
@@ -61,14 +49,13 @@ class Attention:
     rotary: Rotary | None = None
     window: int | None = None
     qk_norm: QKNorm | None = None
-    alibi: tuple[float, ...] = ()
     scale: float | None = None
     softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class MLP:
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or without a gate down(act(up(x))).
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202); without a gate, down(act(up(x))).
 
     width: of the hidden layer. activation: `gelu_tanh` is the tanh approximation.
     """
@@ -80,10 +67,10 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block. mixer: what looks at other positions. ffn: what works on each position by itself.
+    """One block: a mixer, which combines positions, and a feed-forward layer, which treats each position alone.
 
-    A new kind is a dataclass here, a module in `kvgen.model` that is entered in `kvgen.model.decoder`, and for a mixer
-    a state in `kvgen.model.states`.
+    To add a mixer: a dataclass in this file, a module in its own file in `kvgen/model/`, an entry in `MIXERS`
+    (`decoder.py`), and a state in `states.py`. To add a feed-forward layer: a dataclass, a module, an entry in `FFNS`.
     """
 
     mixer: Attention
@@ -94,17 +81,16 @@ class Layer:
 class DecoderConfig:
     """A decoder-only transformer.
 
-    context_length: None if nothing bounds it.
-    layers: one entry for each block.
-    norm: `rms`, or `layer` with the mean taken off. norms: which of a block's norms there are: `attn_norm` and
-        `ffn_norm` before its parts, `post_attention_norm` and `post_ffw_norm` after them.
-    biases: the layers that have a bias, by name inside a block (`attn.q`, `ffn.up`, `attn_norm`, ...), or
-        `output`, `output_norm`.
+    context_length: None if unbounded.
+    norm: RMSNorm or LayerNorm. norms: the norms of a block: `attn_norm` and `ffn_norm` before mixer and MLP,
+        `post_attention_norm` and `post_ffw_norm` after them.
+    biases: the layers with a bias, by name inside a block (`attn.q`, `ffn.up`, `attn_norm`, ...), or `output`,
+        `output_norm`.
     tied_head: the output head is the token embedding.
-    parallel: mixer and MLP read the same x; without an `ffn_norm`, the same normed x.
-    learned_positions: rows of a table that is added to the token embedding; 0 for none.
-    logit_softcap: cap * tanh(x / cap) of logits.
-    embedding_scale, residual_scale, logit_scale: of embeddings, of what a block's parts add, of logits.
+    parallel: mixer and MLP read the same x; without an `ffn_norm`, the same normalized x.
+    learned_positions: rows of the learned position embedding; 0 for none.
+    logit_softcap: logits become cap * tanh(logit / cap).
+    embedding_scale, residual_scale, logit_scale: factors of embeddings, of the outputs of mixer and MLP, of logits.
     """
 
     vocab_size: int
@@ -125,27 +111,27 @@ class DecoderConfig:
 
     @property
     def attention(self) -> Attention:
-        """The first layer's, for what all layers share."""
+        """The first layer's mixer, for settings that all layers share."""
         return self.layers[0].mixer
 
     @property
     def mlp(self) -> MLP:
-        """The first layer's, for what all layers share."""
+        """The first layer's MLP, for settings that all layers share."""
         return self.layers[0].ffn
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:
-        """The rotations that layers use, each once."""
+        """The distinct rotary embeddings of all layers."""
         return tuple(dict.fromkeys(layer.mixer.rotary for layer in self.layers if layer.mixer.rotary is not None))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
-        """The windows that layers use, each once."""
+        """The distinct windows of all layers."""
         return tuple(dict.fromkeys(layer.mixer.window for layer in self.layers))
 
     @cached_property
     def products(self) -> int:
-        """Multiplications that a position takes in all layers, but for those of attention with other positions."""
+        """Multiplications per position in all weight matrices of the layers."""
         total = 0
         for layer in self.layers:
             total += 2 * (layer.mixer.heads + layer.mixer.kv_heads) * layer.mixer.head_dim

@@ -1,4 +1,4 @@
-"""The decoder in torch's own operations: it runs on any device, and says what the kernels have to compute."""
+"""The decoder in torch operations, for any device and dtype: the readable statement of what the kernels compute."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from kvgen.model.causal_lm import CausalLM, Pass, Span, positions_of
 from kvgen.model.config import MLP, Attention, DecoderConfig
 from kvgen.model.layers import Embedding, Linear, MLPModule, RotaryTables, make_norm
 
+# The module for each dataclass of a layer's mixer and ffn. A mixer takes (x, Pass) and keeps its past in a `State`.
 MIXERS = {Attention: AttentionModule}
 FFNS = {MLP: MLPModule}
-"""The module for each kind of a layer's parts."""
 
 
 class Block(nn.Module):
-    """One layer: its mixer over the positions, its MLP over each, with norms around them and residuals."""
+    """One layer: mixer and MLP with their norms and residuals."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.parallel, self.scale = config.parallel, config.residual_scale
+        self.config = config
+        mixer, ffn = config.layers[layer].mixer, config.layers[layer].ffn
         self.attn_norm = _block_norm(config, "attn_norm")
-        spec = config.layers[layer]
-        self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, layer)
+        self.attn = MIXERS[type(mixer)](mixer, config, layer)
         self.post_attention_norm = _block_norm(config, "post_attention_norm")
         self.ffn_norm = _block_norm(config, "ffn_norm")
-        self.ffn = FFNS[type(spec.ffn)](spec.ffn, config)
+        self.ffn = FFNS[type(ffn)](ffn, config)
         self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
-        normed = _apply(self.attn_norm, x)
-        mixed = _apply(self.post_attention_norm, self.attn(normed, batch))
-        if self.parallel:
-            read = normed if self.ffn_norm is None else self.ffn_norm(x)
-            return x + self._scaled(mixed + _apply(self.post_ffw_norm, self.ffn(read)))
+        normed = self.attn_norm(x)
+        mixed = self.post_attention_norm(self.attn(normed, batch))
+        if self.config.parallel:
+            read = self.ffn_norm(x) if "ffn_norm" in self.config.norms else normed
+            return x + self._scaled(mixed + self.post_ffw_norm(self.ffn(read)))
         x = x + self._scaled(mixed)
-        return x + self._scaled(_apply(self.post_ffw_norm, self.ffn(_apply(self.ffn_norm, x))))
+        return x + self._scaled(self.post_ffw_norm(self.ffn(self.ffn_norm(x))))
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.scale == 1 else x * self.scale
+        return x if self.config.residual_scale == 1 else x * self.config.residual_scale
 
 
 class Decoder(CausalLM, nn.Module):
-    """A decoder-only transformer. Always in evaluation mode: it has no dropout and no stochastic depth."""
+    """A decoder-only transformer, always in evaluation mode: it has no dropout."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -57,9 +57,8 @@ class Decoder(CausalLM, nn.Module):
         self.rotaries = nn.ModuleList(RotaryTables(rotary) for rotary in config.rotaries)
         self.blk = nn.ModuleList(Block(config, layer) for layer in range(len(config.layers)))
         self.output_norm = make_norm(config.norm, (config.dim,), config.norm_eps, bias="output_norm" in config.biases)
-        self.output = (
-            None if config.tied_head else Linear(config.dim, config.vocab_size, bias="output" in config.biases)
-        )
+        bias = "output" in config.biases
+        self.output = None if config.tied_head else Linear(config.dim, config.vocab_size, bias)
         self.eval()
 
     @property
@@ -67,10 +66,10 @@ class Decoder(CausalLM, nn.Module):
         return self.token_embd.weight.dtype
 
     def extend(self, spans: Sequence[Span]) -> Tensor:
-        config, positions = self.config, positions_of(spans)
+        positions = positions_of(spans)
         x = self.embed(spans, positions)  # (rows, dim)
         tables = [(cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]) for cos, sin in self.rotations(spans, positions)]
-        batch = Pass(spans, dict(zip(config.rotaries, tables, strict=True)))
+        batch = Pass(spans, dict(zip(self.config.rotaries, tables, strict=True)))
         for block in self.blk:
             x = block(x, batch)
         for span in spans:
@@ -91,14 +90,7 @@ class Decoder(CausalLM, nn.Module):
         return logits
 
 
-def _block_norm(config: DecoderConfig, name: str) -> nn.Module | None:
+def _block_norm(config: DecoderConfig, name: str) -> nn.Module:
     if name not in config.norms:
-        return None
+        return nn.Identity()
     return make_norm(config.norm, (config.dim,), config.norm_eps, bias=name in config.biases)
-
-
-def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
-    if norm is None:
-        return x
-    normed: Tensor = norm(x)
-    return normed

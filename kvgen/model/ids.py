@@ -1,4 +1,4 @@
-"""What token ids have to be before anything is computed of them."""
+"""Checks of token ids before a forward pass."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from kvgen.errors import UsageError
 
 
 def check_form(ids: Tensor) -> None:
-    """Raises UsageError for what is no (B, n) int64 tensor of at least one token."""
-    if not isinstance(ids, Tensor):
-        raise UsageError(f"token ids must be an int64 tensor, (batch, n), not {type(ids).__name__}")
-    if ids.dtype != torch.int64 or ids.ndim != 2:
-        raise UsageError(
-            f"token ids must be an int64 tensor, (batch, n), not {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}"
-        )
+    """Raises UsageError unless `ids` is a (B, n) int64 tensor with at least one token."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        tensor = isinstance(ids, Tensor)
+        found = f"{str(ids.dtype)[6:]} of shape {tuple(ids.shape)}" if tensor else type(ids).__name__
+        raise UsageError(f"token ids must be an int64 tensor, (batch, n), not {found}")
     if ids.numel() == 0:
         raise UsageError("cannot decode an empty sequence: give at least one token")
 
 
-def check_range(ids: Tensor, vocabulary: int) -> None:
-    """Raises UsageError for an id outside the vocabulary."""
-    least, most = (int(end) for end in ids.aminmax())
-    if least < 0 or most >= vocabulary:
-        outside = least if least < 0 else most
-        raise UsageError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
+def check_range(ids: Tensor, vocab_size: int) -> None:
+    """Raises UsageError if an id is outside the vocabulary."""
+    for extreme in map(int, ids.aminmax()):
+        if not 0 <= extreme < vocab_size:
+            raise UsageError(f"token id {extreme} is outside the model's vocabulary of {vocab_size}")

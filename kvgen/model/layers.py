@@ -1,6 +1,6 @@
-"""What does not look at other positions: linear layers, embedding, norms, MLP, the rotary rotation.
+"""Layers that treat each position alone: linear, embedding, norms, MLP, rotary embedding.
 
-Parameters are left empty: they come from a checkpoint.
+Parameters are left uninitialized; a checkpoint fills them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvgen.model.config import MLP, DecoderConfig, Rotary
 
 
 class Linear(nn.Module):
-    """x W^T + b. Unlike torch's own it does not initialize, which on the meta device costs a second of imports."""
+    """x W^T + b. torch's own class initializes, which costs a second of imports on the meta device."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -28,8 +28,6 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The rows of a table, by token id."""
-
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim))
@@ -39,7 +37,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in fp32 or wider."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in fp32 or wider."""
 
     def __init__(self, shape: tuple[int, ...], eps: float) -> None:
         super().__init__()
@@ -47,14 +45,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., *shape). The mean is over its last dimension."""
+        """x: (..., *shape), normalized over the last dimension."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
 
 class LayerNorm(nn.Module):
-    """Layer norm (Ba et al. 2016, arXiv:1607.06450)."""
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
 
     def __init__(self, shape: tuple[int, ...], eps: float, bias: bool) -> None:
         super().__init__()
@@ -63,28 +61,15 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., *shape). Mean and variance are over its last dimension."""
+        """x: (..., *shape), normalized over the last dimension."""
         if self.weight.ndim == 1:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         normed = F.layer_norm(x, self.weight.shape[-1:], eps=self.eps) * self.weight
         return normed if self.bias is None else normed + self.bias
 
 
-class L2Norm(nn.Module):
-    """Unit vectors, scaled or not."""
-
-    def __init__(self, shape: tuple[int, ...] | None) -> None:
-        super().__init__()
-        self.weight = None if shape is None else nn.Parameter(torch.empty(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D). The length is over its last dimension."""
-        unit = F.normalize(x, dim=-1)
-        return unit if self.weight is None else unit * self.weight
-
-
 def make_norm(kind: str, shape: tuple[int, ...], eps: float, bias: bool) -> nn.Module:
-    """The norm that a config names. An RMS norm has no bias, whatever `bias` says."""
+    """Create the norm `kind`. An RMSNorm ignores `bias`."""
     return RMSNorm(shape, eps) if kind == "rms" else LayerNorm(shape, eps, bias)
 
 
@@ -97,7 +82,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLPModule(nn.Module):
-    """`kvgen.model.config.MLP`."""
+    """The module of `config.MLP`."""
 
     def __init__(self, spec: MLP, config: DecoderConfig) -> None:
         super().__init__()
@@ -114,7 +99,7 @@ class MLPModule(nn.Module):
 
 
 class RotaryTables(nn.Module):
-    """Cosines and sines of positions, for `rotate`."""
+    """Computes cosines and sines for `rotate`."""
 
     frequencies: Tensor
     long_frequencies: Tensor
@@ -122,15 +107,16 @@ class RotaryTables(nn.Module):
     def __init__(self, rotary: Rotary) -> None:
         super().__init__()
         self.scale = rotary.scale
-        # On the CPU even while the parameters are built on the meta device: they are not in a checkpoint.
-        for name, values in (
-            ("frequencies", rotary.inverse_frequencies),
-            ("long_frequencies", rotary.long_frequencies),
-        ):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"), persistent=False)
+        # On the CPU even if parameters are on the meta device, since a checkpoint does not hold them.
+        short, long = (
+            torch.tensor(values, dtype=torch.float32, device="cpu")
+            for values in (rotary.inverse_frequencies, rotary.long_frequencies)
+        )
+        self.register_buffer("frequencies", short, persistent=False)
+        self.register_buffer("long_frequencies", long, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
-        """Follow the module to another device, but never to fewer bits than float32's: positions need them."""
+        """Move to a new device or a wider dtype, but keep float32 in narrower modules: positions need it."""
         before = self.frequencies, self.long_frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.frequencies.device
@@ -139,10 +125,9 @@ class RotaryTables(nn.Module):
         return self
 
     def forward(self, positions: Tensor, long: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tables for positions, (rows,) int64: two (rows, 2 * pairs) tensors of the frequencies' dtype.
+        """Return cosines and sines of positions, (rows,) int64: (rows, 2 * pairs) each, in the frequencies' dtype.
 
-        long: (rows,) bool, whether a row belongs to a sequence that is longer than the rotation's short length; None
-        if none does.
+        long: (rows,) bool, whether a row uses the long frequencies; None if none does.
         """
         frequencies = self.frequencies
         if long is not None:
@@ -153,8 +138,7 @@ class RotaryTables(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + R / 2) of the first R dimensions of the heads in x, (rows, H, D), by the angles of
-    their positions. cos, sin: (rows, 1, R)."""
+    """Rotate pairs (i, i + R / 2) of the first R dimensions of the heads x, (rows, H, D). cos, sin: (rows, 1, R)."""
     rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
         return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)

@@ -1,7 +1,8 @@
-"""What a cache keeps for one layer: a `State`. For attention, keys and values of all positions or of a window."""
+"""What a cache keeps for one layer: a `State`. For attention: keys and values of all positions, or of a window."""
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +13,13 @@ from kvgen.errors import CacheError
 from kvgen.model.config import Attention
 
 MIN_CAPACITY = 64
-_MOST_SLACK = 64
+_MAX_SLACK = 64
 _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Buffers of one layer, (B, H_kv, capacity, D) each. Their entry 0 is the absolute position `first`."""
+    """Keys and values of one layer, (B, H_kv, capacity, D) each. Entry 0 is the absolute position `first`."""
 
     keys: Tensor
     values: Tensor
@@ -26,18 +27,29 @@ class KeyValues:
 
     @property
     def end(self) -> int:
-        """The absolute position behind the last one that fits."""
+        """The absolute position after the last entry."""
         return self.first + self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def view(self, start: int, end: int) -> KeyValues:
+        """Return positions `start` to `end`, sharing memory."""
+        entries = slice(start - self.first, end - self.first)
+        return KeyValues(self.keys[:, :, entries], self.values[:, :, entries], start)
+
+    def copy(self, start: int, end: int, capacity: int) -> KeyValues:
+        """Copy positions `start` to `end` into new buffers of `capacity` entries."""
+        old = self.view(start, end)
+        keys, values = (grow(part, capacity, end - start, dim=2) for part in (old.keys, old.values))
+        return KeyValues(keys, values, start)
+
 
 class State(Protocol):
-    """What a layer keeps of the positions that are cached. `length` is their number, which the cache counts.
+    """What the cache keeps for one layer. `length` arguments are the number of cached positions, counted by the cache.
 
-    What a pass writes counts only after `commit`, so that an interrupted pass changes nothing.
+    A forward pass reserves or appends, and takes effect at `commit`; an interrupted pass therefore changes nothing.
     """
 
     @property
@@ -46,181 +58,157 @@ class State(Protocol):
 
     @property
     def moving(self) -> bool:
-        """Whether what was reserved last is kept elsewhere once the pass is over."""
+        """Whether `commit` will move the entries reserved last, so that the reservation is for one pass only."""
 
-    def reserve(self, length: int, count: int, least: int, most: int) -> KeyValues:
-        """Make room for `count` positions behind the first `length`.
+    def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
+        """Make room for `count` positions after the first `length`; the caller fills it in.
 
-        Where buffers have to move they double, from `least` positions on and up to `most`, unless more are needed.
+        If buffers must grow, they double: to at least `capacity` and at most `max_length`, unless more is needed.
         """
 
-    def append(self, keys: Tensor, values: Tensor, length: int, least: int, most: int) -> tuple[Tensor, Tensor]:
-        """Write new positions, (B, H_kv, T, D), behind the first `length`; the rest is as for `reserve`.
+    def append(
+        self, keys: Tensor, values: Tensor, length: int, capacity: int, max_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write new positions, (B, H_kv, T, D), after the first `length`, with room as in `reserve`.
 
-        Returns the keys and values that the new positions may see, they themselves last: (B, H_kv, S, D) each.
+        Returns the keys and values visible to the new positions, including themselves at the end: (B, H_kv, S, D) each.
         """
 
     def commit(self) -> None:
-        """The pass is over: what it wrote counts."""
+        """End a pass: what it wrote counts."""
 
     def reach(self, length: int) -> int:
-        """The longest length, at most `length`, that it can go back to."""
+        """Return the longest length, at most `length`, that the state can be rewound to."""
 
     def branch(self, length: int, capacity: int) -> State:
-        """A copy of the first `length` positions, with room for `capacity`."""
+        """Return a copy of the first `length` positions, with room for `capacity`."""
 
     def held(self, length: int) -> KeyValues:
-        """What is here of the first `length` positions, without spare capacity."""
+        """Return a view of what is kept of the first `length` positions, without spare capacity."""
 
-    def restored(self, held: KeyValues, length: int, capacity: int) -> State:
-        """A copy of what `held` gave, for a layer of this kind. Raises CacheError for what does not fit."""
+    def restore(self, held: KeyValues, length: int, capacity: int) -> None:
+        """Copy what `held` returned into this state. Raises CacheError if it does not fit the layer."""
 
 
 def new_state(mixer: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-    """The state of a layer before its first position. dtype: to store keys and values in, int8 with scales."""
+    """Create the empty state of a layer. dtype: of stored keys and values; int8 adds scales."""
     shape = (batch, mixer.kv_heads, 0, row_length(mixer.head_dim, dtype))
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    return FullState(keys, values) if mixer.window is None else WindowState(keys, values, mixer.window)
+    buffers = KeyValues(keys, values, 0)
+    return FullState(buffers) if mixer.window is None else WindowState(buffers, mixer.window)
 
 
 class FullState:
-    """Keys and values of all positions, (B, H_kv, capacity, D)."""
+    """Keys and values of all positions."""
 
-    moving = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, buffers: KeyValues) -> None:
+        self.buffers = buffers
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.buffers.nbytes
 
-    def reserve(self, length: int, count: int, least: int, most: int) -> KeyValues:
-        end = length + count
-        if end > self.keys.shape[2]:
-            capacity = max(end, min(max(2 * self.keys.shape[2], least), most))
-            self.keys = grow(self.keys, capacity, length, dim=2)
-            self.values = grow(self.values, capacity, length, dim=2)
-        return KeyValues(self.keys, self.values, 0)
+    @property
+    def moving(self) -> bool:
+        return False
 
-    def append(self, keys: Tensor, values: Tensor, length: int, least: int, most: int) -> tuple[Tensor, Tensor]:
-        return _written(self.reserve(length, keys.shape[2], least, most), keys, values, length, 0)
+    def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
+        end, size = length + count, self.buffers.end
+        if end > size:
+            self.buffers = self.buffers.copy(0, length, max(end, min(max(2 * size, capacity), max_length)))
+        return self.buffers
+
+    def append(
+        self, keys: Tensor, values: Tensor, length: int, capacity: int, max_length: int
+    ) -> tuple[Tensor, Tensor]:
+        end = length + keys.shape[2]
+        reserved = self.reserve(length, keys.shape[2], capacity, max_length)
+        new, visible = reserved.view(length, end), reserved.view(self._first_visible(length), end)
+        new.keys[:] = encode(keys, new.keys.dtype)
+        new.values[:] = encode(values, new.values.dtype)
+        return decode(visible.keys, keys.dtype), decode(visible.values, values.dtype)
 
     def commit(self) -> None:
         pass
 
     def reach(self, length: int) -> int:
-        return length
+        return length if self.buffers.first <= self._first_visible(length) else 0
 
-    def branch(self, length: int, capacity: int) -> FullState:
-        keys, values = (grow(stored, max(length, capacity), length, dim=2) for stored in (self.keys, self.values))
-        return FullState(keys, values)
+    def branch(self, length: int, capacity: int) -> State:
+        other = copy(self)
+        other.restore(self.held(length), length, capacity)
+        return other
 
     def held(self, length: int) -> KeyValues:
-        return KeyValues(self.keys[:, :, :length], self.values[:, :, :length], 0)
+        return self.buffers.view(self.buffers.first, length)
 
-    def restored(self, held: KeyValues, length: int, capacity: int) -> FullState:
-        _check_fit(held, self.keys, length, first_needed=0)
-        return FullState(held.keys, held.values).branch(length, capacity)
+    def restore(self, held: KeyValues, length: int, capacity: int) -> None:
+        batch, heads, _, width = self.buffers.keys.shape
+        for part in (held.keys, held.values):
+            if part.dtype != self.buffers.keys.dtype or (*part.shape[:2], *part.shape[3:]) != (batch, heads, width):
+                raise CacheError(f"a layer of {part.dtype} and shape {tuple(part.shape)}")
+        if (
+            held.end != length
+            or not 0 <= held.first <= self._first_visible(length)
+            or held.values.shape[2] != held.keys.shape[2]
+        ):
+            raise CacheError(f"a layer has positions {held.first} to {held.end}, not those of {length} tokens")
+        self.buffers = held.copy(held.first, length, self._capacity(length - held.first, capacity))
+
+    def _capacity(self, used: int, capacity: int) -> int:
+        """Entries of a restored buffer."""
+        return max(used, capacity)
+
+    def _first_visible(self, length: int) -> int:
+        """The oldest position that position `length` attends to."""
+        return 0
 
 
-class WindowState:
-    """Keys and values of the last positions alone, in order, so that what a query sees is one view.
+class WindowState(FullState):
+    """Keys and values of the last positions, in order, so that what a query sees is one contiguous view.
 
-    A buffer holds the window and some slack. When it is full, its end moves to the front of a new one; the slack
-    makes that rare, and lets the cache go back by as many positions at any time.
-
-    first: the absolute position of the buffer's first entry.
+    A buffer has room for the window and some slack. When it is full, its end is copied to the front of a new one. The
+    slack makes copies rare, and is how far the cache can be rewound at any time.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, window: int, first: int = 0) -> None:
+    def __init__(self, buffers: KeyValues, window: int) -> None:
+        super().__init__(buffers)
         self.window = window
-        self.slack = _slack(window)
-        self.first = first
-        self.keys, self.values = keys, values
-        self._moving: tuple[KeyValues, int] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        self._pending: KeyValues | None = None  # buffers of this pass, until `commit` keeps their end
 
     @property
     def moving(self) -> bool:
-        return self._moving is not None
+        return self._pending is not None
 
-    def reserve(self, length: int, count: int, least: int, most: int) -> KeyValues:
-        """After all that the first of the new positions sees; the buffer's size depends on the window alone."""
+    def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
+        """Make room after everything visible to the first new position. The final size depends only on the window."""
         end = length + count
-        self._moving = None
-        if end <= self.first + self.keys.shape[2]:
-            return KeyValues(self.keys, self.values, self.first)
-        kept = max(self.first, end - self.window + 1 - self.slack)
-        start = min(self._seen_from(length), kept)
-        old = slice(start - self.first, length - self.first)
-        keys, values = (
-            grow(stored[:, :, old], end - start, length - start, dim=2) for stored in (self.keys, self.values)
-        )
-        room = KeyValues(keys, values, start)
-        self._moving = (room, kept)  # not before `commit`: an interrupted pass must not lose positions
-        return room
-
-    def append(self, keys: Tensor, values: Tensor, length: int, least: int, most: int) -> tuple[Tensor, Tensor]:
-        room = self.reserve(length, keys.shape[2], least, most)
-        return _written(room, keys, values, length, self._seen_from(length))
+        self._pending = None
+        if end <= self.buffers.end:
+            return self.buffers
+        start = min(self._first_visible(length), self._first_kept(end))
+        self._pending = self.buffers.copy(start, length, end - start)
+        return self._pending
 
     def commit(self) -> None:
-        """Keep the end of what `reserve` gave room for, if that was not the buffer itself."""
-        if self._moving is None:
-            return
-        room, kept = self._moving
-        used = room.end - kept
-        capacity = window_capacity(self.window, used)
-        self.keys, self.values = (
-            grow(tensor[:, :, -used:], capacity, used, dim=2) for tensor in (room.keys, room.values)
-        )
-        self.first, self._moving = kept, None
+        if self._pending is not None:
+            end = self._pending.end
+            first = self._first_kept(end)
+            self.buffers = self._pending.copy(first, end, window_capacity(self.window, end - first))
+            self._pending = None
 
-    def reach(self, length: int) -> int:
-        return length if self.first <= self._seen_from(length) else 0
+    def _capacity(self, used: int, capacity: int) -> int:
+        return used
 
-    def branch(self, length: int, capacity: int) -> WindowState:
-        room = self.held(length)
-        return WindowState(room.keys.clone(), room.values.clone(), self.window, self.first)
-
-    def held(self, length: int) -> KeyValues:
-        count = length - self.first
-        return KeyValues(self.keys[:, :, :count], self.values[:, :, :count], self.first)
-
-    def restored(self, held: KeyValues, length: int, capacity: int) -> WindowState:
-        _check_fit(held, self.keys, length, first_needed=self._seen_from(length))
-        return WindowState(held.keys.clone(), held.values.clone(), self.window, held.first)
-
-    def _seen_from(self, length: int) -> int:
-        """The oldest position that the next one sees."""
+    def _first_visible(self, length: int) -> int:
         return max(0, length - self.window + 1)
 
-
-def _written(room: KeyValues, keys: Tensor, values: Tensor, length: int, seen: int) -> tuple[Tensor, Tensor]:
-    """Write new positions, (B, H_kv, T, D), into a room; return what is there from position `seen` on."""
-    old, new = length - room.first, length - room.first + keys.shape[2]
-    room.keys[:, :, old:new] = encoded(keys, room.keys.dtype)
-    room.values[:, :, old:new] = encoded(values, room.values.dtype)
-    seen -= room.first
-    return decoded(room.keys[:, :, seen:new], keys.dtype), decoded(room.values[:, :, seen:new], values.dtype)
+    def _first_kept(self, end: int) -> int:
+        return max(self.buffers.first, end - self.window + 1 - _slack(self.window))
 
 
-def _check_fit(held: KeyValues, buffer: Tensor, length: int, first_needed: int) -> None:
-    """Raises CacheError for keys and values of other shapes than a buffer's, or of other positions than are needed."""
-    batch, heads, _, width = buffer.shape
-    for tensor in (held.keys, held.values):
-        if tensor.dtype != buffer.dtype or (*tensor.shape[:2], *tensor.shape[3:]) != (batch, heads, width):
-            raise CacheError(f"a layer of {tensor.dtype} and shape {tuple(tensor.shape)}")
-    if held.end != length or not 0 <= held.first <= first_needed or held.values.shape[2] != held.keys.shape[2]:
-        raise CacheError(f"a layer has positions {held.first} to {held.end}, not those of {length} tokens")
-
-
-def encoded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., D) as a cache of this dtype keeps them. For int8: (..., D + 4), the four bytes of the fp32 scale last."""
+def encode(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert (..., D) to a cache's dtype. For int8: (..., D + 4), the last four bytes being the fp32 scale."""
     if dtype != torch.int8:
         return numbers.to(dtype)
     wide = numbers.float()
@@ -229,8 +217,8 @@ def encoded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((codes, scales.contiguous().view(torch.int8)), dim=-1)
 
 
-def decoded(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `encoded` keeps, (..., D) of `dtype`."""
+def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Invert `encode`: (..., D) of `dtype`."""
     if stored.dtype != torch.int8:
         return stored.to(dtype)
     scales = stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
@@ -238,27 +226,21 @@ def decoded(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_length(head_dim: int, dtype: torch.dtype) -> int:
-    """How many numbers a cache of this dtype keeps for a head's `head_dim`."""
+    """Numbers stored per head and position."""
     return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
 
 
 def window_capacity(window: int, positions: int) -> int:
-    """The most that a layer with a window has room for while so many positions are cached.
-
-    In the end those that the next one sees, and twice the slack.
-    """
+    """Entries of a sliding-window layer with `positions` cached: at most the window and twice the slack."""
     return min(window - 1 + 2 * _slack(window), max(2 * positions, MIN_CAPACITY))
 
 
 def _slack(window: int) -> int:
-    return min(window, _MOST_SLACK)
+    return min(window, _MAX_SLACK)
 
 
 def grow(buffer: Tensor, capacity: int, used: int, dim: int) -> Tensor:
-    """A buffer of `capacity` entries along `dim` with the first `used` ones of `buffer` in it.
-
-    Callers double the capacity, which makes the copies a constant cost per position.
-    """
+    """Copy the first `used` entries along `dim` into a new tensor with `capacity` entries."""
     shape = list(buffer.shape)
     shape[dim] = capacity
     grown = buffer.new_empty(shape)

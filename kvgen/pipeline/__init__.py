@@ -1,1 +1,1 @@
-"""Many prompts through one model: rows of JSONL in, a row of JSONL out for each."""
+"""Batch processing: rows of JSONL in, one result per row out."""

@@ -1,4 +1,4 @@
-"""From rows to their results, side by side."""
+"""From input rows to results, many side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvgen.errors import KvgenError, UsageError, of_item
+from kvgen.errors import KvgenError, UsageError, as_kvgen_error
 from kvgen.generation.batch import Batch
 from kvgen.generation.counts import total
 from kvgen.generation.settings import Request
@@ -18,7 +18,7 @@ from kvgen.tokenizer.prompt import PromptFormat
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row. reused, computed: positions, over all passes; None if the cache does not say."""
+    """The output of a row. value: its line of JSON. reused, computed: positions over all passes; None if unknown."""
 
     row: InputRow
     value: dict[str, Any]
@@ -32,7 +32,7 @@ class Result:
 
 
 @dataclass
-class _Open:
+class _InProgress:
     row: InputRow
     request: Request
     chunks: list[Chunk] = field(default_factory=list)
@@ -60,30 +60,30 @@ def complete_rows(
     admit: Callable[[], bool] = lambda: True,
     most_tokens: int | None = None,
 ) -> Iterator[Result]:
-    """The result of each row as soon as it is there.
+    """Yield the result of each row as soon as it is complete.
 
-    defaults: for what a row does not set. admit: see `Batch.run`. most_tokens: that a row may ask for; None for any.
+    defaults, most_tokens: as for `InputRow.request`. admit: as for `Batch.run`.
     """
-    under_way: dict[int, _Open] = {}
+    in_progress: dict[int, _InProgress] = {}
 
     def requests() -> Iterator[Request | KvgenError]:
         for number, row in enumerate(rows):
-            request = defaults
-            error: KvgenError | None = None if row.error is None else UsageError(row.error)
-            if error is None:
-                try:
-                    asked = row.request(defaults, most_tokens)
-                    request = replace(asked, prompt=format.encode(tokenizer, row.prompt))
-                except Exception as found:  # noqa: BLE001 (whatever it is, it is this row's)
-                    error = of_item(found)
-            under_way[number] = _Open(row, request)
-            yield error or request
+            request, failure = defaults, None
+            try:
+                if row.error is not None:
+                    raise UsageError(row.error)
+                request = row.request(defaults, most_tokens)
+                request = replace(request, prompt=format.encode(tokenizer, row.prompt))
+            except Exception as error:  # noqa: BLE001 (an invalid row must not stop the others)
+                failure = as_kvgen_error(error)
+            in_progress[number] = _InProgress(row, request)
+            yield failure or request
 
     for number, event in batch.run(requests(), admit):
         if isinstance(event, KvgenError):
-            row = under_way.pop(number).row
+            row = in_progress.pop(number).row
             yield Result(row, {**row.labels(), "error": str(event)})
             continue
-        under_way[number].chunks.append(event)
+        in_progress[number].chunks.append(event)
         if event.finish_reason:
-            yield under_way.pop(number).result()
+            yield in_progress.pop(number).result()

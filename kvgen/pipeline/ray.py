@@ -1,4 +1,4 @@
-"""Rows on a Ray cluster: Ray Data's pool of actors, each with the model loaded once (extra: ray)."""
+"""Complete rows on a Ray cluster, in a pool of Ray Data actors that each load the model once (extra: ray)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from kvgen.pipeline.complete import Result, complete_rows
 from kvgen.pipeline.rows import InputRow, read_row
 from kvgen.tokenizer.prompt import PromptFormat
 
-_TASK_ROWS = 64  # that a worker gets at a time, and that are completed again if it dies
-_DIED = b"worker died"  # what Ray prints of it
+_TASK_ROWS = 64  # rows that a worker gets at a time, and that are repeated if it dies
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker is told. load: the arguments of `kvgen.load`. The rest is as for `Batch` and `complete_rows`.
+    """Settings for every worker. load: arguments of `kvgen.load`. The others are as for `Batch` and `complete_rows`.
 
-    chat_template: instead of the checkpoint's; None for that. max_cache_bytes: None for half of what a worker has left.
+    chat_template: None for the checkpoint's. max_cache_bytes: None for half of the worker's remaining memory.
     """
 
     load: Mapping[str, Any]
@@ -47,42 +46,38 @@ class Work:
 
 
 class Worker:
-    """Lives on the cluster, and completes rows."""
+    """A Ray actor that completes batches of rows."""
 
     def __init__(self, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
         loaded = load(**work.load)
-        tokenizer = loaded.tokenizer
+        self._work, self._tokenizer = work, loaded.tokenizer
         if work.chat_template is not None:
-            tokenizer = tokenizer.with_chat_template(work.chat_template)
-        self._work, self._tokenizer = work, tokenizer
+            self._tokenizer = loaded.tokenizer.with_chat_template(work.chat_template)
         budget = loaded.cache_budget if work.max_cache_bytes is None else work.max_cache_bytes
         self._batch = Batch(loaded, batch_size=work.batch_size, max_cache_bytes=budget)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        given = [read_row(int(index), line) for index, line in zip(rows["index"], rows["line"], strict=True)]
-        work = self._work
-        results = complete_rows(
-            self._batch, self._tokenizer, given, work.defaults, work.format, most_tokens=work.most_tokens
-        )
-        found = list(results)
+        parsed = [read_row(int(index), line) for index, line in zip(rows["index"], rows["line"], strict=True)]
+        defaults, format, most_tokens = self._work.defaults, self._work.format, self._work.most_tokens
+        results = list(complete_rows(self._batch, self._tokenizer, parsed, defaults, format, most_tokens=most_tokens))
         return {
-            "index": [result.row.index for result in found],
-            "value": [json.dumps(result.value) for result in found],
-            "tokens": [result.tokens for result in found],
+            "index": [result.row.index for result in results],
+            "value": [json.dumps(result.value) for result in results],
+            "tokens": [result.tokens for result in results],
         }
 
 
 def complete_on_ray(
     rows: Iterable[InputRow], work: Work, address: str | None, workers: int | None, notify: Callable[[str], None]
 ) -> Iterator[Result]:
-    """The result of each row as it comes. A worker that dies is started again, and its rows are completed again.
+    """Yield results as they come. A worker that dies is restarted, and its rows are repeated.
 
-    address: of the cluster; None for one on this machine. workers: how many models there are; None for one a node.
-    notify: told what happens on the cluster that people should know.
+    address: of the cluster; None to start one on this machine. workers: number of model copies; None for one per node.
+    notify: called with messages for the user.
 
-    Ray writes to stdout and stderr as it likes, so it runs in a process of its own, which only sends results.
-    Raises UnsupportedError where Ray is not installed, KvgenError if the cluster cannot be reached or gives up.
+    Ray prints to stdout and stderr, so it runs in a separate process that only sends results.
+    Raises UnsupportedError if Ray is not installed, KvgenError if the cluster cannot be reached or fails.
     """
     if importlib.util.find_spec("ray") is None:
         raise UnsupportedError("--ray needs Ray: pip install 'kvgen[ray]'")
@@ -93,8 +88,7 @@ def complete_on_ray(
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     printed, printing = os.pipe()
-    told = (sending, DupFd(printing), items, work, address, workers)
-    driver = context.Process(target=_drive, args=told)
+    driver = context.Process(target=_drive, args=(sending, DupFd(printing), items, work, address, workers))
     driver.start()
     sending.close()
     os.close(printing)
@@ -105,7 +99,7 @@ def complete_on_ray(
                 raise found
             yield Result(by_index[found["index"]], json.loads(found["value"]), found["tokens"], None, None)
     except EOFError:
-        raise KvgenError("the process that speaks with Ray has died; what it sent before is there") from None
+        raise KvgenError("the Ray driver process died; the results it sent before are kept") from None
     finally:
         driver.terminate()
         driver.join()
@@ -114,8 +108,8 @@ def complete_on_ray(
 def _listen(printed: int, notify: Callable[[str], None]) -> None:
     with open(printed, "rb") as lines:
         for line in lines:
-            if _DIED in line:
-                notify("a worker died; its rows are completed again")
+            if b"worker died" in line:  # Ray's own message
+                notify("a worker died; its rows are repeated")
 
 
 def _drive(
@@ -126,18 +120,18 @@ def _drive(
     address: str | None,
     workers: int | None,
 ) -> None:
-    """Run rows on the cluster and send what comes, then None; or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    """Run the rows on the cluster; send the results, then None; or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     output = printing.detach()
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     import ray
     import ray.data
     from ray.exceptions import RayError
 
     try:
-        _knock(address)
+        _check_address(address)
         ray.init(address=address, **({"include_dashboard": False} if address is None else {}))
     except (OSError, RuntimeError, ValueError) as error:
         sending.send(KvgenError(f"Ray at {address or 'this machine'} cannot be reached ({in_one_line(error)})"))
@@ -158,13 +152,13 @@ def _drive(
             sending.send(found)
         sending.send(None)
     except RayError as error:
-        sending.send(KvgenError(f"Ray gave up: {in_one_line(error)}"))
+        sending.send(KvgenError(f"Ray failed: {in_one_line(error)}"))
     finally:
         ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
-    """Raises OSError if nobody answers at host:port; Ray would try for minutes."""
+def _check_address(address: str | None) -> None:
+    """Raise OSError if nothing listens at host:port; Ray would retry for minutes."""
     match = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address or "")
     if match:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()

@@ -1,4 +1,4 @@
-"""Text to ids and back: vocabularies, chat templates and the streaming detokenizer."""
+"""Tokenizers: text to token ids and back, chat templates, and streaming detokenization."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.tokenizer import gguf, hf
-from kvgen.tokenizer.plain import bytes_tokenizer, ids_tokenizer
+from kvgen.tokenizer.builtin import bytes_tokenizer, ids_tokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer", "choose_tokenizer", "read_tokenizer"]
 
 
 def read_tokenizer(raw: RawCheckpoint) -> Tokenizer:
-    """The tokenizer that comes with a checkpoint. Raises CheckpointError or UnsupportedError."""
+    """Read the tokenizer of a checkpoint. Raises CheckpointError or UnsupportedError."""
     if raw.format == "gguf":
         return gguf.read(raw)
     return bytes_tokenizer() if raw.metadata.get("tokenizer") == "bytes" else hf.read(raw)
 
 
 def choose_tokenizer(choice: str, vocab_size: int) -> Tokenizer:
-    """A tokenizer that does not come with the checkpoint: a tokenizer.json, or `bytes`, or `ids`."""
+    """Return the tokenizer that a user chose: `bytes`, `ids`, or the path of a tokenizer.json."""
     if choice == "bytes":
         return bytes_tokenizer()
     if choice == "ids":

@@ -1,23 +1,28 @@
-"""Chat templates: Jinja programs that come with a checkpoint and are run in a sandbox."""
+"""Chat messages and chat templates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from kvgen.errors import CheckpointError, UsageError
-from kvgen.tokenizer.sandbox import Program, RefusedError
+from kvgen.errors import UsageError
+from kvgen.tokenizer.sandbox import Sandbox
 
 
 class Message(TypedDict):
-    """One turn: `role` is system, user or assistant."""
+    """One turn: `role` is system, user or assistant.
+
+    >>> message: kvgen.Message = {"role": "user", "content": "What is the capital of Japan?"}
+    >>> "".join(chunk.text for chunk in kvgen.chat(loaded, [message], kvgen.Sampling(temperature=0)))
+    'The capital of Japan is Tokyo.'
+    """
 
     role: str
     content: str
 
 
 def check_messages(value: Any) -> list[Message]:
-    """What came from JSON, as messages. Raises UsageError if it is none."""
+    """Return decoded JSON as messages. Raises UsageError if it is not a list of messages."""
     if not isinstance(value, list) or not value:
         raise UsageError("`messages` must be a list of messages")
     for message in value:
@@ -30,40 +35,36 @@ def check_messages(value: Any) -> list[Message]:
 
 
 class ChatTemplate:
-    """A template and the special tokens that it may name (`bos_token`, `eos_token`, ...).
+    """A Jinja chat template and the special tokens it may use (`bos_token`, `eos_token`, ...).
 
-    The environment is the one that templates are written for: transformers' `apply_chat_template`. A template is
-    compiled when it is first used, so that a bad one does not keep its checkpoint from completing plain text.
+    It sees the variables and functions of transformers' `apply_chat_template`. It is compiled at the first rendering,
+    so a checkpoint with a bad template still completes plain text.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
-        self._program = Program(source)
+        self._sandbox = Sandbox(source)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, with the opening of the assistant's answer at the end.
+        """Render a conversation, followed by the start of the assistant's answer.
 
-        Raises UsageError if the template refuses the messages, CheckpointError if it is not valid or fails.
+        Raises UsageError if the template refuses the messages, CheckpointError if it is invalid or fails.
         """
-        values: dict[str, Any] = {
-            **self.special_tokens,
-            "messages": list(messages),
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
-        try:
-            return self._program.render(values)
-        except RefusedError as error:
-            raise UsageError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
-        except Exception as error:  # a template can make Python raise anything
-            raise CheckpointError(f"the chat template fails ({type(error).__name__}: {str(error)[:200]})") from error
+        return self._sandbox.render(
+            {
+                **self.special_tokens,
+                "messages": list(messages),
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
+        )
 
     def render_with_system(self, messages: Sequence[Message]) -> str:
-        """As `render`, but a system message that the template refuses or leaves out goes before the first user's.
+        """Render; if the template refuses or ignores the system message, prepend it to the first user message.
 
-        Raises UsageError too where there is no user's message to put it into.
+        Raises UsageError if there is no user message either.
         """
         if not messages or messages[0]["role"] != "system":
             return self.render(messages)
@@ -71,13 +72,13 @@ class ChatTemplate:
         refusal: UsageError | None = None
         try:
             text = self.render(messages)
-            another: Message = {"role": "system", "content": f"{system}."}
-            if text != self.render([another, *rest]):  # a template may trim or quote it, so its text is not looked for
+            changed: Message = {"role": "system", "content": f"{system}."}
+            if text != self.render([changed, *rest]):  # do not search the text: a template may trim or quote it
                 return text
         except UsageError as error:
             refusal = error
         first = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
         if first is None:
-            raise refusal or UsageError("the chat template has no place for a system message, and there is no other")
+            raise refusal or UsageError("the chat template ignores system messages, and there is no user message")
         rest[first] = {"role": "user", "content": f"{system}\n\n{rest[first]['content']}"}
         return self.render(rest)

@@ -1,7 +1,6 @@
-"""How byte-level BPE vocabularies cut text before merging, by the names that llama.cpp writes into GGUF files.
+"""Pre-tokenizers for byte-level BPE, by their names in GGUF files (`tokenizer.ggml.pre`).
 
-The patterns are those of the models' own tokenizer.json files, which llama.cpp imitates; so are the normalizers, which
-it leaves out. Beside them stands what else files of a kind do not say.
+Patterns and normalizers are those of the models' tokenizer.json files; llama.cpp omits the normalizers.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 
 @dataclass(frozen=True)
 class PreTokenizerSpec:
-    """build: makes the pre-tokenizer. normalizer: makes what changes the text before it, if anything does.
-    ignore_merges: a piece that is a token is taken whole. add_bos: whether BOS comes first if the file does not say."""
+    """A pre-tokenizer and the settings that GGUF files leave out.
+
+    build, normalizer: make the pre-tokenizer and the normalizer before it.
+    ignore_merges: use a piece that is a token without merging.
+    add_bos: whether to add BOS if the file does not say.
+    """
 
     build: Callable[[], PreTokenizer]
     normalizer: Callable[[], Normalizer] | None = None
@@ -33,8 +36,12 @@ def _single_digits() -> PreTokenizer:
     return Sequence([Digits(individual_digits=True), _gpt2()])
 
 
-def _split(pattern: str) -> Callable[[], PreTokenizer]:
-    return lambda: Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+def _split(*patterns: str) -> Callable[[], PreTokenizer]:
+    def build() -> PreTokenizer:
+        splits: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in patterns]
+        return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    return build
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -44,69 +51,45 @@ _ONE_DIGIT = _split(_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST)
 _LETTERS_AND_MARKS = _split(
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# llama.cpp's fallback, written by converters that did not recognize the model
+_DEFAULT = _split(
+    r"[\p{P}$+<=>^~|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+_SUPERWORDS = _split(r"\p{N}+", r"(?=(\d{3})+(?!\d))")  # digits in threes from the right; merges may join words
 
 
-def _default() -> PreTokenizer:
-    """llama.cpp's own, of no model: converters wrote `default` where they did not know better."""
-    patterns = [
-        r"[\p{P}$+<=>^~|]+",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        r"\p{N}+",
-        r"[0-9][0-9][0-9]",
-    ]
-    splits: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in patterns]
-    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _superwords() -> PreTokenizer:
-    """Merges may join words; only digits are cut, in threes from the right."""
-    splits: list[PreTokenizer] = [Split(Regex(p), "isolated") for p in (r"\p{N}+", r"(?=(\d{3})+(?!\d))")]
-    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _by_case(contractions: str, digits: str) -> Callable[[], PreTokenizer]:
-    """Words are cut where lower case turns into upper case."""
+def _split_by_case(contractions: str, digits: str) -> Callable[[], PreTokenizer]:
+    """Split words also where lower case is followed by upper case."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     start = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{start}{upper}*{lower}+{contractions}|{start}{upper}+{lower}*{contractions}"
     return _split(words + rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-_GPT2 = PreTokenizerSpec(_gpt2)
-_GPT2_NFC = PreTokenizerSpec(_gpt2, NFC)
-_DIGITS = PreTokenizerSpec(_single_digits)
-_LLAMA3 = PreTokenizerSpec(_THREE_DIGITS, ignore_merges=True, add_bos=True)
-_ONE_DIGIT_NFC = PreTokenizerSpec(_ONE_DIGIT, NFC)
-_GPT4O = PreTokenizerSpec(_by_case(_CONTRACTIONS + "?", r"\p{N}{1,3}"))
-
-PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
-    "default": PreTokenizerSpec(_default),
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "granite-docling": _GPT2,
-    "olmo": _GPT2_NFC,
-    "mpt": _GPT2_NFC,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "codeshell": _DIGITS,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "pixtral": _LLAMA3,
-    "dbrx": PreTokenizerSpec(_THREE_DIGITS),
-    "smaug-bpe": PreTokenizerSpec(_THREE_DIGITS),
-    "stablelm2": _ONE_DIGIT_NFC,
-    "qwen2": _ONE_DIGIT_NFC,
-    "deepseek-r1-qwen": _ONE_DIGIT_NFC,
-    "qwen35": PreTokenizerSpec(_LETTERS_AND_MARKS, NFC),
-    "tekken": PreTokenizerSpec(_by_case("", r"\p{N}"), ignore_merges=True, add_bos=True),
-    "gpt-4o": _GPT4O,
-    "llama4": _GPT4O,
-    "superbpe": PreTokenizerSpec(_superwords),
+PRE_TOKENIZERS = {
+    name: spec
+    for names, spec in (
+        ("default", PreTokenizerSpec(_DEFAULT)),
+        ("gpt-2 phi-2 granite-docling", PreTokenizerSpec(_gpt2)),
+        ("olmo mpt", PreTokenizerSpec(_gpt2, NFC)),
+        ("smollm starcoder refact codeshell", PreTokenizerSpec(_single_digits)),
+        (
+            "llama3 llama-v3 llama-bpe falcon3 pixtral",
+            PreTokenizerSpec(_THREE_DIGITS, ignore_merges=True, add_bos=True),
+        ),
+        ("dbrx smaug-bpe", PreTokenizerSpec(_THREE_DIGITS)),
+        ("stablelm2 qwen2 deepseek-r1-qwen", PreTokenizerSpec(_ONE_DIGIT, NFC)),
+        ("qwen35", PreTokenizerSpec(_LETTERS_AND_MARKS, NFC)),
+        ("tekken", PreTokenizerSpec(_split_by_case("", r"\p{N}"), ignore_merges=True, add_bos=True)),
+        ("gpt-4o llama4", PreTokenizerSpec(_split_by_case(_CONTRACTIONS + "?", r"\p{N}{1,3}"))),
+        ("superbpe", PreTokenizerSpec(_SUPERWORDS)),
+    )
+    for name in names.split()
 }
 
-# Architectures whose SentencePiece-style vocabularies have special tokens that take the white space after them, and
-# which of their tokens do not. It is in the models' tokenizer.json; of GGUF files llama.cpp knows it by name as well.
-KEEPS_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
+# Architectures whose SentencePiece special tokens strip the white space after them, with the tokens that do not.
+# GGUF files do not say it, and llama.cpp goes by name as well.
+RSTRIP_EXCEPTIONS = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}

@@ -1,4 +1,4 @@
-"""How a prompt becomes token ids: plain text, or a conversation in the checkpoint's template."""
+"""Encode a prompt: plain text, or a conversation in the checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from kvgen.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """chat: put text into the chat template, as what a user says. system: a message before conversations that have none
-    of their own. parse_special: see `Tokenizer.encode`.
+    """How to encode prompts.
+
+    chat: put text into the chat template as a user message.
+    system: system message for conversations without one.
+    parse_special: see `Tokenizer.encode`.
     """
 
     chat: bool = False
@@ -20,7 +23,7 @@ class PromptFormat:
     parse_special: bool = False
 
     def encode(self, tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
-        """The ids of a text, or of a conversation. Raises as `Tokenizer` does."""
+        """Return the ids of a text or conversation. Raises UsageError as `Tokenizer` does."""
         if isinstance(prompt, str):
             if not self.chat:
                 return tokenizer.encode(prompt, parse_special=self.parse_special)

@@ -1,216 +1,152 @@
-"""Running a template that nobody vouches for: the environment that it expects, in a sandbox with limits."""
+"""Run a chat template in a worker process, with limits on time, memory and output."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
-from typing import Any, NoReturn
+import time
+import weakref
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
-from kvgen.tokenizer.limits import MAX_CHARACTERS, Budget, allows_layout
+from kvgen.errors import CheckpointError, KvgenError, UsageError
 
 MAX_SECONDS = 5.0
-_MAX_SOURCE = 1_000_000  # characters of the template itself
-_LEFT_OUT = ("pprint", "striptags", "urlize", "wordwrap")  # filters for web pages, slow on texts made for it
+MAX_CHARACTERS = 10_000_000  # of the rendered text
+MAX_MEMORY = 1 << 30  # bytes of the worker's address space
+_MAX_SOURCE = 1_000_000  # characters of the template
+_MAX_START_SECONDS = 60.0
+_BYTES_PER_CHARACTER = 6  # at most, in JSON: \u0000
+_WORKER = Path(__file__).with_name("sandbox_worker.py")
+_ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")  # the local time, and what Python needs to start
 
 
-class RefusedError(Exception):
-    """What a template raises by `raise_exception`."""
+class Sandbox:
+    """A chat template in a worker process, which starts at the first rendering and is replaced if it ends.
 
-
-class TemplateTimeoutError(Exception):
-    """A template that took too long."""
-
-
-class Program:
-    """A template, compiled when it is first rendered."""
+    The worker runs jinja2's immutable sandbox and is killed when its time is up. Threads take turns; a forked child
+    starts its own worker. Collecting this object, or leaving the interpreter, ends the worker.
+    """
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._template: jinja2.Template | None = None
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._finalizer: weakref.finalize[..., Sandbox] | None = None
+        _sandboxes.add(self)
 
-    def render(self, values: Mapping[str, Any]) -> str:
-        """The text. Raises TemplateTimeoutError, SecurityError if it makes too much, or whatever the template raises.
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Render the template. `variables` must fit into JSON.
 
-        It runs in a thread that an exception is thrown into when its time is up. That ends what is Python: loops,
-        macros, the compiler. A single operation of the interpreter it does not end; none that the sandbox lets through
-        takes long. (Another process could be ended at any point, but would cost its start for every rendering.)
+        Raises UsageError if the template calls `raise_exception`, CheckpointError if it fails or exceeds a limit.
         """
-        outcome: list[str] = []
-        failure: list[BaseException] = []
-
-        def run() -> None:
+        if len(self._source) > _MAX_SOURCE:
+            raise _failure(f"it is longer than {_MAX_SOURCE} characters")
+        with self._lock:
             try:
-                outcome.append("".join(self._pieces(values)))
-            except BaseException as error:  # noqa: BLE001 (raised again where the caller is)
-                failure.append(error)
+                answer = self._exchange(self._running_worker(), variables, MAX_SECONDS)
+            except BaseException:  # a late answer would be read as the next one
+                self._stop()
+                raise
+        if "refused" in answer:
+            raise UsageError(f"the chat template refuses this conversation: {answer['refused']}")
+        if "error" in answer:
+            raise _failure(answer["error"])
+        return answer["text"]
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(MAX_SECONDS)
-        if thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TemplateTimeoutError)
+    def _running_worker(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._stop()
+        specs = [find_spec("jinja2"), find_spec("markupsafe")]
+        packages = {str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_WORKER), *packages],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                start_new_session=True,  # Ctrl-C in the terminal is the parent's
             )
-            thread.join(1.0)
-            raise TemplateTimeoutError(f"it takes longer than {MAX_SECONDS:g} seconds")
-        if failure:
-            raise failure[0]
-        return outcome[0]
-
-    def _pieces(self, values: Mapping[str, Any]) -> Iterator[str]:
-        if self._template is None:
-            if len(self._source) > _MAX_SOURCE:
-                raise SecurityError(f"it is longer than {_MAX_SOURCE} characters")
-            self._template = Sandbox().from_string(self._source)
-        sandbox = self._template.environment
-        assert isinstance(sandbox, Sandbox)
-        sandbox.budget.renew()
-        length = 0
-        for piece in self._template.generate(values):
-            length += len(piece)
-            if length > MAX_CHARACTERS:
-                raise SecurityError(f"it writes more than {MAX_CHARACTERS} characters")
-            yield piece
-
-
-class _CountingGenerator(CodeGenerator):
-    """Compiles what makes a value without a call or an operator so that the value is counted."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.concat(map(str, (")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write(")))")
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
-        self._counted(super().visit_List, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
-        self._counted(super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
-        if node.ctx == "load":  # not the names on the left of an assignment
-            self._counted(super().visit_Tuple, node, frame)
-        else:
-            super().visit_Tuple(node, frame)
-
-    def _counted(self, visit: Callable[[Any, Frame], None], node: nodes.Expr, frame: Frame) -> None:
-        self.write("environment.budget.made(")
-        visit(node, frame)
-        self.write(")")
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment that chat templates are written for, transformers' own, that counts what a template makes."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-    code_generator_class = _CountingGenerator
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self.budget = Budget()
-        self.filters["tojson"] = _to_json
-        self.filters = {
-            name: self._counted(name, function) for name, function in self.filters.items() if name not in _LEFT_OUT
+        except OSError as error:
+            raise KvgenError(f"the process for the chat template cannot start ({error.strerror})") from error
+        self._finalizer = weakref.finalize(self, _kill, self._process)
+        settings = {
+            "source": self._source,
+            "max_seconds": MAX_SECONDS,
+            "max_characters": MAX_CHARACTERS,
+            "max_memory": MAX_MEMORY,
         }
-        del self.globals["lipsum"]
-        self.globals["dict"] = lambda *arguments, **options: dict(*arguments, **options)
-        self.globals["namespace"] = _Namespace
-        self.globals["raise_exception"] = _refuse
-        self.globals["strftime_now"] = _strftime_now
+        self._exchange(self._process, settings, _MAX_START_SECONDS)
+        return self._process
 
-    def concat(self, pieces: Iterable[str]) -> str:
-        """The pieces as one text: of `~`, of macros, of `{% set %}` blocks."""
-        pieces = list(pieces)
-        self.budget.affords(sum(map(len, pieces)))
-        return self.budget.made("".join(pieces))
+    def _exchange(self, process: subprocess.Popen[bytes], message: Mapping[str, Any], seconds: float) -> dict[str, str]:
+        """Send one line and read one. Killing the worker unblocks both."""
+        assert process.stdin is not None and process.stdout is not None
+        request, answer = memoryview(_encode(message)), bytearray()
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        start = time.monotonic()
+        timer.start()
+        try:
+            while request:
+                request = request[process.stdin.write(request) :]
+            while not answer.endswith(b"\n") and len(answer) <= _BYTES_PER_CHARACTER * MAX_CHARACTERS + 100:
+                chunk = process.stdout.read(1 << 16)
+                if not chunk:
+                    break
+                answer += chunk
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+        if time.monotonic() - start >= seconds:
+            raise _failure(f"it takes longer than {seconds:g} seconds")
+        if not answer.endswith(b"\n"):
+            raise _failure("its process ended without an answer")
+        answered: dict[str, str] = json.loads(answer)
+        return answered
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Apply an operator of `intercepted_binops`."""
-        self.budget.allows_operator(operator, left, right)
-        return self.budget.made(super().call_binop(context, operator, left, right))
+    def _stop(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
 
-    def call(self, context: Any, obj: Any, /, *arguments: Any, **options: Any) -> Any:
-        """Call a function, a macro or a method."""
-        name, value = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
-        if name == "join" and arguments:
-            items = list(arguments[0])
-            self.budget.allows_join(value, items)
-            arguments = (items, *arguments[1:])
-        self.budget.allows_call(name, value, arguments, options)
-        return self.budget.made(super().call(context, obj, *arguments, **options))
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """As jinja2's, which keeps formats from reaching attributes; and from absurd widths."""
-        if getattr(value, "__name__", "") in ("format", "format_map"):
-            self.budget.allows_format(getattr(value, "__self__", ""))
-        return super().wrap_str_format(value)
-
-    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        extra = 1 if hasattr(function, "jinja_pass_arg") else 0  # what jinja2 puts before the value
-
-        @functools.wraps(function)
-        def counted(*arguments: Any, **options: Any) -> Any:
-            before, (value, *rest) = arguments[:extra], arguments[extra:]
-            if name == "join":
-                value = list(value)
-                self.budget.allows_join(options["d"] if "d" in options else "".join(map(str, rest[:1])), value)
-            self.budget.allows_call(name, value, rest, options)
-            return self.budget.made(function(*before, value, *rest, **options))
-
-        return counted
+    def _leave_to_parent(self) -> None:
+        """Forget the worker in a forked child: it belongs to the process that started it."""
+        self._lock = threading.Lock()
+        if self._process is not None and self._finalizer is not None and self._finalizer.detach():
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process.returncode = 0  # it cannot be waited for; without this, Popen warns that it still runs
+        self._process = None
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks, for training, what the model is to say. Here its content is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 wants it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+def _encode(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-class _Namespace(Namespace):
-    """Without names that mean something to Python, and without a text that would show all that it holds."""
-
-    __repr__ = object.__repr__
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace has no place for {name!r}")
-        super().__setitem__(name, value)
+def _failure(reason: str) -> CheckpointError:
+    return CheckpointError(f"the chat template fails ({reason})")
 
 
-def _refuse(message: str) -> NoReturn:
-    raise RefusedError(message)
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with process:  # closes the pipes and waits
+        process.kill()
 
 
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
+def _leave_workers_to_parent() -> None:
+    for sandbox in list(_sandboxes):
+        sandbox._leave_to_parent()
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    allows_layout(indent, separators)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+_sandboxes: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_workers_to_parent)

@@ -1,4 +1,4 @@
-"""SentencePiece-style BPE in the `tokenizers` library: merges by score, and bytes for what the vocabulary lacks."""
+"""SentencePiece-style BPE in the `tokenizers` library: merges by score, with byte fallback."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-SPACE = "\u2581"  # what stands for a space in these vocabularies
+SPACE = "\u2581"  # replaces the space in these vocabularies
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def build_backend(
     tokens: Sequence[str], scores: Sequence[float], is_piece: Sequence[bool], unknown: str | None, *, prefix_space: bool
 ) -> tokenizers.Tokenizer:
-    """A tokenizer without its added tokens.
+    """Build a tokenizer without added tokens.
 
-    tokens, scores: by id. is_piece: whether merging may lead to a token; special, user-defined and byte tokens are
-    not pieces. unknown: the token for what has none, where there are no bytes. prefix_space: whether a text, and what
-    follows a special token, begins with a space.
+    tokens, scores: by id.
+    is_piece: whether merging may produce the token; false for special, user-defined and byte tokens.
+    unknown: the unknown token, for vocabularies without byte tokens.
+    prefix_space: whether to put a space before a text, and after each special token.
     """
     vocab = {token: id_ for id_, token in enumerate(tokens)}
     model = models.BPE(
@@ -35,10 +36,9 @@ def build_backend(
 
 
 def merges_by_score(vocab: dict[str, int], scores: Sequence[float], is_piece: Sequence[bool]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the best-scored first.
+    """Return every pair of pieces that forms a piece, best score first, which is SentencePiece's merge order.
 
-    SentencePiece merges the neighbours whose union scores best; a list of pairs in that order says the same. Where a
-    piece can be made in several ways, the pairs are in the order of their ids, as in transformers' conversion.
+    Pairs that form the same piece are sorted by their ids, as in transformers' conversion.
     """
     pieces = {token: id_ for token, id_ in vocab.items() if is_piece[id_]}
     merges: list[tuple[str, str]] = []
@@ -46,11 +46,7 @@ def merges_by_score(vocab: dict[str, int], scores: Sequence[float], is_piece: Se
         pairs = []
         for cut in range(1, len(token)):
             left = token[:cut]
-            if left in pieces:  # most are not, and a vocabulary has millions of cuts
-                right = token[cut:]
-                if right in pieces:
-                    pairs.append((left, right))
-        if len(pairs) > 1:
-            pairs.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-        merges += pairs
+            if left in pieces and (right := token[cut:]) in pieces:  # a vocabulary has millions of cuts: keep it fast
+                pairs.append((left, right))
+        merges += sorted(pairs, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
     return merges

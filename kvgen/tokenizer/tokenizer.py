@@ -1,4 +1,4 @@
-"""The tokenizer that the rest of kvgen sees, whatever file it came from."""
+"""The tokenizer, independent of the file format it was read from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import tokenizers
 from kvgen.errors import UsageError
 from kvgen.tokenizer.chat import ChatTemplate, Message
 from kvgen.tokenizer.detokenizer import Detokenizer
-from kvgen.tokenizer.lookalikes import LookAlikes, encode_with
+from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
 
 
 class Tokenizer:
-    """A vocabulary with its policies.
+    """A vocabulary with its BOS, EOS and chat template.
 
-    backend: the tokenizer proper; its post-processor adds BOS and EOS where the checkpoint wants them.
+        >>> ids = loaded.tokenizer.encode("Hello, world!")
+        >>> ids, loaded.tokenizer.decode(ids)
+        ([19556, 28, 905, 17], 'Hello, world!')
+
+    backend: of the `tokenizers` library; its post-processor adds BOS and EOS.
     eos_ids: the ids that end a completion.
-    chat_template: how the checkpoint wants a conversation written; None if it has no such way.
-    special_tokens: what a template may name: `bos_token` and its like.
+    chat_template: a Jinja template, or None.
+    special_tokens: variables for the template: `bos_token`, `eos_token`, ...
     """
 
     def __init__(
@@ -37,54 +41,52 @@ class Tokenizer:
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
 
     @cached_property
-    def _look_alikes(self) -> LookAlikes:
-        return LookAlikes(self.backend)
+    def _escaper(self) -> SpecialTokenEscaper:
+        return SpecialTokenEscaper(self.backend)
 
     def with_chat_template(self, source: str) -> Tokenizer:
-        """The same vocabulary with another template."""
+        """Return the same tokenizer with a different chat template."""
         return type(self)(self.backend, self.eos_ids, source, self.special_tokens)
 
     def shares_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether both give every token the same id."""
+        """Return whether both map the same tokens to the same ids."""
         return self.backend.get_vocab() == other.backend.get_vocab()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, with BOS and EOS as the checkpoint wants them.
+        """Return the ids of `text`, with BOS and EOS if the checkpoint adds them.
 
-        parse_special: whether text that looks like a special token (`<|im_end|>`) becomes that token. It should
-            not for text that others wrote.
+        parse_special: whether text such as `<|im_end|>` becomes a special token. Leave it off for untrusted text.
 
         Raises UsageError if the text is not valid Unicode.
         """
-        return encode_with(self.backend, text, parse_special=parse_special, policy=True).ids
+        return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=True).ids
 
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
-        """The ids of a conversation, up to where the assistant's answer begins.
+        """Return the ids of a conversation, up to the start of the assistant's answer.
 
-        The template's special tokens become tokens. What looks like one inside a message stays text, unless
-        `parse_special`. A system message that the template has no place for goes before the first user's.
+        Special tokens of the template become tokens; text in messages that looks like one stays text, unless
+        `parse_special`. If the template does not take a system message, it is prepended to the first user message.
 
-        Raises UsageError if the checkpoint has no chat template or its template refuses these messages.
+        Raises UsageError if there is no chat template or it refuses these messages, CheckpointError if it fails.
         """
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
-        look_alikes = self._look_alikes
-        if parse_special or not any(look_alikes.may_be_in(message["content"]) for message in messages):
+        if parse_special or not any(self._escaper.is_needed(message["content"]) for message in messages):
             text = self.chat_template.render_with_system(messages)
-            return encode_with(self.backend, text, parse_special=True, policy=False).ids
-        marked: list[Message] = [
-            {"role": message["role"], "content": look_alikes.marked(message["content"])} for message in messages
+            return encode_text(self.backend, text, parse_special=True, add_special_tokens=False).ids
+        escaped: list[Message] = [
+            {"role": message["role"], "content": self._escaper.escape(message["content"])} for message in messages
         ]
-        return look_alikes.encode(self.chat_template.render_with_system(marked))
+        return self._escaper.encode(self.chat_template.render_with_system(escaped))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids` without special tokens. Invalid UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def token(self, id_: int) -> str:
-        """The text of one token, special tokens included, for people to read."""
+        """Return the text of one token, which may be special."""
         return self.backend.decode([id_], skip_special_tokens=False)
 
     def detokenizer(self) -> Detokenizer:
-        """A new stream from ids to text."""
+        """Return a new detokenizer for a stream of ids."""
         return Detokenizer(self.backend, self.special_ids)

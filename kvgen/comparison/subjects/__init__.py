@@ -1,4 +1,4 @@
-"""Adapters from backends to what a comparison calls: `Subject` for any, and one for each kind that offers more."""
+"""Adapters that give backends the calls a comparison needs: `Subject` for all, subclasses for those that offer more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Subject", "subject_of"]
 
 @singledispatch
 def subject_of(backend: Backend) -> Subject:
-    """The adapter for a kind of backend."""
+    """Wrap a backend in the adapter for its kind."""
     return Subject(backend)
 
 

@@ -1,4 +1,4 @@
-"""kvgen's own decoder under comparison."""
+"""kvgen's decoder as the subject of a comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvgen.model.decoder import Decoder
 
 
 class NativeSubject(Subject):
-    """Switches the guard of the cache off where a pattern wants it."""
+    """Can bypass the check that a cache belongs to its text."""
 
     def __init__(self, backend: NativeBackend) -> None:
         super().__init__(backend)
@@ -22,17 +22,17 @@ class NativeSubject(Subject):
         long = {rotary.short_length + 1 for rotary in config.rotaries if rotary.long_frequencies}
         self.changes_at = tuple(sorted(long | {window for window in config.windows if window}))
 
-    def trusting(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """What a cache does that does not know its text: positions restart at 0."""
+    def append_unchecked(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        """Like a cache that does not know its text: positions restart at 0."""
         return self._decoder.append(new, cache, start=0)
 
-    def placed(self, ids: Tensor, cache: KVCache | None, positions: Tensor) -> tuple[Tensor, KVCache]:
-        """Keys are cached as they were rotated, so only the positions of what is new can be chosen."""
+    def with_positions(self, ids: Tensor, cache: KVCache | None, positions: Tensor) -> tuple[Tensor, KVCache]:
+        """Cached keys are already rotated, so only the positions of new tokens can be chosen."""
         known = 0 if cache is None else cache.length
         return self._decoder.append(ids[:, known:], cache, start=int(positions[known]))
 
-    def in_wider(self, dtype: torch.dtype) -> NativeSubject | None:
-        """None on the kernels, where equal texts give equal bits and nothing is left to be sharper about."""
+    def in_dtype(self, dtype: torch.dtype) -> NativeSubject | None:
+        """None on the kernels: they give equal bits for equal texts, so a wider dtype has nothing to decide."""
         if not isinstance(self._decoder, Decoder):
             return None
         twin: Decoder = widened(self._decoder, dtype)

@@ -1,4 +1,4 @@
-"""A model that the user brings, under comparison."""
+"""A user's model from a Python file as the subject of a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvgen.errors import ModelError
 
 
 class PythonSubject(Subject):
-    """Reads what the model says of itself in attributes, and chooses positions if it takes them."""
+    """Reads the declarations in the model's attributes, and passes positions if the model accepts them."""
 
     def __init__(self, backend: PythonBackend) -> None:
         super().__init__(backend)
@@ -24,19 +24,19 @@ class PythonSubject(Subject):
         changes_at = getattr(backend.model, "changes_at", None)
         self.changes_at = None if changes_at is None else tuple(changes_at)
 
-    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
+    def with_positions(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
         if not self._backend.takes_positions:
-            return super().placed(ids, cache, positions)
+            return super().with_positions(ids, cache, positions)
         return self._backend.call(ids, cache, positions=positions)
 
-    def in_wider(self, dtype: torch.dtype) -> PythonSubject | None:
-        """For a torch module that follows the dtype of its weights, so that its logits have the wider one."""
+    def in_dtype(self, dtype: torch.dtype) -> PythonSubject | None:
+        """For a torch module whose logits have the dtype of its weights."""
         if self.module is None:
             return None
         try:
             twin = PythonBackend(widened(self.module, dtype))
             logits, _ = twin(torch.zeros(1, 1, dtype=torch.int64, device=self.backend.device), None)
-        except (ModelError, RuntimeError, TypeError):  # it cannot be copied, or insists on a dtype
+        except (ModelError, RuntimeError, TypeError):  # it cannot be copied, or requires one dtype
             return None
         twin.dtype = dtype
         return PythonSubject(twin) if logits.dtype == dtype else None

@@ -1,4 +1,4 @@
-"""A model under comparison: the contract, and the calls beside it that only a comparison makes."""
+"""The subject of a comparison: the contract, plus calls that only a comparison makes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvgen.errors import UnsupportedError
 
 
 class Subject:
-    """Wraps a backend. This class serves every backend; a subclass knows more of one kind.
+    """Wrap any backend; subclasses add what one kind of backend offers.
 
-    cannot_cache: why the model cannot use a cache at all; None if it can.
-    lossy: why cached logits are expected to differ from uncached ones; None if they are not.
-    changes_at: sequence lengths at which the model starts to compute differently, such as its windows; None if unknown.
-    module: the torch module inside, if there is one.
+    cannot_cache: why the model cannot use a cache; None if it can.
+    lossy: why cached logits differ from uncached ones by design; None if they should be equal.
+    changes_at: sequence lengths where the model starts to compute differently, such as its windows; None if unknown.
+    module: the torch module, if there is one.
     """
 
     cannot_cache: str | None = None
@@ -50,33 +50,33 @@ class Subject:
         return self.backend.context_length
 
     def logits_at(self, ids: Tensor, positions: Sequence[int]) -> Tensor | None:
-        """Uncached logits after some positions of `ids`, (1, n), in any order, in one pass: (len(positions), vocab).
+        """Uncached logits at `positions` of `ids`, (1, n), in any order, from one pass: (len(positions), vocab).
 
-        None if the model gives the logits of the last position alone.
+        None if the model returns only the logits of the last position.
         """
         ascending = sorted(set(positions))
         found = self.backend.each_logits(ids, ascending)
         return None if found is None else torch.cat(list(found))[[ascending.index(position) for position in positions]]
 
-    def by_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Hand over the whole sequence in the way of someone who has not read the library's manual."""
+    def library_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Pass the whole sequence with the library's default arguments."""
         return self(ids, cache)
 
-    def trusting(self, new: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Hand over only what is new, (B, T), with the cache of what came before: the wrong pattern.
+    def append_unchecked(self, new: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Pass only the new ids, (B, T), with the cache of earlier ones: the wrong pattern.
 
         Nothing is emulated: this is what the model does with such a call.
         """
         return self(new, cache)
 
-    def placed(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
-        """The contract, but with `positions`, (n,) int64, for the whole sequence instead of 0 to n - 1.
+    def with_positions(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
+        """The contract with explicit `positions`, (n,) int64, in place of 0 to n - 1.
 
-        What is cached may keep the positions that it was computed with. Raises UnsupportedError where positions cannot
-        be chosen.
+        Cached entries may keep the positions that they were computed with. Raises UnsupportedError if the model does
+        not accept positions.
         """
-        raise UnsupportedError(f"the {self.backend.name} backend does not let positions be chosen")
+        raise UnsupportedError(f"the {self.backend.name} backend does not accept positions")
 
-    def in_wider(self, dtype: torch.dtype) -> Subject | None:
-        """The same model computing in a wider dtype; None where it cannot. It shares what weights it can."""
+    def in_dtype(self, dtype: torch.dtype) -> Subject | None:
+        """The same model in a wider dtype, sharing weights where possible; None if unsupported."""
         return None

@@ -1,4 +1,4 @@
-"""A module that computes in a wider dtype on the weights of another, without a copy of them."""
+"""Run a module in a wider dtype without copying all of its weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def widened(module: M, dtype: torch.dtype) -> M:
-    """Copy a module but share its weights, each converted to `dtype` whenever it is used, and dropped then.
+    """Copy a module that shares its weights with the original and converts each to `dtype` while it is used.
 
-    So the copy takes the memory of one weight at a time. Buffers, which are small, are converted at once. Raises what
+    Extra memory: one converted weight at a time. Buffers, which are small, are converted at once. Raises whatever
     copying the module raises.
     """
     shared = {id(parameter): parameter for parameter in module.parameters()}

@@ -1,0 +1,36 @@
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .contract import Backend as Backend
+from .contract import Model as Model
+from .errors import CacheError as CacheError
+from .errors import CheckpointError as CheckpointError
+from .errors import ContextError as ContextError
+from .errors import KvgenError as KvgenError
+from .errors import ModelError as ModelError
+from .errors import NotFoundError as NotFoundError
+from .errors import UnsupportedError as UnsupportedError
+from .errors import UsageError as UsageError
+from .generation.batch import Batch as Batch
+from .generation.completion import Step as Step
+from .generation.conversation import Conversation as Conversation
+from .generation.drafts import Drafter as Drafter
+from .generation.drafts import DraftModel as DraftModel
+from .generation.drafts import PromptLookup as PromptLookup
+from .generation.prompt_cache import load_prompt_cache as load_prompt_cache
+from .generation.prompt_cache import save_prompt_cache as save_prompt_cache
+from .generation.scoring import Score as Score
+from .generation.scoring import score as score
+from .generation.settings import Constraint as Constraint
+from .generation.settings import Request as Request
+from .generation.settings import Sampling as Sampling
+from .generation.stream import chat as chat
+from .generation.stream import generate as generate
+from .generation.stream import stream as stream
+from .generation.text import Chunk as Chunk
+from .loading.load import Loaded as Loaded
+from .loading.load import load as load
+from .model.cache import KVCache as KVCache
+from .tokenizer import Tokenizer as Tokenizer
+from .tokenizer.chat import Message as Message
+
+__version__: str

@@ -1,0 +1,62 @@
+"""The structs of structs.h, for ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import Any
+
+
+class OpKind(IntEnum):
+    NORM = 0
+    LINEAR = 1
+    ROTATE = 2
+    ATTEND = 3
+    ACTIVATE = 4
+    ADD = 5
+
+
+def _fields(names: str, type_: Any) -> list[tuple[str, Any]]:
+    return [(name, type_) for name in names.split()]
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (*_fields("kind rows cols group wide", c_int32), *_fields("codes scales mins", c_void_p))
+
+
+class Op(ctypes.Structure):
+    _fields_ = (
+        *_fields("kind src dst other third mode width heads kv_heads layer flags", c_int32),
+        *_fields("eps scale softcap", c_float),
+        ("weight", POINTER(Weight)),
+        *_fields("vector bias", c_void_p),
+        ("vector_size", c_int64),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *_fields("keys values", c_void_p),
+        *_fields("key_head value_head first window", c_int64),
+        ("stored", c_int32),
+    )
+
+
+class Sequence(ctypes.Structure):
+    _fields_ = (("layers", POINTER(Layer)), ("past", c_int64), *_fields("row tokens", c_int32))
+
+
+class Table(ctypes.Structure):
+    _fields_ = (*_fields("cos sin", c_void_p), ("rotated", c_int32))
+
+
+class Run(ctypes.Structure):
+    _fields_ = (
+        ("ops", POINTER(Op)),
+        ("slots", POINTER(c_void_p)),
+        ("widths", POINTER(c_int32)),
+        ("sequences", POINTER(Sequence)),
+        ("tables", POINTER(Table)),
+        *_fields("count rows sequence_count", c_int32),
+    )

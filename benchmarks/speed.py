@@ -242,9 +242,9 @@ def write(report: dict[str, Any], names: Sequence[str]) -> str:
         (
             f"{time.strftime('%Y-%m-%d')}, {machine()}.",
             table([*titles, "first token, s", "peak MB", "KL, nats", "top-1"], rows),
-            "kvgen's speed over each peer's:",
+            "kvgen's speed divided by each peer's:",
             table(["", *peers], ratio_rows),
-            "Milliseconds for the token behind so many, with the cache and without:",
+            "Milliseconds per token after a context of this length, with the cache and without:",
             table(["length", "cached", "uncached", "ratio"], growth),
         )
     )

@@ -174,7 +174,7 @@ def _llama_seed() -> bytes:
 def _prompt_cache_seed() -> bytes:
     tensors = {"tokens": torch.tensor([[3, 4]]), "keys.0": torch.zeros(1, 1, 2, 4), "values.0": torch.zeros(1, 1, 2, 4)}
     metadata = dict.fromkeys(("identity", "model", "numerics"), "x")
-    metadata |= {"kvgen-prompt-cache": "1", "variant": "0", "first": "[0]", "sha256": digest(tensors)}
+    metadata |= {"kvgen-prompt-cache": "2", "variant": "0", "sha256": digest(tensors)}
     return save(tensors, metadata)
 
 

@@ -107,6 +107,9 @@ class Backend(ABC):
         """
         return ended if self.rewinds else None
 
+    def expect_branch(self, cache: Any, length: int) -> None:  # noqa: B027 (most have nothing to prepare)
+        """Prepare to copy the first `length` positions of a cache, which the next pass will compute."""
+
     def cache_bytes(self, positions: int) -> int:
         """Return the memory of a cache of up to `positions`; 0 if unknown."""
         return positions * (self.position_bytes or 0)

@@ -10,7 +10,20 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH
 
-from tests.families import GPT2_SIZES, LINEAR, LLAMA3, ONE_KV_HEAD, THREE_HEADS, YARN, longrope
+from tests import gguf_experts, gguf_recurrent
+from tests.families import (
+    BOTH_KINDS,
+    GPT2_SIZES,
+    LINEAR,
+    LLAMA3,
+    NTK_ALPHA,
+    OLMO3_YARN,
+    ONE_KV_HEAD,
+    THREE_HEADS,
+    YARN,
+    growing,
+    longrope,
+)
 
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -29,6 +42,20 @@ ARCHITECTURES = {
     "granite": MODEL_ARCH.GRANITE,
     "starcoder2": MODEL_ARCH.STARCODER2,
     "stablelm": MODEL_ARCH.STABLELM,
+    "arcee": MODEL_ARCH.ARCEE,
+    "seed_oss": MODEL_ARCH.SEED_OSS,
+    "nemotron": MODEL_ARCH.NEMOTRON,
+    "ernie4_5": MODEL_ARCH.ERNIE4_5,
+    "cohere": MODEL_ARCH.COMMAND_R,
+    "cohere2": MODEL_ARCH.COHERE2,
+    "glm4": MODEL_ARCH.GLM4,
+    "olmo3": MODEL_ARCH.OLMO2,
+    "exaone4": MODEL_ARCH.EXAONE4,
+    "hunyuan_v1_dense": MODEL_ARCH.HUNYUAN_DENSE,
+    "apertus": MODEL_ARCH.APERTUS,
+    "ministral3": MODEL_ARCH.MISTRAL3,
+    "lfm2": MODEL_ARCH.LFM2,
+    "mamba2": MODEL_ARCH.MAMBA2,
 }
 # What a GGUF file cannot say is fixed in llama.cpp: which layers slide or do not rotate, and some scales.
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
@@ -62,7 +89,42 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", {"sliding_window": None}),
     ("stablelm", {"partial_rotary_factor": 0.25}),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
+    ("arcee", LLAMA3 | ONE_KV_HEAD | {"head_dim": 12}),
+    ("seed_oss", THREE_HEADS | {"head_dim": 12, "tie_word_embeddings": True}),
+    ("nemotron", ONE_KV_HEAD | LINEAR),
+    ("nemotron", {"mlp_bias": True}),
+    ("ernie4_5", {"head_dim": 12}),
+    ("cohere", {"logit_scale": 0.3}),
+    ("cohere", ONE_KV_HEAD | {"use_qk_norm": True, "logit_scale": 2.0}),
+    ("cohere2", {"sliding_window": 9, "num_hidden_layers": 5, "logit_scale": 0.3}),
+    ("glm4", {"head_dim": 12}),
+    ("olmo3", OLMO3_YARN | {"sliding_window": 9, "num_hidden_layers": 5}),
+    ("olmo3", ONE_KV_HEAD | {"sliding_window": 4, "layer_types": BOTH_KINDS}),
+    ("exaone4", {"sliding_window": 9, "layer_types": BOTH_KINDS}),
+    ("exaone4", LLAMA3 | {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    ("hunyuan_v1_dense", {"head_dim": 12} | NTK_ALPHA),
+    ("apertus", LLAMA3),
+    ("ministral3", {"head_dim": 12} | growing(mscale=1.0, mscale_all_dim=1.0)),
+    ("ministral3", ONE_KV_HEAD | {"head_dim": 6} | growing(mscale=1.0, mscale_all_dim=0.5)),
+    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
+    (
+        "lfm2",
+        ONE_KV_HEAD
+        | {
+            "layer_types": ["full_attention", "conv"] * 2,
+            "num_hidden_layers": 4,
+            "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 12}),
+    ("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 7, "conv_kernel": 3, "use_bias": True}),
 ]
+
+
+ARCHITECTURES |= gguf_experts.ARCHITECTURES
+CONFIGS += gguf_experts.CONFIGS
 
 
 def write_gguf(path: Path, kind: str, reference: Any) -> None:
@@ -73,13 +135,16 @@ def write_gguf(path: Path, kind: str, reference: Any) -> None:
     _write_sizes(writer, config)
     _write_rope(writer, config)
     _write_mechanisms(writer, kind, config)
+    if kind == "apertus":
+        _write_slopes(writer, reference)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([chr(0x4E00 + id_) for id_ in range(config.vocab_size)])
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges([])
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, array in _tensors(kind, reference):
+    tensors = (part for tensor in _tensors(kind, reference) for part in gguf_experts.split(*tensor))
+    for name, array in tensors:
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         writer.add_tensor(theirs, np.ascontiguousarray(array, dtype=np.float32))
@@ -90,22 +155,35 @@ def write_gguf(path: Path, kind: str, reference: Any) -> None:
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    if config.model_type == "mamba2":
+        return gguf_recurrent.write_sizes(writer, config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
     if config.model_type != "gpt_neox":
-        writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
-    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
-        if hasattr(config, name):
+        writer.add_head_count_kv(_kv_heads(config))
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"):
+        if hasattr(config, name) and config.model_type != "lfm2":
             writer.add_layer_norm_eps(getattr(config, name))
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "lfm2":
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_shortconv_l_cache(config.conv_L_cache)
     own_head_size = head_size(config) != config.hidden_size // config.num_attention_heads
     if own_head_size or config.model_type.startswith("gemma"):
         writer.add_key_length(head_size(config))
         writer.add_value_length(head_size(config))
+
+
+def _kv_heads(config: Any) -> int | list[int]:
+    """A list if the layers differ: none in a layer without attention."""
+    count = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if config.model_type != "lfm2":
+        return count
+    return [count if kind == "full_attention" else 0 for kind in config.layer_types]
 
 
 def head_size(config: Any) -> int:
@@ -119,11 +197,15 @@ def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = rope.get("full_attention", rope)
     rotated = int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(rotated)
-    writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
         writer.add_rope_scaling_type(kinds[rope["rope_type"]])
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "dynamic":
+        size = head_size(config)
+        writer.add_rope_freq_base(rope["rope_theta"] * rope["alpha"] ** (size / (size - 2)))
+    else:
+        writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "llama3":
@@ -156,12 +238,20 @@ def _llama3_factors(frequencies: np.ndarray, rope: dict[str, Any]) -> np.ndarray
 
 
 def _write_mechanisms(writer: gguf.GGUFWriter, kind: str, config: Any) -> None:
-    if kind in ("gemma2", "gemma3_text", "phi3") and config.sliding_window is not None:
+    if kind in ("gemma2", "gemma3_text", "phi3", "cohere2", "olmo3", "exaone4") and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
+        if kind in ("olmo3", "exaone4"):
+            writer.add_sliding_window_pattern([layer == "sliding_attention" for layer in config.layer_types])
+    if kind in ("cohere", "cohere2"):
+        writer.add_logit_scale(config.logit_scale)
+    if kind == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(config.rope_parameters["mscale_all_dim"])
+        writer.add_attn_temperature_scale(config.rope_parameters["llama_4_scaling_beta"])
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if kind == "granite":
+    gguf_experts.write_keys(writer, config)
+    if kind in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -170,20 +260,34 @@ def _write_mechanisms(writer: gguf.GGUFWriter, kind: str, config: Any) -> None:
         writer.add_parallel_residual(config.use_parallel_residual)
 
 
+def _write_slopes(writer: gguf.GGUFWriter, reference: Any) -> None:
+    """xIELU's numbers of each layer."""
+    activations = [layer.mlp.act_fn for layer in reference.model.layers]
+    for name in ("alpha_p", "alpha_n", "beta", "eps"):
+        getattr(writer, f"add_xielu_{name}")([getattr(activation, name).item() for activation in activations])
+
+
 def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The model's tensors in the layouts of llama.cpp."""
     config = reference.config
     stacked: dict[str, list[np.ndarray]] = {}
-    for name, parameter in reference.named_parameters():
+    interleaved = kind in ("llama", "mistral", "granite", "smollm3", "arcee", "ministral3", "mixtral", "granitemoe")
+    for name, parameter in gguf_experts.named_tensors(reference):
         array = parameter.detach().numpy()
-        if kind in ("llama", "mistral", "granite", "smollm3") and ".q_proj." in name:
+        if ".act_fn." in name:
+            continue
+        if interleaved and ".q_proj." in name:
             array = _interleave(array, config.num_attention_heads)
-        elif kind in ("llama", "mistral", "granite", "smollm3") and ".k_proj." in name:
+        elif interleaved and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
-        elif kind.startswith("gemma") and name.endswith("norm.weight"):
+        elif (kind.startswith("gemma") or kind == "nemotron") and name.endswith("norm.weight"):
             array = array + 1
         elif kind == "gpt2" and array.ndim == 2 and ".c_" in name:
             array = array.T
+        elif kind == "mamba2":
+            name, array = gguf_recurrent.converted(name, array, config)
+        elif ".conv.conv." in name and array.ndim == 3:
+            array = array.squeeze(1)
         elif ".query_key_value." in name:
             heads = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
             array = np.concatenate([heads[:, part].reshape(-1, *array.shape[1:]) for part in range(3)])

@@ -202,6 +202,7 @@ def test_special_tokens_in_messages_are_tokens_when_asked_for(smollm2) -> None:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(text=st.text(st.characters(exclude_categories=("Cs",), max_codepoint=0x3FFFF), max_size=40))
 def test_ids_of_a_conversation_are_those_of_its_text(smollm2, text: str) -> None:

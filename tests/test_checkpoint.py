@@ -299,7 +299,7 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"expert_count": 8}, "expert_count"),
+        ({"expert_count": 8, "expert_gating_func": 9}, "expert_gating_func"),
         ({"attention__value_length": 4}, "value_length"),
         ({"rope__scaling__type": "longrope"}, "longrope"),
     ],

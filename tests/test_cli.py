@@ -99,6 +99,7 @@ def test_an_idle_pipe_is_given_up_and_that_is_said(monkeypatch: pytest.MonkeyPat
         os.close(write_end)
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_on_without_an_idle_pipe(tiny) -> None:
     read_end, write_end = os.pipe()
     try:
@@ -171,7 +172,7 @@ def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
         (["-p", "x", "--ctx-size", "9"], 2, "no option --ctx-size: use --max-context"),
         (["-p", "x", "--n-predict", "9"], 2, "no option --n-predict: use --max-tokens"),
         (["-p", "x", "--profile", "y"], 2, "kvgen --profile NAME generate"),
-        (["-p", "x", "-m", "model.py"], 2, "as in model.py:make"),
+        (["-p", "x", "-m", "model.py"], 2, "as in model.py:factory"),
         (["-p", "x", "--top-p", "1.5"], 2, "top_p is 1.5"),
         (["-p", "x", "--dtype", "float8"], 2, "--dtype"),
         (["-p", "x", "--device", "toaster"], 2, "'toaster' cannot be used on this machine; it has auto, "),
@@ -239,7 +240,7 @@ def test_a_prompt_that_no_context_holds_is_refused_before_memory_ends(tiny, argu
     assert result.returncode == (1 if arguments == "--lines" else 2)
     first = result.stderr.splitlines()[0]
     assert first.startswith("kvgen: error: stdin") and first.endswith(
-        "longer than 64 MB, which no model's context holds"
+        "longer than 64 MB, more than any model's context holds"
     )
 
 
@@ -425,6 +426,14 @@ def test_a_closed_stdout_is_one_line(tiny) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stderr == "kvgen: error: stdout is closed: there is nowhere to write to\n"
+
+
+def test_results_reach_a_file_when_stdout_is_closed(tiny, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *KVGEN, "batch", *tiny[1:], str(rows), "-o", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, len(out.read_text().splitlines())) == (0, 1), result.stderr
 
 
 def test_text_is_utf8_in_a_pipe_whatever_the_locale(hostile) -> None:

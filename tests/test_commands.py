@@ -142,7 +142,7 @@ def test_a_verdict_keeps_its_exit_code_when_the_reader_has_left(tmp_path: Path, 
     assert run_without_reader("compare", "-m", f"{model}:wrong", "--ids", "-p", "5 17 3", "-n", "6", *words) == (1, "")
     folder, _ = tiny_llama()
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mamba2"}))
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mamba"}))
     assert run_without_reader("inspect", str(folder), *words) == (1, "")
 
 
@@ -154,6 +154,7 @@ def test_a_command_explains_itself_and_refuses_what_it_does_not_know(name: str) 
     assert f"Usage: kvgen {' '.join(words)}" in shown.stdout
     assert "Example" in shown.stdout
     assert "<bool>" not in shown.stdout
+    assert all(char.isascii() or char in "…•" or 0x2500 <= ord(char) < 0x2580 for char in shown.stdout)  # no emoji
     assert "other commands" not in shown.stdout
     if "--chat " not in shown.stdout:
         assert "--chat:" not in shown.stdout

@@ -55,6 +55,13 @@ def test_the_file_and_the_environment_are_shown(environment: dict[str, str]) -> 
     assert text.stderr == ""
 
 
+def test_an_empty_name_of_the_file_counts_as_none_and_a_device_is_refused(environment: dict[str, str]) -> None:
+    folder = {"XDG_CONFIG_HOME": str(Path(environment["KVGEN_CONFIG"]).parent)}
+    assert run("config", env={**environment, **folder, "KVGEN_CONFIG": ""}).returncode == 0
+    refused = run("config", env={**environment, "KVGEN_CONFIG": "/dev/zero"})
+    assert (refused.returncode, refused.stderr) == (1, "kvgen: error: /dev/zero: not a file\n")
+
+
 def test_defaults_are_used_and_options_count_more(environment: dict[str, str], tiny_llama) -> None:
     folder, _ = tiny_llama()
 

@@ -47,6 +47,14 @@ def test_python_examples_print_what_is_shown(smollm2_path: Path, tmp_path: Path,
     assert result.stdout == shown
 
 
+def test_files_that_the_commands_of_the_readme_read_are_in_the_repository() -> None:
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    named = re.findall(r"(?<= )(?:prompts/|docs/)[\w./]+|LICENSE", blocks)
+    assert len(named) >= 4
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in (*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

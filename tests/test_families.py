@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kvgen import CheckpointError, KvgenError
+from kvgen import CheckpointError, KvgenError, UnsupportedError
 from kvgen.backends.blueprint import draw_blueprint
 from kvgen.backends.native import NativeBackend
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.verdict import Verdict
+from kvgen.kernels.program import lacking
 from kvgen.loading.load import load
 from tests import gguf_files
 from tests.families import CASES, CONFIGS, make_checkpoint, make_model
@@ -31,12 +32,22 @@ every_gguf_file = pytest.mark.parametrize(
     ids=[f"{kind}-{number}" for number, (kind, _) in enumerate(gguf_files.CONFIGS)],
 )
 every_case = pytest.mark.parametrize(("kind", "number"), CASES)
-
+# For tests that take seconds: all cases where slow tests run, else the first of each kind.
+first_cases = pytest.mark.parametrize(
+    ("kind", "number"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in CASES]
+)
 
 every_engine = pytest.mark.parametrize("kernels", ["on", "off"])
 
 
 def load_model(folder: Path, dtype: str = "float32", kernels: str = "auto") -> NativeBackend:
+    """kernels `on`, if they lack a mechanism: checks that this is said, and skips the test."""
+    missing = lacking(draw_blueprint(read_checkpoint(folder)).decoder.config)
+    if kernels == "on" and missing is not None:
+        with pytest.raises(UnsupportedError, match=f"the kernels lack: {missing}"):
+            load(folder, dtype=dtype, tokenizer="ids", kernels=kernels)
+        assert load(folder, dtype=dtype, tokenizer="ids").model.engine == f"torch (kernels lack: {missing})"
+        pytest.skip(f"the kernels lack: {missing}")
     model = load(folder, dtype=dtype, tokenizer="ids", kernels=kernels).model
     assert isinstance(model, NativeBackend)
     return model
@@ -82,6 +93,19 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: st
 
 
 @every_engine
+@first_cases
+def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
+    make_checkpoint(kind, number, tmp_path)
+    model = load_model(tmp_path, kernels=kernels)
+    ids, cache = random_ids(), None
+    for length, edited in ((40, 0), (70, 0), (67, 66), (70, 41), (12, 0), (33, 32), (70, 5)):
+        ids[:, edited] = (ids[:, edited] + 1) % 96
+        cached, cache = model(ids[:, :length], cache)
+        uncached, _ = model(ids[:, :length], None)
+        assert (cached - uncached).abs().max() < TOLERANCE
+
+
+@every_engine
 @every_gguf_file
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
     kind: str, options: dict[str, Any], kernels: str, tmp_path: Path
@@ -96,15 +120,19 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
         assert (actual[:, length - 1] - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@every_case
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@first_cases
 def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
     kind: str, number: int, dtype: str, tmp_path: Path
 ) -> None:
     make_checkpoint(kind, number, tmp_path)
     prompt = random_ids(1, 12)[0].tolist()
-    rows = compare_ids(load_model(tmp_path, dtype), prompt, patterns=("full-sequence", "last-token"), steps=45).rows
-    assert [row.verdict for row in rows[1:]] == [Verdict.EQUIVALENT, Verdict.DIFFERENT]
+    model = load_model(tmp_path, dtype)
+    rows = compare_ids(model, prompt, patterns=("full-sequence", "last-token"), steps=45).rows
+    config = model.decoder.config
+    has_positions = config.rotaries or config.learned_positions
+    wrong = Verdict.DIFFERENT if has_positions else Verdict.EQUIVALENT
+    assert [row.verdict for row in rows[1:]] == [Verdict.EQUIVALENT, wrong]
     assert rows[1].findings == ()
 
 
@@ -132,7 +160,7 @@ def count_refused(raw: RawCheckpoint) -> int:
     return refused
 
 
-@every_case
+@first_cases
 def test_any_value_in_a_config_is_read_or_refused(kind: str, number: int, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
     assert count_refused(read_checkpoint(tmp_path)) > 100

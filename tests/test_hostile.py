@@ -54,7 +54,7 @@ FILES = ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
-def test_what_is_no_file_is_not_waited_for(tiny_llama, name: str, kind: str) -> None:
+def test_pipes_devices_and_folders_are_refused_at_once(tiny_llama, name: str, kind: str) -> None:
     folder, _ = tiny_llama()
     path = folder / name
     path.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def test_a_text_file_of_gigabytes_is_not_read(tiny_llama, name: str) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_a_shard_is_named_not_reached_for(tiny_llama, tmp_path: Path) -> None:
+def test_an_index_names_shards_only_in_its_folder(tiny_llama, tmp_path: Path) -> None:
     folder, _ = tiny_llama()
     shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -321,6 +322,32 @@ def test_resume_goes_on_with_the_model_and_settings_of_before_or_says_what_diffe
     unknown = run(*tiny, "-m", str(tmp_path / "moved"), str(rows), "-o", str(out), "--resume", "-t", "1")
     assert unknown.returncode == 2
     assert "the run record out.run.json, which --resume needs, is missing" in unknown.stderr
+
+
+def test_resume_with_nothing_to_do_says_so(tiny: list[str], tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows", 3), tmp_path / "out"
+    command = [*tiny, str(rows), "-o", str(out), "--resume"]
+    first = run(*command)
+    assert (first.returncode, first.stderr) == (0, "")
+    whole = out.read_bytes()
+    for more, note in ([], f"nothing to do: {out} has a result for every row\n"), (["-q"], ""):
+        again = run(*command, *more)
+        assert (again.returncode, again.stdout, again.stderr) == (0, "", note)
+        assert out.read_bytes() == whole
+
+
+def test_a_tokenizer_without_its_own_files_has_no_digest(smollm2_path: Path, tiny: list[str], tmp_path: Path) -> None:
+    rows, out, record = write_rows(tmp_path / "rows", 2), tmp_path / "out", tmp_path / "out.run.json"
+    command = ["batch", "-m", str(smollm2_path), str(rows), "-o", str(out), "-n", "1"]
+    assert run(*command).returncode == 0
+    recorded = json.loads(record.read_text())
+    assert (recorded["tokenizer"], len(recorded["weights"])) == (None, 64)
+    assert run(*command, "--resume").returncode == 0
+    other = run(*command, "--resume", "--tokenizer", str(Path(tiny[2]) / "tokenizer.json"))
+    assert other.returncode == 2
+    assert re.search(r'made with other settings: tokenizer is "[0-9a-f]{64}", was null', other.stderr)
+    assert run(*tiny, str(rows), "-o", str(tmp_path / "hf")).returncode == 0
+    assert len(json.loads((tmp_path / "hf.run.json").read_text())["tokenizer"]) == 64
 
 
 def test_two_runs_do_not_write_to_one_file(tiny: list[str], tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ from tests.families import make_checkpoint
 from tests.program import run
 
 
-@pytest.fixture(scope="module", params=[("llama", "on"), ("gemma3_text", "on"), ("gemma3_text", "off"), ("phi3", "on")])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "on"), ("gemma3_text", "on"), ("gemma3_text", "off"), ("phi3", "on"), ("lfm2", "off")],
+)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> kvgen.Loaded:
     """With and without windows, and with rotations that a long text takes other frequencies of."""
     kind, kernels = request.param
@@ -148,7 +151,7 @@ DAMAGE = {
     "a layer is missing": lambda tensors, metadata: tensors.pop("values.1"),
     "no tokens": lambda tensors, metadata: tensors.pop("tokens"),
     "no identity": lambda tensors, metadata: metadata.pop("identity"),
-    "of a later version": lambda tensors, metadata: metadata.update({"kvgen-prompt-cache": "2"}),
+    "of a later version": lambda tensors, metadata: metadata.update({"kvgen-prompt-cache": "3"}),
     "no prompt cache": lambda tensors, metadata: metadata.clear(),
 }
 
@@ -168,15 +171,17 @@ FORGERIES = {
     "all layers shorter": lambda tensors, metadata: tensors.update(
         {name: tensor[:, :, :5] for name, tensor in tensors.items() if name != "tokens"}
     ),
-    "the first positions are missing": lambda tensors, metadata: (
-        metadata.update({"first": "[0, 5, 0]"}),
-        tensors.update({name: tensors[name][:, :, 5:] for name in ("keys.1", "values.1")}),
+    "the first positions are missing": lambda tensors, metadata: tensors.update(
+        {name: tensors[name][:, :, 5:] for name in ("keys.1", "values.1")}
     ),
+    "more values than keys": lambda tensors, metadata: tensors.update({"keys.1": tensors["keys.1"][:, :, :5]}),
+    "a state instead": lambda tensors, metadata: tensors.update({"state.20.0.1": tensors.pop("keys.1")}),
+    "a state besides": lambda tensors, metadata: tensors.update({"state.20.0.1": torch.zeros(3)}),
     "another head size": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"][..., :4]}),
     "another dtype": lambda tensors, metadata: tensors.update({"keys.0": tensors["keys.0"].half()}),
-    "fewer layers": lambda tensors, metadata: metadata.update({"first": "[0]"}),
-    "positions before the first": lambda tensors, metadata: metadata.update({"first": "[-1, 0, 0]"}),
-    "positions that are none": lambda tensors, metadata: metadata.update({"first": "{}"}),
+    "fewer layers": lambda tensors, metadata: [tensors.pop(name) for name in ("keys.2", "values.2")],
+    "more layers": lambda tensors, metadata: tensors.update({"keys.3": tensors["keys.0"].clone()}),
+    "a layer without a number": lambda tensors, metadata: tensors.update({"keys": tensors.pop("keys.1")}),
     "tokens of another vocabulary": lambda tensors, metadata: tensors["tokens"][0, 0].fill_(10**9),
 }
 
@@ -239,7 +244,9 @@ def test_on_the_command_line(tiny_llama, tmp_path: Path) -> None:
     assert run(*arguments, "--prompt-cache", str(path), "-q").stderr == ""
     data = json.loads(run("cache", "inspect", str(path), "--json").stdout)
     assert (data["layers"], data["dtype"], len(data["tokens"])) == (3, "float32", prompt + 7)
-    assert str(folder) in run("cache", "inspect", str(path)).stdout
+    shown = run("cache", "inspect", str(path)).stdout
+    assert str(folder) in shown
+    assert "cache float32, weights as stored" in shown
     path.write_bytes(path.read_bytes()[:-40])
     for command in ((*arguments, "--prompt-cache", str(path)), ("cache", "inspect", str(path))):
         refused = run(*command)

@@ -309,6 +309,6 @@ def test_the_articles_scenario_on_a_real_model(smollm2, smollm2_on_torch, tmp_pa
     prompt = loaded.tokenizer.encode("Once upon a time,")
     rows = compare_ids(loaded.model, prompt, patterns=["full-sequence", "last-token"], steps=16).rows
     own = kvgen.generate(smollm2, "Once upon a time,", kvgen.Sampling(temperature=0), max_tokens=16)
-    texts = [loaded.tokenizer.decode(row.free.tokens) for row in rows]
+    texts = [loaded.tokenizer.decode(row.tokens) for row in rows]
     assert texts[0] == texts[1] == own != texts[2]
     assert rows[2].findings[0].name == "order lost"

@@ -36,7 +36,7 @@ def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
             decoder = Decoder(config)
     except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError, MemoryError) as error:  # 2^63, log(0)
         raise CheckpointError(f"{raw.path}: its config has impossible values ({in_one_line(error)})") from error
-    sources, unknown = family.sources(raw)
+    sources, unknown = family.sources(raw, config)
     wanted = {name for name, _ in decoder.named_parameters()}
     homes = {parameter: source for source in sources for parameter in parts_of(source)}
     _refuse_tensors(raw.path, wanted - homes.keys(), "is missing")

@@ -12,7 +12,8 @@ class ComputeOptions:
     """How to run a decoder.
 
     dtype: of the computation; with torch of the weights too.
-    kernels: use the C++ kernels, which keep weights in their stored types.
+    kernels: use the C++ kernels, which keep weights in their stored types. required: raise if they lack a mechanism of
+        the model, instead of using torch.
     quantize: `auto` keeps stored types; `none` converts integers to floats; `int8` and `int4` quantize floats.
     kv_dtype: of cached keys and values; None for `dtype`.
     engine: name to show to users.
@@ -24,6 +25,7 @@ class ComputeOptions:
     quantize: str = "auto"
     kv_dtype: torch.dtype | None = None
     engine: str = "torch"
+    required: bool = False
 
     @property
     def numerics(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,10 +17,12 @@ from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
+from kvgen.errors import UnsupportedError
 from kvgen.kernels.decoder import KernelDecoder
+from kvgen.kernels.program import lacking
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
-from kvgen.model.states import KeyValues
+from kvgen.model.moe import used_share
 
 
 class NativeBackend(Backend):
@@ -42,7 +45,8 @@ class NativeBackend(Backend):
         sizes = {name: weight.nbytes for name, weight in weights}
         looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
         self.weight_bytes = sum(sizes.values())
-        self.step_bytes = sum(size for name, size in sizes.items() if name not in looked_up)
+        used = {name: size * used_share(decoder.config, name) for name, size in sizes.items() if name not in looked_up}
+        self.step_bytes = round(sum(used.values()))
         self.position_bytes = position_bytes(decoder.config, decoder.kv_dtype or self.dtype)
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
@@ -59,8 +63,8 @@ class NativeBackend(Backend):
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
         return (logits for (logits,) in self.decoder.each_logits(ids, positions))
 
-    def restored(self, tokens: Tensor, layers: Iterable[KeyValues], variant: int) -> KVCache:
-        """Rebuild the cache of `tokens` from what `KVCache.held` returned, layer by layer, as a copy.
+    def restored(self, tokens: Tensor, layers: Iterable[Mapping[str, Tensor]], variant: int) -> KVCache:
+        """Rebuild the cache of `tokens` from the tensors of what `KVCache.held` returned, layer by layer, as a copy.
 
         Raises CacheError if it does not fit this model.
         """
@@ -85,17 +89,24 @@ class NativeBackend(Backend):
     def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
         return self.decoder.cache_for(ids, max_length, donors, ended)
 
+    def expect_branch(self, cache: Any, length: int) -> None:
+        cache.wanted.add(length)
+
     def cache_bytes(self, positions: int) -> int:
         return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
 
 
 def load_native(raw: RawCheckpoint, options: ComputeOptions, pool: Executor) -> NativeBackend:
-    """Build the decoder of a checkpoint and read its tensors in parallel.
+    """Build the decoder of a checkpoint and read its tensors in parallel. With torch, if the kernels lack a mechanism.
 
     Raises CheckpointError for tensors that do not fit, UnsupportedError for models that kvgen does not implement or
-    that need more memory than there is.
+    that need more memory than there is, or if the kernels are required and lack a mechanism of the model.
     """
     blueprint = draw_blueprint(raw)
+    if options.kernels and (missing := lacking(blueprint.decoder.config)) is not None:
+        if options.required:
+            raise UnsupportedError(f"{raw.path}: the kernels lack: {missing}; use --kernels auto")
+        options = replace(options, kernels=False, engine=f"torch (kernels lack: {missing})")
     reader = WeightReader(raw, blueprint, options)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class PythonBackend(Backend):
         parameter = next(self.module.parameters(), None) if self.module is not None else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
-        self.vocab_size = getattr(model, "vocab_size", None)
-        self.context_length = getattr(model, "context_length", None)
+        self.vocab_size = self._declared("vocab_size", int)
+        self.context_length = self._declared("context_length", int)
+        self._width: int | None = None  # of its logits
         self.rewinds = bool(getattr(model, "rewinds", False))
         try:
             signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
@@ -50,18 +51,45 @@ class PythonBackend(Backend):
     def call(self, ids: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
         """Call the model with more arguments. Raises ModelError if it fails or does not return logits and a cache."""
         try:
-            result = self.model(ids, *arguments, **options)
+            result = self.model(ids.clone(), *arguments, **options)  # it may write into what it gets
         except KvgenError:
             raise
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise ModelError(f"the model failed with {_describe(error)}") from error
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ModelError(f"the model returned {type(result).__name__}; the contract is: logits, cache = model(...)")
         logits, cache = result
         if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[0] == ids.shape[0]):
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"the model returned logits of shape {shape}; they must be (batch, positions, vocab)")
-        return logits, cache
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
+            raise ModelError(f"the model returned logits of {found}; it must be a tensor (batch, positions, vocab)")
+        self._width = self._width or logits.shape[-1]
+        if self._width != logits.shape[-1]:
+            raise ModelError(f"the model returned logits for {logits.shape[-1]} tokens, and for {self._width} before")
+        return logits.detach(), cache
+
+    def declared(self, name: str) -> str | None:
+        """Return a reason that the model declares in an attribute, or None. Raises UsageError for other types."""
+        value: str | None = self._declared(name, str)
+        return value
+
+    @property
+    def changes_at(self) -> tuple[int, ...] | None:
+        """Lengths that the model declares. Raises UsageError for other types."""
+        value = getattr(self.model, "changes_at", None)
+        if value is None:
+            return None
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"the model's attribute changes_at is {value!r:.80}; it must be a list of lengths")
+        lengths = tuple(value)
+        if not all(type(length) is int and length > 0 for length in lengths):
+            raise UsageError(f"the model's attribute changes_at is {value!r:.80}; lengths must be positive integers")
+        return lengths
+
+    def _declared(self, name: str, kind: type) -> Any:
+        value = getattr(self.model, name, None)
+        if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+            return value
+        raise UsageError(f"the model's attribute {name} is {value!r:.80}; it must be of type {kind.__name__}")
 
     def count_vocabulary(self) -> int:
         """Call the model once and return the width of its logits, for models without `vocab_size`."""
@@ -93,7 +121,7 @@ def load_python(reference: str) -> PythonBackend:
         model = factory()
     except KvgenError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UnsupportedError(
             f"--model {reference}: {_describe(error)}; use kvgen --traceback to see where it comes from"
         ) from error
@@ -102,7 +130,7 @@ def load_python(reference: str) -> PythonBackend:
     return PythonBackend(model)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Describe an error with the last line of the user's code, not of an installed library, that led to it."""
     if isinstance(error, SyntaxError):  # its line is not in the traceback
         place = f"{Path(error.filename or '').name}, line {error.lineno}"

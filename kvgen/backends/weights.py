@@ -14,9 +14,10 @@ from kvgen.backends.compute import ComputeOptions
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.errors import CheckpointError, UnsupportedError
-from kvgen.families.family import block_part, parts_of, split_fused
+from kvgen.families.family import parts_of, split_fused, transform_of
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
+from kvgen.model.moe import StackedLinear
 from kvgen.system import total_memory
 
 
@@ -28,7 +29,8 @@ class WeightReader:
         self.config = blueprint.decoder.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
         self.transforms = blueprint.family.transforms(raw, self.config)
-        linear = (name for name, module in blueprint.decoder.named_modules() if isinstance(module, Linear))
+        modules = blueprint.decoder.named_modules()
+        linear = (name for name, module in modules if isinstance(module, Linear | StackedLinear))
         self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
 
     def check_memory(self) -> None:
@@ -77,7 +79,7 @@ class WeightReader:
         grouped = self.raw.tensors[names[0]].read_grouped()
         if grouped is None:
             return None
-        transform = self.transforms.get(block_part(source))
+        transform = transform_of(self.transforms, source)
         index = torch.arange(grouped.shape[0], dtype=torch.float64)[:, None]
         moved = transform(index) if transform else index
         if moved.shape != index.shape or not torch.equal(moved.sort(0).values, index):
@@ -88,20 +90,31 @@ class WeightReader:
         return [grouped.rows(piece[:, 0].long()) for piece in pieces]
 
     def _read_floats(self, source: str) -> list[Tensor]:
-        tensors = []
-        for name in self.sources[source]:
-            tensors.append(self.raw.tensors[name].read())
-            if not tensors[-1].is_floating_point():
-                raise UnsupportedError(f"{self.raw.path}: tensor {name!r} has the type {self.raw.tensors[name].type}")
-        tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-        transform = self.transforms.get(block_part(source))
+        names = self.sources[source]
+        tensor = self._read_float(names[0])
+        if len(names) > 1:  # one after another, so that only one of them is in memory twice
+            dtype = tensor.dtype if self.options.kernels else self.options.dtype
+            stacked = tensor.new_empty((len(names), *tensor.shape), dtype=dtype)
+            for i, name in enumerate(names):
+                stacked[i] = self._read_float(name)
+                self.raw.tensors[name].release()
+            tensor = stacked
+        transform = transform_of(self.transforms, source)
         return split_fused(transform(tensor) if transform else tensor, source, self.config)
+
+    def _read_float(self, name: str) -> Tensor:
+        tensor = self.raw.tensors[name].read()
+        if not tensor.is_floating_point():
+            raise UnsupportedError(f"{self.raw.path}: tensor {name!r} has the type {self.raw.tensors[name].type}")
+        return tensor
 
     def _convert(self, name: str, piece: Tensor | Grouped) -> Tensor | PackedMatrix:
         options, is_matrix = self.options, name in self.matrices
         bits = {"int8": 8, "int4": 4}.get(options.quantize)
-        if bits is not None and is_matrix and isinstance(piece, Tensor) and piece.shape[1] % 32 == 0:  # whole groups
-            piece = quantized(piece, bits)
+        if bits is not None and is_matrix and isinstance(piece, Tensor) and piece.shape[-1] % 32 == 0:  # whole groups
+            shape, piece = piece.shape, quantized(piece.flatten(0, -2), bits)
+            if len(shape) > 2:  # experts
+                piece = piece.dequantized().view(shape)
         if options.kernels and is_matrix:
             return PackedMatrix(piece)
         floats = piece.dequantized() if isinstance(piece, Grouped) else piece

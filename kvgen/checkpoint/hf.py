@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.mapped import MappedFile
+from kvgen.checkpoint.multimodal import text_part
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 
@@ -43,7 +44,7 @@ def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
     files = tuple(source_file(file) for file in (folder / "config.json", *shards))
     for shard in shards:
         add_shard(tensors, shard)
-    return RawCheckpoint(folder, "hf", config, tensors, files)
+    return text_part(RawCheckpoint(folder, "hf", config, tensors, files))
 
 
 def _find_shards(folder: Path) -> list[Path]:

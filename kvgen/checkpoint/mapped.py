@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kvgen.errors import CheckpointError
 
+_AROUND = 1 << 21  # systems map up to that many bytes around an access; where tensors are small, they add up
+
 
 class MappedFile:
     """A memory-mapped file. Raises CheckpointError if it cannot be mapped."""
@@ -31,5 +33,5 @@ class MappedFile:
     def release(self, offset: int, size: int) -> None:
         """Drop the pages of `size` bytes from `offset`; the next access reads the file again."""
         if hasattr(self.data, "madvise"):  # not on Windows
-            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self.data.madvise(mmap.MADV_DONTNEED, first, min(offset + size, len(self.data)) - first)
+            first = max(0, offset - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.data.madvise(mmap.MADV_DONTNEED, first, min(offset + size + _AROUND, len(self.data)) - first)

@@ -47,6 +47,7 @@ class RawCheckpoint:
     path: the GGUF file or the folder.
     metadata: a GGUF's key-value pairs, or a folder's config.json.
     files: the files that were read.
+    note: what to tell the user; "" for nothing.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class RawCheckpoint:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, RawTensor]
     files: tuple[SourceFile, ...] = ()
+    note: str = ""
 
 
 def check_file(path: Path, *, max_bytes: int | None = None) -> None:

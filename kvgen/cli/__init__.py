@@ -61,8 +61,8 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "kvgen compare",
         "kvgen compare --wrong-pattern",
         "kvgen compare -m ./my-model --dtype bfloat16 --html report.html",
-        'kvgen compare -m my_model.py:make --ids -p "5 17 3" --json',
-        "Exit codes: 0 the right pattern is equivalent, 1 it is not or another error, 2 wrong usage.",
+        'kvgen compare -m my_model.py:factory --ids -p "5 17 3" --json',
+        "Exit codes: 0 the right pattern is equivalent or declared lossy, 1 it is not or another error, 2 wrong usage.",
     ),
     bench: (
         "kvgen bench",

@@ -118,6 +118,8 @@ def batch(
         print_note(str(totals))
     if interrupted:
         raise Exit(EXIT_INTERRUPTED)
+    if resume and not totals.rows and not failed and not quiet:
+        print_note(f"nothing to do: {output} has a result for every row")
     count, failed = totals.rows + len(done), totals.failed + failed
     if failed:
         hint = "" if file is None else "; --resume --retry-errors completes them again"

@@ -65,7 +65,8 @@ def compare(
     """Check that cached decoding gives the same logits as uncached decoding, or show where and why it does not.
 
     The right pattern, full-sequence, passes the whole sequence and the previous cache on each call; the model finds
-    what is new. The exit code is 0 if it is equivalent to uncached decoding, else 1. Wrong patterns do not count.
+    what is new. The exit code is 0 if it is equivalent to uncached decoding or declared lossy, else 1. Wrong patterns
+    do not count.
     """
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)

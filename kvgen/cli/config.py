@@ -86,9 +86,11 @@ def complete_profile(incomplete: str) -> list[str]:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the settings and the profiles of a file."""
     try:
+        if path.exists() and not path.is_file():
+            raise NotFoundError(f"{path}: not a file")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if "KVGEN_CONFIG" in os.environ:
+        if os.environ.get("KVGEN_CONFIG"):
             raise NotFoundError(f"{path}: cannot be read (KVGEN_CONFIG names it)") from None
         return {}, {}
     except OSError as error:

@@ -64,13 +64,22 @@ def exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterato
 
 def prepare_stdout() -> None:
     """Write UTF-8 to files and pipes whatever the locale; on a terminal, escape what its encoding lacks."""
-    if sys.stdout is None:
-        raise KvgenError("stdout is closed: there is nowhere to write to")
+    if sys.stdout is None:  # else the next file to be opened would get descriptor 1
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        sys.stdout = _ClosedWriter()
     if isinstance(sys.stdout, io.TextIOWrapper):
         if sys.stdout.isatty():
             sys.stdout.reconfigure(errors="backslashreplace")
         else:
             sys.stdout.reconfigure(encoding="utf-8")
+
+
+class _ClosedWriter(io.TextIOBase):
+    """A closed stdout, which is an error only for what writes to it."""
+
+    def write(self, text: str, /) -> int:
+        raise KvgenError("stdout is closed: there is nowhere to write to")
 
 
 def _discard_stdout() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from kvgen.cli import options
 from kvgen.cli.interrupts import raise_interrupts
 from kvgen.cli.prompts import read_option_file
-from kvgen.cli.render import download_progress
+from kvgen.cli.render import download_progress, notes
 from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Constraint, Request, Sampling
 
@@ -79,7 +79,10 @@ class ModelOptions:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with download_progress(quiet=quiet) as progress:
-            return load(**self.arguments(), progress=progress)
+            loaded = load(**self.arguments(), progress=progress)
+        if loaded.note:
+            notes(quiet=quiet)(f"note: {loaded.note}")
+        return loaded
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for `kvgen.load`."""

@@ -38,17 +38,28 @@ def inspect(
             print_facts(_facts(inspection))
 
 
+def _parameters(inspection: Inspection) -> str:
+    active = inspection.active_parameters
+    less = active is not None and active < inspection.parameters
+    return f"{inspection.parameters:,}" + (f", of which a token uses {active:,}" if less else "")
+
+
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     types = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in inspection.types.items())
+    runs_on = _RUNS_ON.get(inspection.backend or "", "not supported")
+    if inspection.kernels_lack:
+        runs_on += f", on torch (kernels lack: {inspection.kernels_lack})"
     facts = [
         ("path", str(inspection.path)),
         ("kind", f"{inspection.kind} ({inspection.format})"),
-        ("runs on", _RUNS_ON.get(inspection.backend or "", "not supported")),
+        ("runs on", runs_on),
     ]
     if inspection.obstacle:
         facts.append(("obstacle", inspection.obstacle))
+    if inspection.note:
+        facts.append(("note", inspection.note))
     facts += [
-        ("parameters", f"{inspection.parameters:,}"),
+        ("parameters", _parameters(inspection)),
         ("size", f"{format_bytes(inspection.nbytes)}: {types}"),
         *inspection.mechanisms.items(),
     ]
@@ -60,5 +71,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
             ("context", "unlimited" if context is None else f"{context:,} tokens"),
             ("KV cache", f"{size} (float32; half of it in bfloat16)"),
         ]
+    if inspection.snapshot_bytes:
+        facts.append(("snapshot", f"{format_bytes(inspection.snapshot_bytes)}: the state of all recurrent layers"))
     tokenizer = inspection.tokenizer_obstacle or f"{inspection.vocabulary:,} tokens"
     return [*facts, ("tokenizer", tokenizer), ("chat template", "yes" if inspection.has_chat_template else "no")]

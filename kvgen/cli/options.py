@@ -60,7 +60,7 @@ Model = Annotated[
         "--model",
         "-m",
         help="A .gguf file, a Hugging Face or x-transformers folder, a catalogue name (see kvgen models), or a hub id "
-        "such as owner/name. For your own model, file.py:factory: this RUNS the file, and factory() must return a "
+        "such as owner/name. For your own model, file.py:factory, which RUNS the file; factory() must return a "
         "callable model(ids, cache) -> logits, cache.",
         envvar="KVGEN_MODEL",
         show_default="smollm2",

@@ -14,8 +14,8 @@ from typing import BinaryIO
 from kvgen.errors import NotFoundError, UsageError
 
 _STDIN = Path("-")
-_TOO_LONG = "longer than 64 MB, which no model's context holds"
-_MAX_BYTES = 64 * 1024 * 1024  # ten million tokens of more than six bytes
+_TOO_LONG = "longer than 64 MB, more than any model's context holds"
+_MAX_BYTES = 64 * 1024 * 1024  # about ten million tokens
 _TIMEOUT = 10.0  # seconds that a pipe may stay silent; enough to load another model at its other end
 _QUIET_WAIT = 1.0  # seconds of the timeout before a note explains the wait
 
@@ -65,7 +65,7 @@ def with_piped_text(prompt: str | None, file: Path | None, notify: Callable[[str
 
 
 def has_piped_text(notify: Callable[[str], None], timeout: float = _TIMEOUT) -> bool:
-    """Return whether stdin is a pipe with content or at its end, or a file that nobody has begun to read.
+    """Return whether stdin is a pipe that has data or is closed, or a file at its start.
 
     Programs inherit a stdin that is not meant for them: the file of a shell loop, or the pipe of a parent that never
     writes. timeout: seconds to wait for a silent pipe.

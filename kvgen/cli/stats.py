@@ -110,7 +110,7 @@ def format_cache(model: Backend, request: Request) -> str:
     if model.position_bytes is None:
         return "cache: size unknown"
     positions = request.most_positions(model.context_length)
-    size, limit = model.position_bytes / 1e3, positions * model.position_bytes / 1e6
+    size, limit = model.position_bytes / 1e3, model.cache_bytes(positions) / 1e6
     return f"cache: {size:.0f} kB per position, up to {limit:.0f} MB for {positions} positions"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Case:
     reference: the model without its cache. ids: the text, (1, n). start: length of the prompt.
     expected: uncached logits after start, start + 1, ... n - 1 positions, (steps, vocab).
     special_ids: special tokens, such as the one that ends a turn.
+    cache: after the right pattern on the text, to go on from.
     """
 
     reference: Reference
@@ -32,6 +34,7 @@ class Case:
     start: int
     expected: Tensor
     special_ids: frozenset[int] = frozenset()
+    cache: Any = None
 
     @property
     def subject(self) -> Subject:

@@ -15,6 +15,7 @@ from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.comparison.probes import Probe, not_tested, run_probes
 from kvgen.comparison.reference import Judgement, Reference
+from kvgen.comparison.rounding import BEYOND_DOUBT
 from kvgen.comparison.run import Run, run_forced, run_free
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.trial import Finding
@@ -22,7 +23,7 @@ from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
 
-_DOUBTFUL, _BEYOND_DOUBT = 3.0, 100.0  # noise floors; in between, a wider dtype decides
+_DOUBTFUL = 3.0  # noise floors; from there to `BEYOND_DOUBT`, a wider dtype decides
 _SHARP_STEPS = 12  # steps computed in a wider dtype, where each may take seconds
 _TIMED = 3  # number of uncached steps to time
 
@@ -216,7 +217,7 @@ def _compare_pattern(
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
-    probes = run_probes(case, run) if pattern is FULL_SEQUENCE else ()
+    probes = run_probes(replace(case, cache=run.cache)) if pattern is FULL_SEQUENCE else ()
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
     tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, greedy, run)
@@ -244,7 +245,7 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
     16 bits hide faults, so a 16-bit model is run in float32 as well. Results near the limit are decided in a wider
     dtype, where rounding all but vanishes and a fault does not.
     """
-    if judged.exact or judged.ratio > _BEYOND_DOUBT:
+    if judged.exact or judged.ratio > BEYOND_DOUBT:
         return not judged.exact
     doubtful = judged.ratio > _DOUBTFUL or case.sharp is not case
     if not doubtful or case.wider is None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, make_case
-from kvgen.comparison.experiments import EXPERIMENTS, attempt, lookup_or_values, nondeterministic
+from kvgen.comparison.experiments import EXPERIMENTS, attempt, lookup_or_values
 from kvgen.comparison.patterns import Pattern
-from kvgen.comparison.probes import Probe
+from kvgen.comparison.probes import EXPLANATIONS, Probe
 from kvgen.comparison.reference import Judgement
 from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.trial import Finding, Trial
+from kvgen.comparison.trial import Finding, Trial, nondeterministic
 
 _LEAK = 64  # typical rounding errors; a model that reads later tokens differs by far more
 _SMALL = 2**-5  # relative to the size of the logits
@@ -82,7 +82,10 @@ def diagnose(
     if found:
         return found
     if max(judged.distances) > _SMALL * size(sharp.expected):
-        return [attempt(lookup_or_values, trial) or _unexplained(sharp, judged)]
+        if finding := attempt(lookup_or_values, trial):
+            return [finding]
+        if not trial.places:
+            return [_unexplained(sharp, judged, "positions could not be tested: the model does not accept any")]
     return [_unexplained(sharp, judged)]
 
 
@@ -127,20 +130,10 @@ def _not_numbers(length: int) -> Finding:
     )
 
 
-_OF_PROBES = {
-    "several new tokens at once": ("multi-token calls", "Calls with several new tokens are wrong."),
-    "rows of a batch": ("rows mixed", "Rows of a batch affect each other: a row differs from the same row alone."),
-    "two sequences in turn": (
-        "sequences mixed",
-        "Two sequences, each with its own cache, affect each other.",
-    ),
-    "edits": ("edits not noticed", "The cache is wrong after the text was edited."),
-    "rewinds": ("edits not noticed", "The cache is wrong after the last tokens were removed."),
-    "special tokens": ("special tokens", "Texts that contain special tokens are wrong."),
-    "more steps": ("longer texts", "The first steps are right, later ones are wrong."),
-    "long texts": ("longer texts", "Long texts are wrong, short ones are right."),
-    "past a window": ("longer texts", "Texts longer than a window are wrong, shorter ones are right."),
-}
+_UNREPEATED = (
+    "not deterministic",
+    "Equal calls give different results: they depend on more than the text, such as the number of calls before.",
+)
 
 
 def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
@@ -151,7 +144,7 @@ def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
     for probe in wrong:
         if probe.name == "edits" and "several new tokens at once" in names:
             continue
-        name, text = _OF_PROBES[probe.name]
+        name, text = EXPLANATIONS[probe.name] if probe.repeats else _UNREPEATED
         far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
         found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))
     return list(found.values())

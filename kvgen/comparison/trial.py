@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvgen.comparison.case import Case
 from kvgen.comparison.patterns import Pattern
+from kvgen.comparison.subjects import Subject
 from kvgen.contract import Model
+from kvgen.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,36 @@ class Trial:
     def places(self) -> bool:
         """Whether the model accepts positions and gives the right logits for the right ones."""
         right = torch.arange(self.length, device=self.ids.device)
-        return self.case.close(self.with_positions(right), self.case.last_logits(self.ids), self.ids)
+        try:
+            logits = self.with_positions(right)
+        except UnsupportedError:
+            return False
+        return self.case.close(logits, self.case.last_logits(self.ids), self.ids)
 
     def with_positions(self, positions: Tensor) -> Tensor:
         """Logits with the right cache of all but the newest token, and the newest at the given positions: (vocab,)."""
         _, cache = self.case.subject(self.ids[:, :-1], None)
         logits, _ = self.case.subject.with_positions(self.ids, cache, positions)
         return logits[0, -1].cpu()
+
+
+def nondeterministic(subject: Subject, difference: float) -> Finding:
+    training = [] if subject.module is None else _in_training_mode(subject.module)
+    why = (
+        "dropout or stochastic depth is on. Put it in evaluation mode: model.eval()."
+        if training
+        else "a race, uninitialized memory, or random numbers."
+    )
+    names = f"; in training mode: {', '.join(training[:5])}" if training else ""
+    return Finding(
+        "not deterministic",
+        f"The model is not deterministic: {why}",
+        f"two identical runs differ by {difference:.2g}{names}",
+    )
+
+
+def _in_training_mode(module: nn.Module) -> list[str]:
+    """Names of the modules in training mode, or of the dropout modules among them."""
+    training = [(name, part) for name, part in module.named_modules() if part.training]
+    random = [f"{name} ({type(part).__name__})" for name, part in training if "Drop" in type(part).__name__]
+    return random or [name or type(part).__name__ for name, part in training]

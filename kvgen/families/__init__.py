@@ -8,7 +8,7 @@ from pkgutil import iter_modules
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import Family
-from kvgen.families.refused import refusal
+from kvgen.families.refused import experts_field, is_state_space, refusal
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
@@ -26,9 +26,13 @@ def find_family(raw: RawCheckpoint) -> Family:
         raise CheckpointError(f"{raw.path}: {key} is missing, so the kind of model is unknown")
     kind = refusal(name, raw.metadata)
     if kind is not None:
-        raise UnsupportedError(f"{raw.path}: {key} {name!r} is {kind}; kvgen runs dense decoder-only models")
+        raise UnsupportedError(f"{raw.path}: {key} {name!r} is {kind}; kvgen runs decoder-only models")
     families = {family.gguf_architecture if is_gguf else family.hf_model_type: family for family in FAMILIES}
     if not name or name not in families:
+        experts = experts_field(raw.metadata, f"{name}.")
+        mixture = f", a mixture of experts ({experts})," if experts else ""
+        if is_state_space(name, raw.metadata):
+            mixture = ", a state-space or recurrent model,"
         known = ", ".join(sorted(families.keys() - {""}))
-        raise UnsupportedError(f"{raw.path}: {key} {name!r} is not supported (kvgen has: {known})")
+        raise UnsupportedError(f"{raw.path}: {key} {name!r}{mixture} is not supported (kvgen has: {known})")
     return families[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import GGUF_NAMES, NameTable, block_part, parameter_sources, parts_of
 from kvgen.families.fields import Fields
+from kvgen.families.refused import experts_field
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf
-from kvgen.model.config import MLP, Activation, Attention, DecoderConfig, Layer, QKNorm, Rotary
+from kvgen.model.config import MLP, Activation, Attention, DecoderConfig, Layer, MoE, QKNorm, Rotary
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -23,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 """transformers' names -> the decoder's."""
 
@@ -81,6 +84,8 @@ def head_dim(raw: RawCheckpoint) -> int:
 def layer_count(raw: RawCheckpoint) -> int:
     """Return the number of layers. Raises CheckpointError if there are fewer tensors than layers."""
     count = read_size(raw, "layers")
+    if raw.format == "gguf":  # which counts layers that predict further tokens too
+        count = max(1, count - fields_of(raw).whole("nextn_predict_layers", 0))
     if count > len(raw.tensors):
         raise CheckpointError(f"{raw.path}: says {count} layers, but holds {len(raw.tensors)} tensors")
     return count
@@ -106,13 +111,13 @@ def hf_config(
     if "rotaries" not in mechanisms:
         mechanisms["rotaries"] = rotary_from_hf(fields, head_dim(raw), default_share=rotary_share)
     if "activation" not in mechanisms:
-        mechanisms["activation"] = _read_activation(fields, activation_field)
+        mechanisms["activation"] = read_activation(fields, activation_field)
     return _decoder_config(
         raw,
         names,
         vocab_size=fields.count("vocab_size"),
         norm_eps=fields.number(eps),
-        tied_head=_has_tied_head(raw, names, default=tied_head),
+        tied_head=has_tied_head(raw, names, default=tied_head),
         **mechanisms,
     )
 
@@ -126,8 +131,6 @@ def gguf_config(
     are read from the file unless given, and `activation` is SiLU.
     """
     keys = fields_of(raw)
-    if keys.get("expert_count"):
-        raise UnsupportedError(f"{raw.path}: {keys.prefix}expert_count: mixtures of experts are not supported")
     keys.require("attention.value_length", head_dim(raw))
     keys.require("attention.clamp_kqv", None)
     if not scaled_attention:
@@ -159,12 +162,14 @@ def _decoder_config(
     attention_softcap: float | None = None,
     gated: bool = True,
     activation: Activation = "silu",
+    ffns: Sequence[MLP | MoE] | None = None,
     biases: frozenset[str] = frozenset(),
     **fields: Any,
 ) -> DecoderConfig:
     """Read the sizes and build the config.
 
-    rotaries, windows: one for all layers, or a list with one for each. biases: layers that must have a bias, besides
+    rotaries, windows: one for all layers, or a list with one for each. ffns: the feed-forward layer of each layer; by
+    default an MLP, gated or not and with `activation`. biases: layers that must have a bias, besides
     those that have one in the file. fields: further fields of DecoderConfig.
     """
     heads, count = read_size(raw, "heads"), layer_count(raw)
@@ -176,28 +181,31 @@ def _decoder_config(
     windows = windows if isinstance(windows, Sequence) else [windows] * count
     if len(rotaries) != count or len(windows) != count:
         raise CheckpointError(f"{path}: its lists of layers do not have one entry for each of {count} layers")
-    mlp = MLP(read_size(raw, "ffn_width"), gated, activation)
+    if ffns is None:
+        if experts := experts_field(raw.metadata, fields_of(raw).prefix):
+            raise UnsupportedError(f"{path}: this is a mixture of experts ({experts}), but its family is dense")
+        ffns = [MLP(read_size(raw, "ffn_width"), gated, activation)] * count
     attention = Attention(
         heads, kv_heads, head_dim(raw), qk_norm=qk_norm, scale=attention_scale, softcap=attention_softcap
     )
-    mixers = (replace(attention, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True))
+    mixers = [replace(attention, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True)]
     return DecoderConfig(
         context_length=read_size(raw, "context_length"),
         dim=read_size(raw, "dim"),
-        layers=tuple(Layer(mixer, mlp) for mixer in mixers),
-        biases=biases | _stored_biases(raw, names),
+        layers=tuple(starmap(Layer, zip(mixers, ffns, strict=True))),
+        biases=biases | stored_biases(raw, names),
         **fields,
     )
 
 
-def _stored_biases(raw: RawCheckpoint, names: NameTable) -> frozenset[str]:
+def stored_biases(raw: RawCheckpoint, names: NameTable) -> frozenset[str]:
     """Return the layers that have a bias in the file, whatever the config's flags say."""
     found, _ = parameter_sources(raw.tensors, names)
     biased = [part for source in found if source.endswith(".bias") for part in parts_of(source)]
     return frozenset(block_part(parameter) for parameter in biased)
 
 
-def _has_tied_head(raw: RawCheckpoint, names: NameTable, *, default: bool) -> bool:
+def has_tied_head(raw: RawCheckpoint, names: NameTable, *, default: bool) -> bool:
     """Whether the head is the embedding. A file may store the head as well, if it is a copy of the embedding."""
     fields = fields_of(raw)
     if not fields.flag("tie_word_embeddings", default):
@@ -222,7 +230,9 @@ def sliding_windows(raw: RawCheckpoint, slides: Callable[[int], bool]) -> list[i
     """Return the window of each layer. slides: whether layer i has one, unless `layer_types` says so."""
     fields = fields_of(raw)
     types = fields.get("layer_types")
-    if types is None:
+    if raw.format == "gguf" and fields.get("attention.sliding_window_pattern") is not None:
+        sliding = _stored_pattern(raw)
+    elif types is None:
         sliding = [slides(layer) for layer in range(layer_count(raw))]
     elif isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types):
         sliding = [kind == "sliding_attention" for kind in types]
@@ -232,7 +242,20 @@ def sliding_windows(raw: RawCheckpoint, slides: Callable[[int], bool]) -> list[i
     return [window if slides_here else None for slides_here in sliding]
 
 
-def _read_activation(fields: Fields, name: str) -> Activation:
+def _stored_pattern(raw: RawCheckpoint) -> list[bool]:
+    """Read which layers have a window: a flag for each, or the period of the layers that have none."""
+    fields, name = fields_of(raw), "attention.sliding_window_pattern"
+    flags, layers = fields.get(name), range(layer_count(raw))
+    if isinstance(flags, list) and len(flags) == len(layers) and all(type(flag) is bool for flag in flags):
+        return flags
+    if isinstance(flags, list):
+        raise CheckpointError(f"{fields.path}: {fields.prefix}{name} must have true or false for each layer")
+    period = fields.count(name)
+    return [(layer + 1) % period != 0 for layer in layers]
+
+
+def read_activation(fields: Fields, name: str) -> Activation:
+    """Read the name of an activation. Raises UnsupportedError for those that kvgen lacks."""
     value = fields.get(name)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UnsupportedError(

@@ -38,10 +38,25 @@ GGUF_NAMES: NameTable = {
     "blk.{i}.ffn_up": "blk.{i}.ffn.up",
     "blk.{i}.ffn_down": "blk.{i}.ffn.down",
     "blk.{i}.post_ffw_norm": "blk.{i}.post_ffw_norm",
+    "blk.{i}.ffn_gate_inp": "blk.{i}.ffn.router",
+    "blk.{i}.exp_probs_b": "blk.{i}.ffn.router.selection",
+    "blk.{i}.ffn_gate_exps": "blk.{i}.ffn.experts.gate",
+    "blk.{i}.ffn_up_exps": "blk.{i}.ffn.experts.up",
+    "blk.{i}.ffn_down_exps": "blk.{i}.ffn.experts.down",
+    "blk.{i}.ffn_gate_up_exps": "blk.{i}.ffn.experts.gate_up",
+    "blk.{i}.ffn_gate_shexp": "blk.{i}.ffn.shared.gate",
+    "blk.{i}.ffn_up_shexp": "blk.{i}.ffn.shared.up",
+    "blk.{i}.ffn_down_shexp": "blk.{i}.ffn.shared.down",
+    "blk.{i}.ffn_gate_inp_shexp": "blk.{i}.ffn.shared_gate",
 }
 """llama.cpp's tensor names, the same for all families."""
 
-_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "ffn.gate_up": ("ffn.gate", "ffn.up")}
+_FUSED = {
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "ffn.gate_up": ("ffn.gate", "ffn.up"),
+    "ffn.experts.gate_up": ("ffn.experts.gate", "ffn.experts.up"),
+    "ffn.shared.gate_up": ("ffn.shared.gate", "ffn.shared.up"),
+}
 
 
 def _no_transforms(config: DecoderConfig) -> Transforms:
@@ -55,10 +70,12 @@ class Family:
     hf_model_type, gguf_architecture: its name in config.json and in GGUF files; "" if that format has none.
     config: reads the decoder config from a checkpoint's metadata and tensor names.
     hf_names, gguf_names: tensor names in a checkpoint -> the decoder's parameter names, both without `.weight` and
-        `.bias`. `{i}` stands for the layer; tensors that differ only in `{j}` are stacked. None: a known tensor that
-        is not needed. Fused projections map to `attn.qkv` or `ffn.gate_up` and are split in that order.
+        `.bias`; for a tensor whose name does not end so, both whole. `{i}` stands for the layer; tensors that differ
+        only in `{j}` are stacked. None: a known tensor that is not needed. Fused projections map to `attn.qkv` or
+        `ffn.gate_up` and are split in that order.
     hf_transforms, gguf_transforms: per config, a function for each layer name inside a block (`attn.q`), applied to its
-        weight and bias before fused tensors are split.
+        weight and bias before fused tensors are split; or for one of them (`attn_norm.weight`).
+    ignores: whether a tensor, by its name in the checkpoint, is known but not needed, besides those of the tables.
     """
 
     hf_model_type: str
@@ -68,13 +85,28 @@ class Family:
     gguf_names: NameTable = field(default_factory=lambda: GGUF_NAMES)
     gguf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
     hf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
+    ignores: Callable[[str, DecoderConfig], bool] = lambda name, config: False
 
-    def sources(self, raw: RawCheckpoint) -> tuple[dict[str, list[str]], list[str]]:
+    def sources(self, raw: RawCheckpoint, config: DecoderConfig) -> tuple[dict[str, list[str]], list[str]]:
         """Apply the name table of a checkpoint's format; see `parameter_sources`."""
-        return parameter_sources(raw.tensors, self.gguf_names if raw.format == "gguf" else self.hf_names)
+        names = [name for name in raw.tensors if not self.ignores(name, config)]
+        return parameter_sources(names, self.gguf_names if raw.format == "gguf" else self.hf_names)
 
     def transforms(self, raw: RawCheckpoint, config: DecoderConfig) -> Transforms:
         return self.gguf_transforms(config) if raw.format == "gguf" else self.hf_transforms(config)
+
+
+def predicts_further(name: str, config: DecoderConfig) -> bool:
+    """Whether a tensor belongs to a layer beyond those of the config, which predicts the token after the next
+    (DeepSeek-V3, arXiv:2412.19437, section 2.2). For `Family.ignores`."""
+    found = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= len(config.layers)
+
+
+def transform_of(transforms: Transforms, parameter: str) -> Transform | None:
+    """Return the function for a parameter: that of its layer, or its own."""
+    part = block_part(parameter)
+    return transforms.get(part) or transforms.get(f"{part}.{parameter.rpartition('.')[2]}")
 
 
 def parameter_sources(tensor_names: Iterable[str], table: NameTable) -> tuple[dict[str, list[str]], list[str]]:
@@ -86,11 +118,14 @@ def parameter_sources(tensor_names: Iterable[str], table: NameTable) -> tuple[di
         pattern, numbers = stem, re.findall(r"(?<=\.)\d+(?=\.|$)", stem)
         for number, letter in zip(numbers, "ij", strict=False):
             pattern = re.sub(rf"(?<=\.){number}(?=\.|$)", f"{{{letter}}}", pattern, count=1)
-        if pattern not in table or (table[pattern] is not None and kind not in ("weight", "bias")):
+        whole = f"{pattern}.{kind}" in table
+        target = table[f"{pattern}.{kind}"] if whole else table.get(pattern, "")
+        if target == "" or (target is not None and not whole and kind not in ("weight", "bias")):
             unknown.append(name)
-        elif (target := table[pattern]) is not None:
-            parameter = f"{target.replace('{i}', numbers[0] if numbers else '')}.{kind}"
+        elif target is not None:
+            parameter = target.replace("{i}", numbers[0] if numbers else "") + ("" if whole else f".{kind}")
             found.setdefault(parameter, {})[int(numbers[1]) if len(numbers) > 1 else 0] = name
+    unknown += [name for names in found.values() if max(names) != len(names) - 1 for name in names.values()]
     return {parameter: [names[j] for j in sorted(names)] for parameter, names in found.items()}, unknown
 
 
@@ -110,19 +145,23 @@ def split_fused(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[T
     part = block_part(parameter)
     if part not in _FUSED:
         return [tensor]
-    attention, width = config.attention, config.mlp.width
-    rows = {"attn.q": attention.heads * attention.head_dim, "ffn.gate": width, "ffn.up": width}
-    key_rows = attention.kv_heads * attention.head_dim
-    return list(torch.split(tensor, [rows.get(piece, key_rows) for piece in _FUSED[part]]))
+    if part != "attn.qkv":
+        dim = 1 if part == "ffn.experts.gate_up" else 0
+        return list(torch.split(tensor, [tensor.shape[dim] // 2] * 2, dim))
+    attention = config.attention
+    rows, key_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    return list(torch.split(tensor, [rows, key_rows, key_rows]))
 
 
-def split_halves(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows from interleaved rotation to half-split: pairs (2i, 2i + 1) become (i, i + D / 2).
+def split_halves(rows: Tensor, heads: int, rotated: int | None = None) -> Tensor:
+    """Reorder rows from interleaved rotation to half-split: pairs (2i, 2i + 1) become (i, i + R / 2).
 
-    rows: (heads * D, ...), a weight or bias of the query or key projection.
+    rows: (heads * D, ...), a weight or bias of the query or key projection. rotated: R, the dimensions of a head that
+    are rotated; None for D.
     """
-    pairs = rows.view(heads, -1, 2, *rows.shape[1:])  # (H, D / 2, 2, ...)
-    return pairs.transpose(1, 2).reshape(rows.shape)
+    whole = rows.view(heads, -1, *rows.shape[1:])  # (H, D, ...)
+    turned, rest = whole[:, :rotated], whole[:, whole.shape[1] if rotated is None else rotated :]
+    return torch.cat((turned[:, 0::2], turned[:, 1::2], rest), dim=1).reshape(rows.shape)
 
 
 def transposed(tensor: Tensor) -> Tensor:

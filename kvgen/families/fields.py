@@ -29,6 +29,11 @@ class Fields:
             raise self._wrong(name, value, "below 2^31")
         return value
 
+    def whole(self, name: str, default: int | None = None) -> int:
+        """Return `count(name)`, or 0."""
+        value = self._get_or(name, default)
+        return 0 if type(value) is int and value == 0 else self.count(name, default)
+
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite number above 0."""
         value = self._get_or(name, default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
@@ -15,6 +16,16 @@ from kvgen.model.config import DecoderConfig, Rotary
 
 _PATTERN = 6  # every sixth layer has no window
 _LOCAL_BASE, _GLOBAL_BASE = 10_000.0, 1_000_000.0
+_DEFAULTS: dict[str, Any] = {  # of transformers' Gemma3TextConfig; config.json files with images leave them out
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+}
 _HF_NAMES = {
     **SANDWICH_NAMES,
     "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
@@ -23,6 +34,9 @@ _HF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    if raw.format == "hf":
+        given = {name: value for name, value in raw.metadata.items() if value is not None}
+        raw = replace(raw, metadata={**_DEFAULTS, **given})
     fields = fields_of(raw)
     pattern = fields.count("sliding_window_pattern", _PATTERN)
     windows = sliding_windows(raw, lambda layer: (layer + 1) % pattern != 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family
@@ -10,24 +12,27 @@ from kvgen.model.config import DecoderConfig
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    if raw.format == "gguf":
+        return gguf_config(raw, scaled_attention=True, **read_scales(raw))
+    return hf_config(raw, biases=flagged_biases(raw), **read_scales(raw))
+
+
+def read_scales(raw: RawCheckpoint) -> dict[str, Any]:
+    """Return the multipliers, as mechanisms of a config."""
     fields = fields_of(raw)
     if raw.format == "gguf":
-        return gguf_config(
-            raw,
-            scaled_attention=True,
-            attention_scale=fields.optional_number("attention.scale"),
-            embedding_scale=fields.number("embedding_scale", 1.0),
-            residual_scale=fields.number("residual_scale", 1.0),
-            logit_scale=1 / fields.number("logit_scale", 1.0),
-        )
-    return hf_config(
-        raw,
-        attention_scale=fields.number("attention_multiplier", 1.0),
-        embedding_scale=fields.number("embedding_multiplier", 1.0),
-        residual_scale=fields.number("residual_multiplier", 1.0),
-        logit_scale=1 / fields.number("logits_scaling", 1.0),
-        biases=flagged_biases(raw),
-    )
+        return {
+            "attention_scale": fields.optional_number("attention.scale"),
+            "embedding_scale": fields.number("embedding_scale", 1.0),
+            "residual_scale": fields.number("residual_scale", 1.0),
+            "logit_scale": 1 / fields.number("logit_scale", 1.0),
+        }
+    return {
+        "attention_scale": fields.number("attention_multiplier", 1.0),
+        "embedding_scale": fields.number("embedding_multiplier", 1.0),
+        "residual_scale": fields.number("residual_multiplier", 1.0),
+        "logit_scale": 1 / fields.number("logits_scaling", 1.0),
+    }
 
 
 FAMILY = Family("granite", "granite", read_config, HF_NAMES, gguf_transforms=gguf_transforms)

@@ -6,13 +6,14 @@ from functools import partial
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.experts import gguf_ffns
 from kvgen.families.family import Family, Transform, split_halves
 from kvgen.model.config import DecoderConfig
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    if raw.format == "gguf":
-        return gguf_config(raw)
+    if raw.format == "gguf":  # Mixtral too
+        return gguf_config(raw, ffns=gguf_ffns(raw, normalize=True) if fields_of(raw).get("expert_count") else None)
     fields_of(raw).require("sliding_window", None)
     return hf_config(raw, biases=flagged_biases(raw))
 

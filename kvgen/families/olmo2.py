@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, head_dim, hf_config, sliding_windows
 from kvgen.families.family import Family
+from kvgen.families.rope import plain_rotary, rotary_from_gguf
 from kvgen.model.config import DecoderConfig
 
-_NORMS = frozenset({"post_attention_norm", "post_ffw_norm"})
-_HF_NAMES = {
+
+def _gguf_windows(raw: RawCheckpoint) -> dict[str, Any]:
+    """OLMo 3 has the same architecture in GGUF files: with windows, in which positions are not scaled."""
+    keys, size = fields_of(raw), head_dim(raw)
+    if not keys.get("attention.sliding_window"):
+        return {}
+    windows = sliding_windows(raw, lambda layer: (layer + 1) % 4 != 0)
+    whole = rotary_from_gguf(raw, keys, size)
+    local = plain_rotary(keys, size, keys.number("rope.freq_base_swa", keys.number("rope.freq_base", 10000.0)))
+    return {"windows": windows, "rotaries": [whole if window is None else local for window in windows]}
+
+
+NORMS = frozenset({"post_attention_norm", "post_ffw_norm"})
+POST_NORM_NAMES = {
     **HF_NAMES,
     "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
     "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
@@ -19,9 +34,8 @@ _HF_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        fields_of(raw).require("attention.sliding_window", None)
-        return gguf_config(raw, norms=_NORMS, qk_norm="all")
-    return hf_config(raw, names=_HF_NAMES, norms=_NORMS, qk_norm="all", biases=flagged_biases(raw))
+        return gguf_config(raw, norms=NORMS, qk_norm="all", **_gguf_windows(raw))
+    return hf_config(raw, names=POST_NORM_NAMES, norms=NORMS, qk_norm="all", biases=flagged_biases(raw))
 
 
-FAMILY = Family("olmo2", "olmo2", read_config, _HF_NAMES)
+FAMILY = Family("olmo2", "olmo2", read_config, POST_NORM_NAMES)

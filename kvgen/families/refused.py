@@ -10,13 +10,13 @@ _STATE_SPACE = "a state-space or recurrent model"
 _ENCODER_DECODER = "an encoder-decoder model"
 _KINDS = {
     _EXPERTS: (
-        "mixtral qwen2_moe qwen2moe qwen3_moe qwen3moe qwen3_next qwen3next deepseek deepseek_v2 deepseek2 deepseek_v3 "
-        "deepseek_v32 dbrx grok gpt_oss gpt-oss olmoe phimoe granitemoe granitemoeshared granitemoehybrid llama4 "
-        "llama4_text jetmoe arctic minimax minimax_m2 ernie4_5_moe glm4_moe glm4moe bailing_moe hunyuan_v1_moe dots1 "
+        "qwen3_next qwen3next deepseek deepseek_v2 deepseek2 deepseek_v3 "
+        "deepseek_v32 dbrx grok gpt_oss gpt-oss phimoe granitemoeshared granitemoehybrid llama4 "
+        "llama4_text jetmoe arctic minimax minimax_m2 bailing_moe hunyuan_v1_moe "
         "kimi_k2 flex_olmo lfm2_moe switch_transformers"
     ),
     _STATE_SPACE: (
-        "mamba mamba2 falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 jamba bamba zamba zamba2 recurrent_gemma xlstm "
+        "mamba falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 jamba bamba zamba zamba2 recurrent_gemma xlstm "
         "nemotron_h falcon_h1 plamo2"
     ),
     _ENCODER_DECODER: (
@@ -36,8 +36,18 @@ def refusal(name: str, metadata: Mapping[str, Any]) -> str | None:
         return _KIND_OF[name]
     if metadata.get("is_encoder_decoder") is True:
         return _ENCODER_DECODER
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", f"{name}.expert_count"):
+    return None
+
+
+def is_state_space(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the metadata of a GGUF file says so."""
+    return f"{name}.ssm.state_size" in metadata
+
+
+def experts_field(metadata: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Return which field says that a model is a mixture of experts, and its value; None if none does."""
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", f"{prefix}expert_count"):
         count = metadata.get(key)
         if isinstance(count, int) and count > 1:
-            return f"{_EXPERTS} ({key} is {count})"
-    return _STATE_SPACE if f"{name}.ssm.state_size" in metadata else None
+            return f"{key} is {count}"
+    return None

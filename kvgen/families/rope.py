@@ -62,12 +62,14 @@ def _llama3(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
 
 
 def _yarn(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
-    for name, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
-        section.require(name, supported)
+    section.require("truncate", True)
     factor, trained = section.number("factor"), _trained_context(config, section)
     fast, slow = section.number("beta_fast", 32.0), section.number("beta_slow", 1.0)
     frequencies = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=fast, slow=slow)
-    return _rotary(frequencies, section.number("attention_factor", yarn_scale(factor)))
+    scale = yarn_scale(factor)
+    if section.get("mscale") and section.get("mscale_all_dim"):
+        scale = yarn_scale(factor, section.number("mscale")) / yarn_scale(factor, section.number("mscale_all_dim"))
+    return _rotary(frequencies, section.number("attention_factor", scale))
 
 
 def _longrope(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
@@ -140,9 +142,9 @@ def yarn_frequencies(base: float, dim: int, *, factor: float, trained_context: i
     return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
-def yarn_scale(factor: float) -> float:
-    """YaRN's attention factor: 0.1 ln(factor) + 1."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention factor: 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def longrope(base: float, dim: int, *, short: Tensor, long: Tensor, trained_context: int, scale: float) -> Rotary:

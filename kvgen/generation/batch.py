@@ -24,7 +24,7 @@ from kvgen.generation.text import Chunk, CompletionText
 from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import PREFILL_CHUNK
 
-_WORTH_WAITING = 8  # shared positions that make a row wait one pass, so that another row computes them
+_WORTH_WAITING = 8  # minimum shared prefix for which a row waits one pass, so that another row computes it
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,8 +54,9 @@ class Batch:
     use_cache: False recomputes every position on each step. cache: of an earlier completion, to continue from.
     make_drafter: returns a new drafter for each row.
 
-    Attribute `cache`: of the row that ended last, for the next request to continue from; None if a row took it over or
-    memory ran short. Attribute `pass_began`: start of the pass of the last chunks, in seconds of `time.perf_counter`.
+    Attribute `cache`: the cache of the last finished row, for the next request to continue from; None if a row took it
+    over or memory ran short. Attribute `pass_began`: when the pass that produced the last chunks began, in seconds of
+    `time.perf_counter`.
 
     Raises UsageError for drafts if the model cannot check them.
     """
@@ -171,8 +172,10 @@ class Batch:
             donors = [row.cache for row in self._rows if row not in begun]
             cache = model.cache_for(ids, positions, donors, self.cache)
             shared = getattr(cache, "length", 0)
-            if any(_common_prefix(row.completion.tokens, prompt) > shared + _WORTH_WAITING for row in begun):
-                return None  # the next pass can copy more from that row
+            for row in begun:
+                if (common := _common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
+                    model.expect_branch(row.cache, min(common, len(prompt) - 1))
+                    return None  # the next pass can copy more from that row
         new = len(prompt) - shared
         if begun and sum(row.new for row in begun) + new > PREFILL_CHUNK:
             return None

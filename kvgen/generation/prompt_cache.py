@@ -1,7 +1,8 @@
 """Prompt caches: KV caches in files, so that a later process continues from them.
 
-A safetensors file: `tokens`, `keys.N` and `values.N` for each layer, and in the metadata the first position of each.
-A file belongs to weights and arithmetic, not to a prompt: a loaded cache matches any text as in memory.
+A safetensors file: `tokens`, and for each layer N `keys.N` and `values.N`, or `state.P.I.N`, part I of a recurrent
+state after P positions. A file belongs to weights and arithmetic, not to a prompt: a loaded cache matches any text as
+in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,15 +27,14 @@ from kvgen.contract import Backend
 from kvgen.errors import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.loading.load import Loaded
 from kvgen.model.cache import KVCache
-from kvgen.model.states import KeyValues
 from kvgen.system import atomic_file
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
 class PromptCacheInfo:
-    """Contents of a file that can be read without the model. nbytes: of keys and values."""
+    """Contents of a file that can be read without the model. nbytes: of all layers."""
 
     model: str
     numerics: str
@@ -55,17 +55,15 @@ def save_prompt_cache(path: str | Path, cache: KVCache, loaded: Loaded) -> None:
     Raises KvgenError if the file cannot be written, UsageError if the model does not run on kvgen's decoder.
     """
     path, native = Path(path), _native(loaded.model)
-    layers = cache.held()
     tensors = {"tokens": cache.tokens}
-    for number, layer in enumerate(layers):
-        tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
+    for number, layer in enumerate(cache.held()):
+        tensors |= {f"{name}.{number}": tensor for name, tensor in layer.tensors.items()}
     metadata = {
         "kvgen-prompt-cache": _FORMAT,
         "identity": _identity(loaded),
         "model": loaded.source,
         "numerics": native.numerics,
         "variant": str(cache.variant),
-        "first": json.dumps([layer.first for layer in layers]),
         "sha256": digest(tensors),
     }
     try:
@@ -99,17 +97,14 @@ def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
     metadata, tensors = _read(path)
     if metadata["identity"] != _identity(loaded):
         raise CacheError(
-            f"{path}: a prompt cache of {metadata['model']} ({metadata['numerics']}), not of {loaded.source} "
-            f"({native.numerics}); name another file"
+            f"{path}: a prompt cache of {metadata['model']} ({_in_words(metadata['numerics'])}), "
+            f"not of {loaded.source} ({_in_words(native.numerics)}); name another file"
         )
     tokens = tensors["tokens"].clone()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < native.decoder.config.vocab_size:
         raise _damaged(path, "token ids outside the vocabulary")
     try:
-        layers = (
-            KeyValues(tensors[f"keys.{n}"].to(native.device), tensors[f"values.{n}"].to(native.device), int(first))
-            for n, first in enumerate(json.loads(metadata["first"]))
-        )
+        layers = ({name: tensor.to(native.device) for name, tensor in layer.items()} for layer in _layers(tensors))
         return native.restored(tokens.to(native.device), layers, int(metadata["variant"]))
     except (CacheError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"it does not fit the model ({error})") from error
@@ -118,15 +113,20 @@ def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
 def describe_prompt_cache(path: Path) -> PromptCacheInfo:
     """Return the contents of a file. Raises CacheError if it is damaged or not a prompt cache."""
     metadata, tensors = _read(path)
-    parts = [tensors[name] for name in tensors if name != "tokens"]
+    parts = [tensors[name] for names in _layer_names(tensors).values() for name in names]
     return PromptCacheInfo(
         metadata["model"],
-        metadata["numerics"],
+        _in_words(metadata["numerics"]),
         tuple(tensors["tokens"].flatten().tolist()),
-        len(parts) // 2,
+        len(_layer_names(tensors)),
         ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in parts})),
         sum(tensor.nbytes for tensor in parts),
     )
+
+
+def _in_words(numerics: str) -> str:
+    """Replace the default of --quantize, which keeps weights in their stored types, by its meaning."""
+    return numerics.replace("weights auto", "weights as stored")
 
 
 def _native(model: Backend) -> NativeBackend:
@@ -136,18 +136,38 @@ def _native(model: Backend) -> NativeBackend:
 
 
 class _LazyTensors(UserDict[str, Any]):
-    """Tensors of a file, read on access; only the last two, a layer's keys and values, stay in memory."""
+    """Tensors of a file, read on access; only those of the layer read last stay in memory."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._read: list[RawTensor] = []
+        self._layer = ""
         add_shard(self.data, path)
 
     def __getitem__(self, name: str) -> Tensor:
+        layer = name.rpartition(".")[2]
+        if layer != self._layer:
+            for tensor in self._read:
+                tensor.release()
+            self._read, self._layer = [], layer
         self._read.append(self.data[name])
-        if len(self._read) > 2:
-            self._read.pop(0).release()
         return self._read[-1].read()
+
+
+def _layer_names(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names of each layer's tensors, by its number."""
+    names: dict[str, list[str]] = {}
+    for name in tensors:
+        if name != "tokens":
+            names.setdefault(name.rpartition(".")[2], []).append(name)
+    return names
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each layer, without its number. Raises KeyError if one is missing."""
+    names = _layer_names(tensors)
+    for number in map(str, range(len(names))):
+        yield {name.rpartition(".")[0]: tensors[name] for name in names[number]}
 
 
 def _read(path: Path) -> tuple[dict[str, str], Mapping[str, Tensor]]:
@@ -160,10 +180,7 @@ def _read(path: Path) -> tuple[dict[str, str], Mapping[str, Tensor]]:
         raise CacheError(f"{path}: not a readable prompt cache ({error})") from error
     if metadata.get("kvgen-prompt-cache") != _FORMAT:
         raise CacheError(f"{path}: not a prompt cache of this version of kvgen")
-    if (
-        not {"identity", "model", "numerics", "variant", "first", "sha256"} <= metadata.keys()
-        or "tokens" not in tensors
-    ):
+    if not {"identity", "model", "numerics", "variant", "sha256"} <= metadata.keys() or "tokens" not in tensors:
         raise _damaged(path, "an entry is missing")
     if tensors["tokens"].dtype != torch.int64 or tensors["tokens"].ndim != 2:
         raise _damaged(path, "invalid token ids")

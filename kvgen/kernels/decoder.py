@@ -18,7 +18,7 @@ from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.program import ProgramBuilder, Slot, slot_widths
 from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM, Span, positions_of
-from kvgen.model.config import DecoderConfig
+from kvgen.model.config import Attention, DecoderConfig
 from kvgen.model.layers import RotaryTables
 from kvgen.model.states import KeyValues
 
@@ -107,6 +107,7 @@ class KernelDecoder(CausalLM):
         layers = (structs.Layer * len(reserved))()
         for i, (buffers, layer) in enumerate(zip(reserved, self.config.layers, strict=True)):
             keys, values = buffers.keys, buffers.values
+            assert isinstance(layer.mixer, Attention)
             layers[i] = structs.Layer(
                 *(keys[row].data_ptr(), values[row].data_ptr(), keys.stride(1), values.stride(1)),
                 *(buffers.first, layer.mixer.window or 0, _STORED_TYPES[keys.dtype]),

@@ -63,7 +63,12 @@ void rotate(const Op &op, const Run &run, Shared &shared) {
 float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 
-// dst = act(src) * other, or act(src). mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU
+float xielu(float x, const Op &op) {
+    float bend = x > 0 ? op.scale * x * x : op.slope * (std::expm1(std::min(x, op.eps)) - x);
+    return bend + op.softcap * x;
+}
+
+// dst = act(src) * other, or act(src). mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU, 4 ReLU squared, 5 xIELU
 void activate(const Op &op, const Run &run, Shared &shared) {
     size_t size = size_t(run.rows) * run.widths[op.src];
     const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
@@ -81,7 +86,8 @@ void activate(const Op &op, const Run &run, Shared &shared) {
             if (op.mode == 0) v = v / (1 + exp_of(splat(-v))[0]);
             else if (op.mode == 1) v = gelu(v);
             else if (op.mode == 2) v = gelu_tanh(v);
-            else v = std::max(v, 0.0f);
+            else if (op.mode == 5) v = xielu(v, op);
+            else if (v = std::max(v, 0.0f); op.mode == 4) v *= v;
             y[i] = up ? v * up[i] : v;
         }
     });

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import Op, OpKind
-from kvgen.model.config import DecoderConfig
+from kvgen.model.config import MLP, XIELU, Attention, DecoderConfig, Layer, Mamba2, MoE, Rotary, ShortConv
 
 
 class Slot(IntEnum):
@@ -31,7 +33,78 @@ class Slot(IntEnum):
 
 _ACCUMULATE, _SAME_INPUT = 1, 2  # flags
 _NORM_MODES = MappingProxyType({"rms": 0, "layer": 1})
-_ACTIVATIONS = MappingProxyType({"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3})
+_ACTIVATIONS = MappingProxyType({"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4})
+_XIELU = 5
+
+# What the kernels implement: any other mechanism, or another field that differs from its default, is lacking.
+_IMPLEMENTED: Mapping[type, frozenset[str]] = MappingProxyType(
+    {
+        Attention: frozenset(
+            {"heads", "kv_heads", "head_dim", "rotary", "query_rotary", "window", "qk_norm", "scale", "softcap"}
+        ),
+        MLP: frozenset({"width", "gated", "activation"}),
+        Rotary: frozenset(
+            {"inverse_frequencies", "scale", "long_frequencies", "short_length", "growth", "growth_length"}
+        ),
+        Layer: frozenset({"mixer", "ffn"}),
+        DecoderConfig: frozenset(
+            {
+                "vocab_size",
+                "context_length",
+                "dim",
+                "layers",
+                "norm_eps",
+                "tied_head",
+                "norm",
+                "norms",
+                "biases",
+                "parallel",
+                "learned_positions",
+                "logit_softcap",
+                "embedding_scale",
+                "residual_scale",
+                "logit_scale",
+            }
+        ),
+    }
+)
+_WORDS: Mapping[str, str] = MappingProxyType(
+    {MoE.__name__: "mixtures of experts", ShortConv.__name__: "short convolutions", Mamba2.__name__: "Mamba 2"}
+)  # else the name itself
+
+
+def lacking(config: DecoderConfig) -> str | None:
+    """Return the mechanisms of a decoder that the kernels lack, in words; None if they have them all."""
+    return ", ".join(dict.fromkeys(_lacking(config))) or None
+
+
+def _lacking(config: DecoderConfig) -> Iterator[str]:
+    parts = (part for layer in config.layers for part in (layer, layer.mixer, layer.ffn))
+    for part in (config, *config.rotaries, *parts):
+        yield from _lacking_fields(part)
+    for layer in config.layers:
+        if isinstance(layer.ffn, MLP) and layer.ffn.activation not in _ACTIVATIONS:
+            yield from () if isinstance(layer.ffn.activation, XIELU) else (f"the activation {layer.ffn.activation}",)
+    sizes = {
+        (layer.mixer.heads, layer.mixer.kv_heads, layer.mixer.head_dim, layer.ffn.width)
+        for layer in config.layers
+        if isinstance(layer.mixer, Attention) and isinstance(layer.ffn, MLP)
+    }
+    if len(sizes) > 1:
+        yield "layers of different sizes"
+
+
+def _lacking_fields(part: Any) -> Iterator[str]:
+    kind = type(part)
+    if part is None:
+        yield "layers without an MLP"
+        return
+    if kind not in _IMPLEMENTED:
+        yield _WORDS.get(kind.__name__, kind.__name__)
+        return
+    for field in fields(part):
+        if field.name not in _IMPLEMENTED[kind] and getattr(part, field.name) != field.default:
+            yield _WORDS.get(field.name, field.name.replace("_", " "))
 
 
 def slot_widths(config: DecoderConfig) -> tuple[int, ...]:
@@ -59,7 +132,8 @@ class ProgramBuilder:
         self._add(i, "attn.output", Slot.MIXED, "post_attention_norm")
         if not parallel:
             self._mlp(i, self._block_norm(i, "ffn_norm"))
-        self._add(i, "ffn.down", Slot.GATE if self.config.layers[i].ffn.gated else Slot.UP, "post_ffw_norm")
+        gated = f"blk.{i}.ffn.gate.weight" in self.weights
+        self._add(i, "ffn.down", Slot.GATE if gated else Slot.UP, "post_ffw_norm")
 
     def head(self) -> None:
         self._norm("output_norm", Slot.X, Slot.NORMED, self.config.dim)
@@ -67,15 +141,19 @@ class ProgramBuilder:
 
     def _attention(self, i: int, read: Slot) -> None:
         spec, name = self.config.layers[i].mixer, f"blk.{i}.attn"
+        assert isinstance(spec, Attention)
         for part, slot in (("q", Slot.Q), ("k", Slot.K), ("v", Slot.V)):
             self._linear(f"{name}.{part}", read, slot)
-        for part, slot, heads in (("q", Slot.Q, spec.heads), ("k", Slot.K, spec.kv_heads)):
-            if spec.qk_norm is not None:
-                width = heads * spec.head_dim if spec.qk_norm == "all" else spec.head_dim
+        queries = Slot.Q, spec.heads, spec.query_rotary or spec.rotary
+        for part, (slot, heads, rotary) in (("q", queries), ("k", (Slot.K, spec.kv_heads, spec.rotary))):
+            width = heads * spec.head_dim if spec.qk_norm == "all" else spec.head_dim
+            if spec.qk_norm not in (None, "rotated-head"):
                 self._norm(f"{name}.{part}_norm", slot, slot, width)
-            if spec.rotary is not None:
-                table = self.config.rotaries.index(spec.rotary)
+            if rotary is not None:
+                table = self.config.rotaries.index(rotary)
                 self._write(OpKind.ROTATE, slot, slot, mode=table, width=spec.head_dim, heads=heads)
+            if spec.qk_norm == "rotated-head":
+                self._norm(f"{name}.{part}_norm", slot, slot, width)
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
         sizes = {"width": spec.head_dim, "heads": spec.heads, "kv_heads": spec.kv_heads, "layer": i}
         scores = {"scale": scale, "softcap": spec.softcap or 0}
@@ -83,11 +161,17 @@ class ProgramBuilder:
 
     def _mlp(self, i: int, read: Slot) -> None:
         spec, name = self.config.layers[i].ffn, f"blk.{i}.ffn"
+        assert isinstance(spec, MLP)
         self._linear(f"{name}.up", read, Slot.UP)
         if spec.gated:
             self._linear(f"{name}.gate", read, Slot.GATE)
         slot, other = (Slot.GATE, Slot.UP) if spec.gated else (Slot.UP, -1)
-        self._write(OpKind.ACTIVATE, slot, slot, mode=_ACTIVATIONS[spec.activation], other=other)
+        if isinstance(spec.activation, XIELU):
+            slopes = {"scale": spec.activation.positive, "slope": spec.activation.negative}
+            slopes |= {"softcap": spec.activation.linear, "eps": spec.activation.limit}
+            self._write(OpKind.ACTIVATE, slot, slot, mode=_XIELU, other=other, **slopes)
+        else:
+            self._write(OpKind.ACTIVATE, slot, slot, mode=_ACTIVATIONS[spec.activation], other=other)
 
     def _add(self, i: int, part: str, read: Slot, norm: str) -> None:
         """Project the output of mixer or MLP, normalize it if the block has the norm, and add it to x."""

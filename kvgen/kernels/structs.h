@@ -28,7 +28,7 @@ enum Flag { ACCUMULATE = 1, SAME_INPUT = 2 };
 struct Op {
     int32_t kind, src, dst, other, third; // slots, used as the kind requires
     int32_t mode, width, heads, kv_heads, layer, flags;
-    float eps, scale, softcap;
+    float eps, scale, softcap, slope;
     const Weight *weight;
     const float *vector, *bias;
     int64_t vector_size;

@@ -28,7 +28,7 @@ class Weight(ctypes.Structure):
 class Op(ctypes.Structure):
     _fields_ = (
         *_fields("kind src dst other third mode width heads kv_heads layer flags", c_int32),
-        *_fields("eps scale softcap", c_float),
+        *_fields("eps scale softcap slope", c_float),
         ("weight", POINTER(Weight)),
         *_fields("vector bias", c_void_p),
         ("vector_size", c_int64),

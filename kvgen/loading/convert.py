@@ -16,7 +16,7 @@ from torch import Tensor
 from kvgen.backends.xtransformers import build_net
 from kvgen.checkpoint.xtransformers import LIBRARY
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.model.config import DecoderConfig
+from kvgen.model.config import MLP, DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.tokenizer import Tokenizer
 
@@ -54,7 +54,14 @@ def convert_to_xtransformers(decoder: Decoder, tokenizer: Tokenizer, folder: Pat
 
 def _obstacles(config: DecoderConfig) -> Iterator[str]:
     """Yield the mechanisms that the library lacks: all that are not the default, except sizes and biases."""
-    layer, rotary = config.layers[0], config.attention.rotary
+    layer = config.layers[0]
+    if config.recurrences:
+        yield "it has recurrent layers"
+        return
+    if not isinstance(layer.ffn, MLP):
+        yield "it is a mixture of experts"
+        return
+    rotary = config.attention.rotary
     if missing := config.biases - {"ffn.down"}:
         yield f"biases of {', '.join(sorted(missing))}"
     if any(config.windows):

@@ -49,6 +49,7 @@ class Loaded:
     config: a DecoderConfig for kvgen's decoder, the library's arguments for x-transformers, None for a model in Python.
     files: the files of config and weights; empty for a model in Python.
     cache_budget: bytes for all caches together by default: half of the memory that the weights leave. None: no limit.
+    note: what to tell the user, such as that images are left out; "" for nothing.
     """
 
     model: Backend
@@ -57,6 +58,7 @@ class Loaded:
     config: Any = None
     files: tuple[SourceFile, ...] = ()
     cache_budget: int | None = None
+    note: str = ""
 
 
 def load(
@@ -84,7 +86,8 @@ def load(
     tokenizer: a tokenizer.json, `bytes` (id = byte), or `ids` (text is token ids, as in "5 17 3"). None: the
         checkpoint's own.
     kernels: `on`: C++ kernels, built once for this machine, which keep weights in their stored types; `off`: torch;
-        `auto`: kernels on a CPU in float32 with g++, else torch. `Backend.engine` tells which.
+        `auto`: kernels on a CPU in float32 with g++, if they have the model's mechanisms, else torch. `Backend.engine`
+        tells which.
     quantize: `auto`: weights as stored; `int8`, `int4`: quantize floating-point weights, LOSSY; `none`: dequantize.
     kv_dtype: of cached keys and values; `auto`: that of the computation; `bfloat16`, `int8`: LOSSY.
     progress: called during a download; see `kvgen.hub.catalogue`.
@@ -95,7 +98,7 @@ def load(
     if re.search(r"\.py:\w+$", name):
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
-        raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:make")
+        raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
     device, available = _choose_device(device), available_memory()
     raw = read_checkpoint(resolve(name, progress=progress))
     options = _compute_options(raw, _choose_dtype(dtype, device, raw), device, kernels, quantize, kv_dtype)
@@ -109,7 +112,7 @@ def load(
             model = native = load_native(raw, options, pool)
             config = native.decoder.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
-    return Loaded(model, chosen, str(raw.path), config, raw.files, _cache_budget(model, available))
+    return Loaded(model, chosen, str(raw.path), config, raw.files, _cache_budget(model, available), raw.note)
 
 
 def _load_python(reference: str, tokenizer: str | Path | None) -> Loaded:
@@ -154,7 +157,8 @@ def _compute_options(
             if kernels == "on":
                 raise
             engine, use_kernels = f"torch ({error})", False
-    return ComputeOptions(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], engine)
+    required = kernels == "on"
+    return ComputeOptions(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], engine, required)
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -35,8 +35,10 @@ class AttentionModule(nn.Module):
         if spec.qk_norm in ("head", "each-head"):
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rotary is not None:
-            tables = batch.rotations[spec.rotary]
-            q, k = rotate(q, *tables), rotate(k, *tables)
+            q = rotate(q, *batch.rotations[spec.query_rotary or spec.rotary])
+            k = rotate(k, *batch.rotations[spec.rotary])
+        if spec.qk_norm == "rotated-head":
+            q, k = self.q_norm(q), self.k_norm(k)
         masks = batch.shared.get(spec)
         if masks is None:
             sizes = [(span.new.shape[1], span.cache.length) for span in batch.spans]
@@ -95,5 +97,6 @@ def attention_mask(spec: Attention, new: int, past: int, device: torch.device) -
 def _qk_norm(spec: Attention, config: DecoderConfig, heads: int, bias: bool) -> nn.Module:
     if spec.qk_norm is None:
         return nn.Identity()
-    shapes = {"head": (spec.head_dim,), "each-head": (heads, spec.head_dim), "all": (heads * spec.head_dim,)}
-    return make_norm(config.norm, shapes[spec.qk_norm], config.norm_eps, bias=bias)
+    each, every = (heads, spec.head_dim), (heads * spec.head_dim,)
+    shape = {"each-head": each, "all": every}.get(spec.qk_norm, (spec.head_dim,))
+    return make_norm(config.norm, shape, config.norm_eps, bias=bias)

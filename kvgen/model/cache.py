@@ -7,15 +7,27 @@ reuse, editing, rewinding and rejected drafts need no further code.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
-from kvgen.model.config import Attention, DecoderConfig
-from kvgen.model.states import MIN_CAPACITY, KeyValues, State, grow, row_length, window_capacity
+from kvgen.model.config import Attention, DecoderConfig, Mixer
+from kvgen.model.recurrent import Core, Parts, RecurrentState, max_snapshots, snapshot_count
+from kvgen.model.states import (
+    MIN_CAPACITY,
+    FullState,
+    Held,
+    KeyValues,
+    State,
+    attention_state,
+    grow,
+    row_length,
+    window_capacity,
+)
 
 
 class KVCache:
@@ -32,7 +44,8 @@ class KVCache:
 
     Attributes: `length`, the number of cached positions (a layer with a window stores fewer); `states`, one per layer,
     empty before the first pass; `variant`, see `match`; `reused` and `computed`, the positions of the last call that
-    were found in the cache and that were not.
+    were found in the cache and that were not; `wanted`, positions that texts are likely to be rewound to, of which
+    recurrent layers keep a snapshot when they pass them.
     """
 
     def __init__(
@@ -45,6 +58,7 @@ class KVCache:
         self.owner, self.dtype, self.capacity = owner, dtype, capacity
         self.max_length = sys.maxsize if max_length is None else max_length
         self.states: list[State] = []
+        self.wanted: set[int] = set()
         self.length = self.variant = self.reused = self.computed = 0
         self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (B, capacity)
         self._reserved: tuple[KeyValues, ...] = ()
@@ -62,15 +76,15 @@ class KVCache:
 
     @property
     def nbytes_held(self) -> int:
-        """Bytes in use, without spare capacity: what a step reads."""
-        return sum(held.nbytes for held in self.held())
+        """Bytes that a step reads: no spare capacity, and no snapshots."""
+        return sum(state.nbytes_read(self.length) for state in self.states)
 
-    def held(self) -> tuple[KeyValues, ...]:
+    def held(self) -> tuple[Held, ...]:
         """Return views of what each layer keeps, without spare capacity."""
         return tuple(state.held(self.length) for state in self.states)
 
-    def restore(self, tokens: Tensor, layers: Iterable[KeyValues], variant: int) -> None:
-        """Fill the cache with a copy of what `held` returned, computed from `tokens`, (B, length).
+    def restore(self, tokens: Tensor, layers: Iterable[Mapping[str, Tensor]], variant: int) -> None:
+        """Fill the cache with a copy of the tensors of what `held` returned, computed from `tokens`, (B, length).
 
         `states` must hold the model's empty states. Raises CacheError if a layer does not fit them.
         """
@@ -86,9 +100,12 @@ class KVCache:
         ids: the whole sequence, (B, n) int64, n >= 1. Returns (B, n - reused). The last `min_new` positions are always
         left to compute, since the caller wants their logits. Rows of a batch share one length, so the prefix ends where
         the first row differs; it is shorter if a state cannot be rewound that far.
-        variant: what states depend on besides the text; a cache of a different variant is not reused.
+        variant: which rotation the keys have (LongRoPE); a cache of a different variant is not reused.
         """
-        length = self.match_length(ids, variant, min_new)
+        same = self.shared(ids, variant, min_new)
+        length = self.reach(same)
+        if same > length:
+            self.wanted.add(same)  # an edit is often followed by one at the same place
         if length == 0:
             self.reset()
             self._tokens, self.variant = ids.new_empty(ids.shape[0], 0), variant
@@ -99,10 +116,14 @@ class KVCache:
 
     def match_length(self, ids: Tensor, variant: int = 0, min_new: int = 1) -> int:
         """Return how many positions of a sequence, (B, n), `match` would reuse."""
+        return self.reach(self.shared(ids, variant, min_new))
+
+    def shared(self, ids: Tensor, variant: int = 0, min_new: int = 1) -> int:
+        """Return how many of its positions a sequence, (B, n), shares, whether or not they can be gone back to."""
         if variant != self.variant or ids.shape[0] != self._tokens.shape[0]:
             return 0
         limit = min(self.length, ids.shape[1] - min_new)
-        return self._reach(_common_prefix(self._tokens[:, :limit], ids[:, :limit]))
+        return _common_prefix(self._tokens[:, :limit], ids[:, :limit])
 
     def expect(self, length: int) -> None:
         """Set the capacity for a sequence of `length` and some more steps, used when buffers next grow."""
@@ -112,20 +133,31 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions of one layer, (B, H_kv, T, D); return what they attend to, as `State.append` does.
 
-        They count from `advance` on, so an interrupted forward pass leaves the cache as it was.
+        They become part of the cache at `advance`, so an interrupted forward pass leaves the cache as it was.
         """
-        self._reserved = ()
-        return self.states[layer].append(keys, values, self.length, self.capacity, self.max_length)
+        self._reserved, state = (), self.states[layer]
+        assert isinstance(state, FullState)
+        return state.append(keys, values, self.length, self.capacity, self.max_length)
+
+    def recur(self, layer: int, core: Core, inputs: Parts) -> Tensor:
+        """Run the recurrence of one layer over new positions, (B, T, ...) each: (B, T, D).
+
+        Its state counts from `advance` on, as with `append`.
+        """
+        state = self.states[layer]
+        assert isinstance(state, RecurrentState)
+        return state.run(core, inputs, self.length, self.wanted)
 
     def reserve(self, count: int) -> tuple[KeyValues, ...]:
-        """Make room for `count` new positions in every layer; the caller fills it in and then calls `advance`.
+        """Make room for `count` new positions in all layers of attention; the caller fills it in, then calls `advance`.
 
         Returns the same object as before while no buffer moves.
         """
         if self._reserved and self.length + count <= self._reserved_end:
             return self._reserved
-        reserved = tuple(state.reserve(self.length, count, self.capacity, self.max_length) for state in self.states)
-        self._reserved = () if any(state.moving for state in self.states) else reserved
+        states = [state for state in self.states if isinstance(state, FullState)]
+        reserved = tuple(state.reserve(self.length, count, self.capacity, self.max_length) for state in states)
+        self._reserved = () if any(state.moving for state in states) else reserved
         self._reserved_end = min(buffers.end for buffers in reserved)
         return reserved
 
@@ -140,6 +172,7 @@ class KVCache:
         self.length = end
         for state in self.states:
             state.commit()
+        self.wanted = {position for position in self.wanted if position > end}
 
     def branch(self, length: int, capacity: int, max_length: int | None = None) -> KVCache:
         """Copy the first `length` positions into a new cache. Raises CacheError as `trim` does."""
@@ -166,32 +199,63 @@ class KVCache:
     def _check_trim(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise CacheError(f"cannot trim a cache of {self.length} positions to {length}")
-        if self._reach(length) != length:
-            raise CacheError(f"cannot trim to {length} positions: a sliding window has dropped the keys they need")
+        if self.reach(length) != length:
+            raise CacheError(
+                f"cannot trim to {length} positions: the sliding window no longer holds the keys, "
+                "or a recurrent layer has no snapshot there"
+            )
 
-    def _reach(self, length: int) -> int:
+    def reach(self, length: int) -> int:
         """Return the longest length, at most `length`, that every state can be rewound to."""
         while (reached := min((state.reach(length) for state in self.states), default=length)) < length:
             length = reached
         return length
 
 
+def new_states(
+    config: DecoderConfig, batch: int, kv_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> list[State]:
+    """Create the states of an empty cache. kv_dtype: of stored keys and values. dtype: of the computation."""
+    most = max_snapshots(batch * snapshot_bytes(config, dtype))
+
+    def new_state(mixer: Mixer) -> State:
+        if isinstance(mixer, Attention):
+            return attention_state(mixer, batch, kv_dtype, device)
+        shapes = [(batch, *shape) for shape in mixer.state_shapes]
+        wide = torch.promote_types(dtype, torch.float32)
+        return RecurrentState(tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes), most)
+
+    return [new_state(layer.mixer) for layer in config.layers]
+
+
 def cache_bytes(config: DecoderConfig, positions: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a cache that holds `positions`, without spare capacity. dtype: of stored keys and values."""
-    return sum(
-        _position_bytes(layer.mixer, dtype)
-        * (positions if layer.mixer.window is None else window_capacity(layer.mixer.window, positions))
-        for layer in config.layers
+    """The most bytes of a cache that holds `positions`, without spare capacity. dtype: of stored keys and values."""
+    snapshot = snapshot_bytes(config, dtype)
+    keys_and_values = sum(
+        _position_bytes(mixer, dtype)
+        * (positions if mixer.window is None else window_capacity(mixer.window, positions))
+        for mixer in _attentions(config)
     )
+    return keys_and_values + snapshot * snapshot_count(positions, max_snapshots(snapshot))
 
 
 def position_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of one position in all layers."""
-    return sum(_position_bytes(layer.mixer, dtype) for layer in config.layers)
+    """Bytes of one position in all layers of attention."""
+    return sum(_position_bytes(mixer, dtype) for mixer in _attentions(config))
+
+
+def _attentions(config: DecoderConfig) -> list[Attention]:
+    return [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention)]
 
 
 def _position_bytes(mixer: Attention, dtype: torch.dtype) -> int:
     return 2 * mixer.kv_heads * row_length(mixer.head_dim, dtype) * dtype.itemsize
+
+
+def snapshot_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the states of all recurrent layers after one position: in fp32 or wider, for one sequence."""
+    numbers = sum(math.prod(shape) for mixer in config.recurrences for shape in mixer.state_shapes)
+    return numbers * max(dtype.itemsize, torch.float32.itemsize)
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

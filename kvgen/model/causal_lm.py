@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError, UsageError
-from kvgen.model.cache import KVCache
+from kvgen.model.cache import KVCache, new_states
 from kvgen.model.config import DecoderConfig, Rotary
 from kvgen.model.ids import check_form, check_range
-from kvgen.model.states import State, new_state
+from kvgen.model.recurrent import RECENT
+from kvgen.model.states import State
 
 PREFILL_CHUNK = 512
 """Maximum prompt positions in one pass. Bounds its memory, and the time until it can be interrupted."""
@@ -102,7 +103,7 @@ class CausalLM(ABC):
 
     def new_states(self, batch: int, device: torch.device, dtype: torch.dtype | None = None) -> list[State]:
         """Create the states of an empty cache. dtype: of stored keys and values; None for that of the computation."""
-        return [new_state(layer.mixer, batch, dtype or self.dtype, device) for layer in self.config.layers]
+        return new_states(self.config, batch, dtype or self.dtype, self.dtype, device)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
         """Return logits for the token after `ids`, and the cache for the next call.
@@ -152,15 +153,19 @@ class CausalLM(ABC):
         than half of it is reused. max_length: positions that the cache will hold.
         """
         variant = self._variant(ids.shape[1])
-        counts = [(donor.match_length(ids, variant), donor) for donor in (*donors, ended) if donor is not None]
+        known = [donor for donor in (*donors, ended) if donor is not None]
+        counts = [(donor.match_length(ids, variant), donor) for donor in known]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
         capacity = min(max_length, _MAX_INITIAL_CAPACITY)
-        if donor is None or not shared:
-            return KVCache(self, self.kv_dtype, capacity, max_length)
-        if donor is ended and 2 * shared > donor.length:
+        if donor is ended and donor is not None and 2 * shared > donor.length:
             donor.max_length = max_length
             return donor
-        return donor.branch(shared, capacity, max_length)
+        if donor is None or not shared:
+            cache = KVCache(self, self.kv_dtype, capacity, max_length)
+        else:
+            cache = donor.branch(shared, capacity, max_length)
+        cache.wanted |= {same for other in known if (same := other.shared(ids, variant)) > shared}
+        return cache
 
     @torch.inference_mode()
     def append(self, new: Tensor, cache: KVCache | None, *, start: int) -> tuple[Tensor, KVCache]:
@@ -228,6 +233,8 @@ class CausalLM(ABC):
         cache, n = self._checked(ids, cache), ids.shape[1]
         new = cache.match(ids, self._variant(n), last)
         cache.expect(n)
+        if new.shape[1] > RECENT:  # a prompt: its last position is computed again if it comes again, or after drafts
+            cache.wanted.update(range(max(n - last, n - RECENT), n))
         return self._span(new, cache, cache.length, n)
 
     def _span(self, new: Tensor, cache: KVCache, start: int, total: int) -> Span:

@@ -10,12 +10,19 @@ from torch import Tensor, nn
 
 from kvgen.model.attention import AttentionModule
 from kvgen.model.causal_lm import CausalLM, Pass, Span, positions_of
-from kvgen.model.config import MLP, Attention, DecoderConfig
+from kvgen.model.config import MLP, Attention, DecoderConfig, Mamba2, Mixer, MoE, ShortConv
 from kvgen.model.layers import Embedding, Linear, MLPModule, RotaryTables, make_norm
+from kvgen.model.mamba2 import Mamba2Module
+from kvgen.model.moe import MoEModule
+from kvgen.model.short_conv import ShortConvModule
 
 # The module for each dataclass of a layer's mixer and ffn. A mixer takes (x, Pass) and keeps its past in a `State`.
-MIXERS = {Attention: AttentionModule}
-FFNS = {MLP: MLPModule}
+MIXERS: dict[type[Mixer], type[nn.Module]] = {
+    Attention: AttentionModule,
+    ShortConv: ShortConvModule,
+    Mamba2: Mamba2Module,
+}
+FFNS: dict[type, type[nn.Module]] = {MLP: MLPModule, MoE: MoEModule}
 
 
 class Block(nn.Module):
@@ -28,13 +35,16 @@ class Block(nn.Module):
         self.attn_norm = _block_norm(config, "attn_norm")
         self.attn = MIXERS[type(mixer)](mixer, config, layer)
         self.post_attention_norm = _block_norm(config, "post_attention_norm")
-        self.ffn_norm = _block_norm(config, "ffn_norm")
-        self.ffn = FFNS[type(ffn)](ffn, config)
-        self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
+        if ffn is not None:
+            self.ffn_norm = _block_norm(config, "ffn_norm")
+            self.ffn = FFNS[type(ffn)](ffn, config)
+            self.post_ffw_norm = _block_norm(config, "post_ffw_norm")
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         normed = self.attn_norm(x)
         mixed = self.post_attention_norm(self.attn(normed, batch))
+        if not hasattr(self, "ffn"):
+            return x + self._scaled(mixed)
         if self.config.parallel:
             read = self.ffn_norm(x) if "ffn_norm" in self.config.norms else normed
             return x + self._scaled(mixed + self.post_ffw_norm(self.ffn(read)))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.config import MLP, DecoderConfig, Rotary
+from kvgen.model.config import MLP, XIELU, Activation, DecoderConfig, Rotary
 
 
 class Linear(nn.Module):
@@ -78,24 +78,40 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
-class MLPModule(nn.Module):
-    """The module of `config.MLP`."""
+def make_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+    return partial(xielu, spec=activation) if isinstance(activation, XIELU) else ACTIVATIONS[activation]
 
-    def __init__(self, spec: MLP, config: DecoderConfig) -> None:
+
+def xielu(x: Tensor, spec: XIELU) -> Tensor:
+    """See `config.XIELU`."""
+    below = spec.negative * (torch.expm1(x.clamp(max=spec.limit)) - x)
+    return torch.where(x > 0, spec.positive * x * x, below) + spec.linear * x
+
+
+class MLPModule(nn.Module):
+    """The module of `config.MLP`. name: its own, inside a block, for `DecoderConfig.biases`."""
+
+    def __init__(self, spec: MLP, config: DecoderConfig, name: str = "ffn") -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
+        self.spec = spec
         dim, biases = config.dim, config.biases
-        self.gate = Linear(dim, spec.width, bias="ffn.gate" in biases) if spec.gated else None
-        self.up = Linear(dim, spec.width, bias="ffn.up" in biases)
-        self.down = Linear(spec.width, dim, bias="ffn.down" in biases)
+        self.gate = Linear(dim, spec.width, bias=f"{name}.gate" in biases) if spec.gated else None
+        self.up = Linear(dim, spec.width, bias=f"{name}.up" in biases)
+        self.down = Linear(spec.width, dim, bias=f"{name}.down" in biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        out: Tensor = self.down(hidden)
+        out: Tensor = self.down(combine(self.spec, None if self.gate is None else self.gate(x), self.up(x)))
         return out
+
+
+def combine(spec: MLP, gate: Tensor | None, up: Tensor) -> Tensor:
+    """Return the hidden layer of an MLP from its projections. gate: None if it is not gated."""
+    activation = make_activation(spec.activation)
+    return activation(up) if gate is None else activation(gate) * up
 
 
 class RotaryTables(nn.Module):
@@ -106,7 +122,7 @@ class RotaryTables(nn.Module):
 
     def __init__(self, rotary: Rotary) -> None:
         super().__init__()
-        self.scale = rotary.scale
+        self.scale, self.growth, self.growth_length = rotary.scale, rotary.growth, rotary.growth_length
         # On the CPU even if parameters are on the meta device, since a checkpoint does not hold them.
         short, long = (
             torch.tensor(values, dtype=torch.float32, device="cpu")
@@ -134,7 +150,11 @@ class RotaryTables(nn.Module):
             frequencies = torch.where(long[:, None], self.long_frequencies, frequencies)
         angles = positions[:, None].to(frequencies.dtype) * frequencies  # (rows, pairs)
         angles = torch.cat((angles, angles), dim=-1)  # (rows, 2 * pairs)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        scale: float | Tensor = self.scale
+        if self.growth:
+            steps = (positions // self.growth_length)[:, None].to(frequencies.dtype)  # (rows, 1)
+            scale = scale * (1 + self.growth * torch.log1p(steps))
+        return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,11 @@ class KeyValues:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Held`."""
+        return {"keys": self.keys, "values": self.values}
+
     def view(self, start: int, end: int) -> KeyValues:
         """Return positions `start` to `end`, sharing memory."""
         entries = slice(start - self.first, end - self.first)
@@ -46,15 +52,45 @@ class KeyValues:
         return KeyValues(keys, values, start)
 
 
+class Held(Protocol):
+    """Views of what a layer keeps."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; `State.restore` reads the same names. With the length of the text they say all there is to say."""
+
+
 class State(Protocol):
     """What the cache keeps for one layer. `length` arguments are the number of cached positions, counted by the cache.
 
-    A forward pass reserves or appends, and takes effect at `commit`; an interrupted pass therefore changes nothing.
+    A forward pass writes, and takes effect at `commit`; an interrupted pass therefore changes nothing.
     """
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, spare capacity included."""
+
+    def nbytes_read(self, length: int) -> int:
+        """Bytes that a step after the first `length` positions reads."""
+
+    def commit(self) -> None:
+        """End a pass: what it wrote counts."""
+
+    def reach(self, length: int) -> int:
+        """Return the longest length, at most `length`, that the state can be rewound to."""
+
+    def branch(self, length: int, capacity: int) -> State:
+        """Return a copy of the first `length` positions, with room for `capacity`."""
+
+    def held(self, length: int) -> Held:
+        """Return views of what is kept of the first `length` positions, without spare capacity."""
+
+    def restore(self, held: Mapping[str, Tensor], length: int, capacity: int) -> None:
+        """Copy the tensors of what `held` returned into this state. Raises CacheError if they do not fit the layer."""
+
+
+class AttentionState(State, Protocol):
+    """Keys and values, which every new position reads."""
 
     @property
     def moving(self) -> bool:
@@ -74,23 +110,8 @@ class State(Protocol):
         Returns the keys and values visible to the new positions, including themselves at the end: (B, H_kv, S, D) each.
         """
 
-    def commit(self) -> None:
-        """End a pass: what it wrote counts."""
 
-    def reach(self, length: int) -> int:
-        """Return the longest length, at most `length`, that the state can be rewound to."""
-
-    def branch(self, length: int, capacity: int) -> State:
-        """Return a copy of the first `length` positions, with room for `capacity`."""
-
-    def held(self, length: int) -> KeyValues:
-        """Return a view of what is kept of the first `length` positions, without spare capacity."""
-
-    def restore(self, held: KeyValues, length: int, capacity: int) -> None:
-        """Copy what `held` returned into this state. Raises CacheError if it does not fit the layer."""
-
-
-def new_state(mixer: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+def attention_state(mixer: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> AttentionState:
     """Create the empty state of a layer. dtype: of stored keys and values; int8 adds scales."""
     shape = (batch, mixer.kv_heads, 0, row_length(mixer.head_dim, dtype))
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
@@ -111,6 +132,9 @@ class FullState:
     @property
     def moving(self) -> bool:
         return False
+
+    def nbytes_read(self, length: int) -> int:
+        return self.held(length).nbytes
 
     def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
         end, size = length + count, self.buffers.end
@@ -136,24 +160,25 @@ class FullState:
 
     def branch(self, length: int, capacity: int) -> State:
         other = copy(self)
-        other.restore(self.held(length), length, capacity)
+        other.restore(self.held(length).tensors, length, capacity)
         return other
 
     def held(self, length: int) -> KeyValues:
         return self.buffers.view(self.buffers.first, length)
 
-    def restore(self, held: KeyValues, length: int, capacity: int) -> None:
+    def restore(self, held: Mapping[str, Tensor], length: int, capacity: int) -> None:
+        if held.keys() != {"keys", "values"}:
+            raise CacheError(f"a layer of {', '.join(sorted(held)) or 'nothing'}, not of keys and values")
+        keys, values = held["keys"], held["values"]
         batch, heads, _, width = self.buffers.keys.shape
-        for part in (held.keys, held.values):
+        for part in (keys, values):
             if part.dtype != self.buffers.keys.dtype or (*part.shape[:2], *part.shape[3:]) != (batch, heads, width):
                 raise CacheError(f"a layer of {part.dtype} and shape {tuple(part.shape)}")
-        if (
-            held.end != length
-            or not 0 <= held.first <= self._first_visible(length)
-            or held.values.shape[2] != held.keys.shape[2]
-        ):
-            raise CacheError(f"a layer has positions {held.first} to {held.end}, not those of {length} tokens")
-        self.buffers = held.copy(held.first, length, self._capacity(length - held.first, capacity))
+        first = length - keys.shape[2]
+        if not 0 <= first <= self._first_visible(length) or values.shape[2] != keys.shape[2]:
+            raise CacheError(f"a layer with {keys.shape[2]} keys and {values.shape[2]} values for {length} tokens")
+        kept = KeyValues(keys, values, first)
+        self.buffers = kept.copy(first, length, self._capacity(length - first, capacity))
 
     def _capacity(self, used: int, capacity: int) -> int:
         """Entries of a restored buffer."""

@@ -55,18 +55,18 @@ def run_record(
 
 
 def _describe_model(arguments: Mapping[str, Any], loaded: Loaded | None) -> dict[str, str | None]:
-    """Return the model's name, and digests of its files if they are known."""
+    """Return the model's name, and digests of its files if they are known. tokenizer: None if it has no own files."""
     chosen = arguments["tokenizer"]
     if loaded is None:
         return {"model": str(arguments["reference"]), "weights": None, "tokenizer": str(chosen)}
     source = Path(loaded.source.rpartition(":")[0] if loaded.config is None else loaded.source)
     weights = loaded.files or (source_file(source),)  # for a model in Python, its source file
     if chosen in ("ids", "bytes"):
-        tokenizer = str(chosen)
+        tokenizer: str | None = str(chosen)
     else:
         names = [source / name for name in (*_TOKENIZER_FILES, *_TEMPLATE_FILES)]
         files = [path for path in names if path.is_file()] if chosen is None else [Path(chosen)]
-        tokenizer = digest_of(map(source_file, files))
+        tokenizer = digest_of(map(source_file, files)) if files else None  # a GGUF file contains it
     return {"model": loaded.source, "weights": digest_of(weights), "tokenizer": tokenizer}
 
 

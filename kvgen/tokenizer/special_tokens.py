@@ -1,7 +1,7 @@
 """Encode text, and keep text in chat messages from becoming special tokens.
 
-The `tokenizers` library matches all special tokens in a text or none. So look-alikes in messages are escaped with a
-mark before the template runs. Any special token left afterwards was written by the template; it is replaced by a
+The `tokenizers` library can match either all special tokens in a text or none. So look-alikes in messages are escaped
+with a mark before the template runs. Then any remaining special token is the template's; it is replaced by a
 placeholder, an added token that the library always matches.
 """
 
@@ -89,7 +89,7 @@ class SpecialTokenEscaper:
     def _backend_with_placeholders(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """The tokenizer with a placeholder for each special token, and the special id of each placeholder's id.
 
-        A placeholder is not special, but has the flags of its special token, so it affects the text around it equally.
+        A placeholder is not special, but has the flags of its special token, so surrounding text is split the same way.
         """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         placeholders = [

@@ -19,10 +19,8 @@ class PythonSubject(Subject):
     def __init__(self, backend: PythonBackend) -> None:
         super().__init__(backend)
         self._backend, self.module = backend, backend.module
-        self.cannot_cache = getattr(backend.model, "cannot_cache", None)
-        self.lossy = getattr(backend.model, "lossy", None)
-        changes_at = getattr(backend.model, "changes_at", None)
-        self.changes_at = None if changes_at is None else tuple(changes_at)
+        self.cannot_cache, self.lossy = backend.declared("cannot_cache"), backend.declared("lossy")
+        self.changes_at = backend.changes_at
 
     def with_positions(self, ids: Tensor, cache: Any, positions: Tensor) -> tuple[Tensor, Any]:
         if not self._backend.takes_positions:

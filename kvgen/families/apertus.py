@@ -1,0 +1,63 @@
+"""Apertus: a plain MLP with xIELU, whose slopes are learned in each layer, and norms on each head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.errors import CheckpointError
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config, layer_count, read_size
+from kvgen.families.family import Family
+from kvgen.model.config import MLP, XIELU, DecoderConfig
+
+_NUMBERS = ("alpha_p", "alpha_n", "beta", "eps")
+_HF_NAMES = {
+    **HF_NAMES,
+    "model.layers.{i}.attention_layernorm": "blk.{i}.attn_norm",
+    "model.layers.{i}.feedforward_layernorm": "blk.{i}.ffn_norm",
+    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
+    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    "model.layers.{i}.mlp.act_fn": None,  # read with the config
+}
+
+
+def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    if raw.format == "gguf":
+        config = gguf_config(raw, gated=False, qk_norm="head")
+        stored = [raw.metadata.get(f"xielu.{name}") for name in _NUMBERS]
+    else:
+        fields = fields_of(raw)
+        for name, supported in (("hidden_act", "xielu"), ("post_norm", False), ("qk_norm", True)):
+            fields.require(name, supported)
+        config = hf_config(
+            raw,
+            names=_HF_NAMES,
+            gated=False,
+            activation="silu",  # replaced below
+            qk_norm="head",
+            biases=flagged_biases(raw),
+        )
+        stored = [[_read(raw, layer, name) for layer in range(layer_count(raw))] for name in _NUMBERS]
+    slopes = [_slopes(raw, *numbers) for numbers in zip(*stored, strict=True)]
+    width = read_size(raw, "ffn_width")
+    layers = zip(config.layers, slopes, strict=True)
+    return replace(config, layers=tuple(replace(layer, ffn=MLP(width, False, slope)) for layer, slope in layers))
+
+
+def _read(raw: RawCheckpoint, layer: int, name: str) -> float:
+    tensor = raw.tensors.get(f"model.layers.{layer}.mlp.act_fn.{name}")
+    if tensor is None or tensor.shape not in ((), (1,)):
+        raise CheckpointError(f"{raw.path}: the tensor model.layers.{layer}.mlp.act_fn.{name} must be one number")
+    return float(tensor.read())
+
+
+def _slopes(raw: RawCheckpoint, positive: float, negative: float, linear: float, limit: float) -> XIELU:
+    """transformers' XIELUActivation: the slopes are learned before a softplus."""
+    above, below = (F.softplus(torch.tensor(number, dtype=torch.float32)).item() for number in (positive, negative))
+    return XIELU(above, linear + below, linear, limit)
+
+
+FAMILY = Family("apertus", "apertus", read_config, _HF_NAMES)

@@ -1,0 +1,31 @@
+"""Granite 3 with mixtures of experts: the multipliers of Granite, a softmax over the chosen experts."""
+
+from __future__ import annotations
+
+from kvgen.checkpoint import RawCheckpoint
+from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.experts import gguf_ffns, hf_ffns
+from kvgen.families.family import Family
+from kvgen.families.granite import read_scales
+from kvgen.families.llama import gguf_transforms
+from kvgen.model.config import DecoderConfig, Router
+
+_HF_NAMES = {
+    **HF_NAMES,
+    "model.layers.{i}.block_sparse_moe.router.layer": "blk.{i}.ffn.router",
+    "model.layers.{i}.block_sparse_moe.input_linear": "blk.{i}.ffn.experts.gate_up",
+    "model.layers.{i}.block_sparse_moe.output_linear": "blk.{i}.ffn.experts.down",
+}
+
+
+def read_config(raw: RawCheckpoint) -> DecoderConfig:
+    fields = fields_of(raw)
+    if raw.format == "gguf":
+        ffns = gguf_ffns(raw, normalize=True)
+        return gguf_config(raw, ffns=ffns, scaled_attention=True, **read_scales(raw))
+    router = Router(fields.count("num_local_experts"), fields.count("num_experts_per_tok"), scores="softmax_of_chosen")
+    ffns = hf_ffns(raw, router, width="intermediate_size")
+    return hf_config(raw, names=_HF_NAMES, ffns=ffns, biases=flagged_biases(raw), **read_scales(raw))
+
+
+FAMILY = Family("granitemoe", "granitemoe", read_config, _HF_NAMES, gguf_transforms=gguf_transforms)

@@ -1,0 +1,59 @@
+"""A gated causal convolution over a few positions (Liquid AI 2025, arXiv:2511.23404)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvgen.model.causal_lm import Pass
+from kvgen.model.config import DecoderConfig, ShortConv
+from kvgen.model.layers import Linear
+from kvgen.model.recurrent import Parts
+
+
+class ShortConvModule(nn.Module):
+    """The module of `config.ShortConv`: (b, c, x) = in_proj(x); out_proj(c * conv(b * x)).
+
+    The state is the last width - 1 inputs of the convolution. Sums are in one order, however a text is split.
+    """
+
+    def __init__(self, spec: ShortConv, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        biases = config.biases
+        self.in_proj = Linear(config.dim, 3 * spec.channels, bias="attn.in_proj" in biases)
+        self.conv = DepthwiseConv(spec.channels, spec.width, bias="attn.conv" in biases)
+        self.out_proj = Linear(spec.channels, config.dim, bias="attn.out_proj" in biases)
+
+    def forward(self, x: Tensor, batch: Pass) -> Tensor:
+        """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
+        before, after, x = self.in_proj(x).chunk(3, dim=-1)  # (rows, C) each
+        parts = (before * x).split([span.rows for span in batch.spans])
+        convolved = []
+        for span, part in zip(batch.spans, parts, strict=True):
+            inputs = part.view(*span.new.shape, -1)  # (B, T, C)
+            convolved.append(span.cache.recur(self.layer, self._convolve, (inputs,)).flatten(0, 1))
+        out: Tensor = self.out_proj(after * torch.cat(convolved))
+        return out
+
+    def _convolve(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
+        output, last = self.conv(inputs[0], state[0])
+        return output, (last,)
+
+
+class DepthwiseConv(nn.Module):
+    """A causal convolution of each channel alone, which continues from the last inputs."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """x: new inputs, (B, T, C). before: the width - 1 inputs before them. Returns outputs, and the last inputs."""
+        new, width = x.shape[1], self.weight.shape[1]
+        read = torch.cat((before.to(x.dtype), x), dim=1)  # (B, width - 1 + T, C)
+        out = read[:, :new] * self.weight[:, 0]
+        for i in range(1, width):
+            out = out + read[:, i : i + new] * self.weight[:, i]
+        return out if self.bias is None else out + self.bias, read[:, new:].to(before.dtype, copy=True)

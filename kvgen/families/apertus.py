@@ -9,7 +9,16 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config, layer_count, read_size
+from kvgen.families.base import (
+    HF_NAMES,
+    HF_QK_NORM_NAMES,
+    fields_of,
+    flagged_biases,
+    gguf_config,
+    hf_config,
+    layer_count,
+    read_size,
+)
 from kvgen.families.family import Family
 from kvgen.model.config import MLP, XIELU, DecoderConfig
 
@@ -18,8 +27,7 @@ _HF_NAMES = {
     **HF_NAMES,
     "model.layers.{i}.attention_layernorm": "blk.{i}.attn_norm",
     "model.layers.{i}.feedforward_layernorm": "blk.{i}.ffn_norm",
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
     "model.layers.{i}.mlp.act_fn": None,  # read with the config
 }
 

@@ -51,6 +51,11 @@ HF_NAMES: NameTable = {
 }
 """Tensor names that most families share in transformers."""
 
+HF_QK_NORM_NAMES: NameTable = {
+    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
+    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+}
+
 _SIZES = {
     "layers": ("num_hidden_layers", "block_count"),
     "dim": ("hidden_size", "embedding_length"),

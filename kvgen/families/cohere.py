@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family, Transform, split_halves
 from kvgen.families.llama import gguf_transforms
 from kvgen.model.config import DecoderConfig
@@ -17,8 +17,7 @@ PARALLEL: dict[str, Any] = {"norm": "layer", "norms": frozenset({"attn_norm"}), 
 _LOGIT_SCALE = 0.0625  # transformers' default
 _HF_NAMES = {
     **HF_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 
 

@@ -6,7 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import fields_of, flagged_biases, gguf_config, head_dim, hf_config, sliding_windows
+from kvgen.families.base import (
+    HF_QK_NORM_NAMES,
+    fields_of,
+    flagged_biases,
+    gguf_config,
+    head_dim,
+    hf_config,
+    sliding_windows,
+)
 from kvgen.families.family import Family
 from kvgen.families.fields import Fields
 from kvgen.families.gemma import embedding_scale, hf_transforms
@@ -28,8 +36,7 @@ _DEFAULTS: dict[str, Any] = {  # of transformers' Gemma3TextConfig; config.json 
 }
 _HF_NAMES = {
     **SANDWICH_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 
 

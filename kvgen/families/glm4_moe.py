@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config, read_size
+from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config, read_size
 from kvgen.families.experts import HF_EXPERT_NAMES, after_first, gguf_ffns, hf_ffns
 from kvgen.families.family import GGUF_NAMES, Family, predicts_further
 from kvgen.families.fields import Fields
@@ -12,8 +12,7 @@ from kvgen.model.config import MLP, DecoderConfig, MoE, Router
 HF_NAMES_WITH_QK_NORM = {
     **HF_NAMES,
     **HF_EXPERT_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 _GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, head_dim, hf_config, sliding_windows
+from kvgen.families.base import (
+    HF_NAMES,
+    HF_QK_NORM_NAMES,
+    fields_of,
+    flagged_biases,
+    gguf_config,
+    head_dim,
+    hf_config,
+    sliding_windows,
+)
 from kvgen.families.family import Family
 from kvgen.families.rope import plain_rotary, rotary_from_gguf
 from kvgen.model.config import DecoderConfig
@@ -25,8 +34,7 @@ def _gguf_windows(raw: RawCheckpoint) -> dict[str, Any]:
 NORMS = frozenset({"post_attention_norm", "post_ffw_norm"})
 POST_NORM_NAMES = {
     **HF_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
     "model.layers.{i}.post_attention_layernorm": "blk.{i}.post_attention_norm",
     "model.layers.{i}.post_feedforward_layernorm": "blk.{i}.post_ffw_norm",
 }

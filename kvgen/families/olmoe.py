@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.experts import HF_EXPERT_NAMES, gguf_ffns, hf_ffns
 from kvgen.families.family import Family
 from kvgen.families.qwen3_moe import read_router
@@ -12,8 +12,7 @@ from kvgen.model.config import DecoderConfig
 _HF_NAMES = {
     **HF_NAMES,
     **HF_EXPERT_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, flagged_biases, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, flagged_biases, gguf_config, hf_config
 from kvgen.families.family import Family
 from kvgen.families.qwen2 import read_windows
 from kvgen.model.config import DecoderConfig
 
 _HF_NAMES = {
     **HF_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 
 

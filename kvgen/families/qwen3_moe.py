@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
-from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.experts import HF_EXPERT_NAMES, gguf_ffns, hf_ffns
 from kvgen.families.family import Family
 from kvgen.families.fields import Fields
@@ -15,8 +15,7 @@ from kvgen.model.config import DecoderConfig, Router
 _HF_NAMES = {
     **HF_NAMES,
     **HF_EXPERT_NAMES,
-    "model.layers.{i}.self_attn.q_norm": "blk.{i}.attn.q_norm",
-    "model.layers.{i}.self_attn.k_norm": "blk.{i}.attn.k_norm",
+    **HF_QK_NORM_NAMES,
 }
 
 

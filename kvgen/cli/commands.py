@@ -73,8 +73,7 @@ class Group(TyperGroup):
         code = code if isinstance(code, int) else 0
         try:
             with exit_codes(code):
-                if sys.stdout is not None:
-                    sys.stdout.flush()  # Python's own flush at exit could not report an error
+                sys.stdout.flush()  # Python's own flush at exit could not report an error
         except Exit as exit_:
             code = exit_.exit_code
         sys.exit(code)

@@ -64,9 +64,8 @@ def exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterato
 
 def prepare_stdout() -> None:
     """Write UTF-8 to files and pipes whatever the locale; on a terminal, escape what its encoding lacks."""
-    if sys.stdout is None:  # else the next file to be opened would get descriptor 1
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
+    if sys.stdout is None:
+        _occupy(1)
         sys.stdout = _ClosedWriter()
     if isinstance(sys.stdout, io.TextIOWrapper):
         if sys.stdout.isatty():
@@ -80,6 +79,14 @@ class _ClosedWriter(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         raise KvgenError("stdout is closed: there is nowhere to write to")
+
+
+def _occupy(descriptor: int) -> None:
+    """Open /dev/null as a closed descriptor; else the next file to be opened gets it, and what is written to it."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    if nothing != descriptor:
+        os.dup2(nothing, descriptor)
+        os.close(nothing)
 
 
 def _discard_stdout() -> None:
@@ -103,10 +110,7 @@ class _LossyWriter(io.TextIOWrapper):
 def prepare_stderr() -> None:
     """Make sure that stderr exists and never raises, so that notes cannot stop the output."""
     encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
-    if sys.stderr is None:  # else the next file to be opened would get descriptor 2, and the notes
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 2)
-        if nothing != 2:
-            os.close(nothing)
+    if sys.stderr is None:
+        _occupy(2)
     raw = io.FileIO(2, "w", closefd=False)  # unbuffered: a buffer would be flushed, and fail, once more at exit
     sys.stderr = _LossyWriter(raw, encoding=encoding, errors="backslashreplace", write_through=True)

@@ -82,9 +82,10 @@ def _lacking(config: DecoderConfig) -> Iterator[str]:
     parts = (part for layer in config.layers for part in (layer, layer.mixer, layer.ffn))
     for part in (config, *config.rotaries, *parts):
         yield from _lacking_fields(part)
-    for layer in config.layers:
-        if isinstance(layer.ffn, MLP) and layer.ffn.activation not in _ACTIVATIONS:
-            yield from () if isinstance(layer.ffn.activation, XIELU) else (f"the activation {layer.ffn.activation}",)
+    activations = (layer.ffn.activation for layer in config.layers if isinstance(layer.ffn, MLP))
+    for activation in activations:
+        if not isinstance(activation, XIELU) and activation not in _ACTIVATIONS:
+            yield f"the activation {activation}"
     sizes = {
         (layer.mixer.heads, layer.mixer.kv_heads, layer.mixer.head_dim, layer.ffn.width)
         for layer in config.layers
@@ -104,7 +105,7 @@ def _lacking_fields(part: Any) -> Iterator[str]:
         return
     for field in fields(part):
         if field.name not in _IMPLEMENTED[kind] and getattr(part, field.name) != field.default:
-            yield _WORDS.get(field.name, field.name.replace("_", " "))
+            yield field.name.replace("_", " ")
 
 
 def slot_widths(config: DecoderConfig) -> tuple[int, ...]:

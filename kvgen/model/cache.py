@@ -114,10 +114,6 @@ class KVCache:
         self.reused, self.computed = length, ids.shape[1] - length
         return ids[:, length:]
 
-    def match_length(self, ids: Tensor, variant: int = 0, min_new: int = 1) -> int:
-        """Return how many positions of a sequence, (B, n), `match` would reuse."""
-        return self.reach(self.shared(ids, variant, min_new))
-
     def shared(self, ids: Tensor, variant: int = 0, min_new: int = 1) -> int:
         """Return how many of its positions a sequence, (B, n), shares, whether or not they can be gone back to."""
         if variant != self.variant or ids.shape[0] != self._tokens.shape[0]:

@@ -154,7 +154,8 @@ class CausalLM(ABC):
         """
         variant = self._variant(ids.shape[1])
         known = [donor for donor in (*donors, ended) if donor is not None]
-        counts = [(donor.match_length(ids, variant), donor) for donor in known]
+        same = [donor.shared(ids, variant) for donor in known]
+        counts = [(donor.reach(length), donor) for donor, length in zip(known, same, strict=True)]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
         capacity = min(max_length, _MAX_INITIAL_CAPACITY)
         if donor is ended and donor is not None and 2 * shared > donor.length:
@@ -164,7 +165,7 @@ class CausalLM(ABC):
             cache = KVCache(self, self.kv_dtype, capacity, max_length)
         else:
             cache = donor.branch(shared, capacity, max_length)
-        cache.wanted |= {same for other in known if (same := other.shared(ids, variant)) > shared}
+        cache.wanted |= {length for length in same if length > shared}
         return cache
 
     @torch.inference_mode()

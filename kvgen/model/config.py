@@ -227,8 +227,9 @@ class Layer:
 
     ffn: None for a mixer alone.
 
-    To add a mixer: a dataclass in this file, a module in its own file in `kvgen/model/`, an entry in `MIXERS`
-    (`decoder.py`), and a state in `states.py`. To add a feed-forward layer: a dataclass, a module, an entry in `FFNS`.
+    To add a mixer: a dataclass in this file (a subclass of `Recurrent` if it has one state for all positions), a module
+    in its own file in `kvgen/model/`, an entry in `MIXERS` (`decoder.py`), and, unless it is recurrent, a state in
+    `states.py`. To add a feed-forward layer: a dataclass, a module, an entry in `FFNS`.
     """
 
     mixer: Mixer

@@ -164,7 +164,7 @@ class KVCache:
             self._tokens = ids.new_empty(ids.shape[0], 0)
         if end > self._tokens.shape[1]:
             self._tokens = grow(self._tokens, max(end, 2 * self._tokens.shape[1], self.capacity), self.length, dim=1)
-        self._tokens[:, self.length : end] = ids
+        self._tokens.narrow(1, self.length, ids.shape[1]).copy_(ids)  # a slice takes longer than the copy
         self.length = end
         for state in self.states:
             state.commit()
@@ -203,7 +203,7 @@ class KVCache:
 
     def reach(self, length: int) -> int:
         """Return the longest length, at most `length`, that every state can be rewound to."""
-        while (reached := min((state.reach(length) for state in self.states), default=length)) < length:
+        while length < self.length and (reached := min(state.reach(length) for state in self.states)) < length:
             length = reached
         return length
 

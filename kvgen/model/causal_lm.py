@@ -136,7 +136,8 @@ class CausalLM(ABC):
             for _ in range(span.new.shape[0]):
                 end += span.new.shape[1]
                 rows += range(end - count, end)
-        logits = self._logits(self.extend(spans)[rows])
+        hidden = self.extend(spans)
+        logits = self._logits(hidden if len(rows) == end else hidden[rows])
         for span in spans:
             if self.progress and (total := span.cache.computed) > span.new.shape[1]:
                 self.progress(total, total)

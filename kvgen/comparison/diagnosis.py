@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, make_case
-from kvgen.comparison.experiments import EXPERIMENTS, attempt, lookup_or_values
+from kvgen.comparison.experiments import OBSERVATIONS, PREDICTIONS, attempt, lookup_or_values
 from kvgen.comparison.patterns import Pattern
 from kvgen.comparison.probes import EXPLANATIONS, Probe
 from kvgen.comparison.reference import Judgement
@@ -74,12 +74,10 @@ def diagnose(
     trial = _with_another_prompt(sharp, pattern) or Trial(
         sharp, pattern, pattern.call(sharp.subject), sharp.lengths[step], logits[step]
     )
-    found = [finding for experiment in EXPERIMENTS if (finding := attempt(experiment, trial))]
-    for alone in ("not deterministic", "context lost"):
-        only = [finding for finding in found if finding.name == alone]
-        if only:  # implies the other findings, which add nothing
-            return only
-    if found:
+    for experiment in PREDICTIONS:
+        if finding := attempt(experiment, trial):
+            return [finding]
+    if found := [finding for experiment in OBSERVATIONS if (finding := attempt(experiment, trial))]:
         return found
     if max(judged.distances) > _SMALL * size(sharp.expected):
         if finding := attempt(lookup_or_values, trial):

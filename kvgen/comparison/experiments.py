@@ -264,18 +264,19 @@ def _first_wrong_length(trial: Trial, begin: int) -> int | None:
     return None
 
 
-EXPERIMENTS: tuple[Callable[[Trial], Finding | None], ...] = (
+PREDICTIONS: tuple[Callable[[Trial], Finding | None], ...] = (
     _not_deterministic,
-    _token_by_token,
-    _foreign_tokens,
     _context_lost,
-    _newest_missing,
-    _short_context,
-    _first_tokens_missing,
-    _shifted,
     _offset_lost,
     _order_lost,
-    _order_ignored,
     _offset_wrong,
-    _without_influence,
+    _newest_missing,
+    _shifted,
+    _short_context,
+    _first_tokens_missing,
+    _foreign_tokens,
 )
+"""Each predicts the very logits that its cause gives, so the first that holds is the explanation."""
+
+OBSERVATIONS: tuple[Callable[[Trial], Finding | None], ...] = (_token_by_token, _order_ignored, _without_influence)
+"""Each sees one side of a fault; several may hold."""

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgen import CacheError, KVCache, UsageError
-from kvgen.model.config import MLP, XIELU, Attention, DecoderConfig, Layer, Mamba2, MoE, Rotary, Router, ShortConv
+from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
+from kvgen.model.ffns import MLP, XIELU, MoE, Router
+from kvgen.model.mixers import Attention, Mamba2, Rotary, ShortConv
 
 VOCAB = 50
 TOLERANCE = 2e-5  # fp32 rounding on logits of size 10; measured below 5e-6

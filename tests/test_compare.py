@@ -21,7 +21,9 @@ from kvgen.comparison.report import as_data
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
 from kvgen.comparison.verified import VerifiedBackend
-from kvgen.model.config import MLP, Attention, Layer
+from kvgen.model.config import Layer
+from kvgen.model.ffns import MLP
+from kvgen.model.mixers import Attention
 from tests.faults import FAULTS, SmallDecoder
 from tests.native_faults import FAULTS as NATIVE_FAULTS
 from tests.native_faults import SPECIAL, Faulty

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kvgen
-from kvgen.model.config import MLP, Attention, DecoderConfig, Layer, MoE, Router
+from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
+from kvgen.model.ffns import MLP, MoE, Router
+from kvgen.model.mixers import Attention
 from kvgen.model.moe import MoEModule, used_share
 from tests.families import make_checkpoint, make_model
 

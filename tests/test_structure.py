@@ -21,6 +21,8 @@ IMPORT_ORDER = [
     "kvgen.errors",
     "kvgen.system",
     "kvgen.pages",
+    "kvgen.model.mixers",
+    "kvgen.model.ffns",
     "kvgen.model.config",
     "kvgen.model.states",
     "kvgen.model.recurrent",

@@ -20,7 +20,8 @@ from kvgen.families.base import (
     read_size,
 )
 from kvgen.families.family import Family
-from kvgen.model.config import MLP, XIELU, DecoderConfig
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, XIELU
 
 _NUMBERS = ("alpha_p", "alpha_n", "beta", "eps")
 _HF_NAMES = {

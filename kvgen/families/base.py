@@ -15,7 +15,9 @@ from kvgen.families.family import GGUF_NAMES, NameTable, block_part, parameter_s
 from kvgen.families.fields import Fields
 from kvgen.families.refused import experts_field
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf
-from kvgen.model.config import MLP, Activation, Attention, DecoderConfig, Layer, MoE, QKNorm, Rotary
+from kvgen.model.config import DecoderConfig, Layer
+from kvgen.model.ffns import MLP, Activation, MoE
+from kvgen.model.mixers import Attention, QKNorm, Rotary
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -8,7 +8,8 @@ from kvgen.families.experts import HF_EXPERT_NAMES, as_vector, gguf_ffns, hf_ffn
 from kvgen.families.family import Family, Transforms
 from kvgen.families.llama import gguf_transforms
 from kvgen.families.rope import rotary_from_hf
-from kvgen.model.config import MLP, DecoderConfig, MoE, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, MoE, Router
 
 _BASE = 500_000.0  # transformers' default
 _SHARED = frozenset({"ffn.shared.gate", "ffn.shared.up", "ffn.shared.down"})

@@ -12,7 +12,7 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.base import fields_of, layer_count, read_activation, read_size
 from kvgen.families.family import NameTable
 from kvgen.families.fields import Fields
-from kvgen.model.config import MLP, MoE, Router, Scores
+from kvgen.model.ffns import MLP, MoE, Router, Scores
 
 HF_EXPERT_NAMES: NameTable = {
     "model.layers.{i}.mlp.gate": "blk.{i}.ffn.router",

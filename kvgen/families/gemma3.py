@@ -20,7 +20,8 @@ from kvgen.families.fields import Fields
 from kvgen.families.gemma import embedding_scale, hf_transforms
 from kvgen.families.gemma2 import NORMS, SANDWICH_NAMES, gguf_attention_scale
 from kvgen.families.rope import plain_rotary, rotary_from_gguf, rotary_from_hf
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import Rotary
 
 _PATTERN = 6  # every sixth layer has no window
 _LOCAL_BASE, _GLOBAL_BASE = 10_000.0, 1_000_000.0

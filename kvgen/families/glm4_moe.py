@@ -7,7 +7,8 @@ from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_b
 from kvgen.families.experts import HF_EXPERT_NAMES, after_first, gguf_ffns, hf_ffns
 from kvgen.families.family import GGUF_NAMES, Family, predicts_further
 from kvgen.families.fields import Fields
-from kvgen.model.config import MLP, DecoderConfig, MoE, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, MoE, Router
 
 HF_NAMES_WITH_QK_NORM = {
     **HF_NAMES,

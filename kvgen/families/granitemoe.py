@@ -8,7 +8,8 @@ from kvgen.families.experts import gguf_ffns, hf_ffns
 from kvgen.families.family import Family
 from kvgen.families.granite import read_scales
 from kvgen.families.llama import gguf_transforms
-from kvgen.model.config import DecoderConfig, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import Router
 
 _HF_NAMES = {
     **HF_NAMES,

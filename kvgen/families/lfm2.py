@@ -15,7 +15,8 @@ from kvgen.families.base import fields_of, gguf_config, head_dim, hf_config, lay
 from kvgen.families.family import GGUF_NAMES, Family, Transforms
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_hf
-from kvgen.model.config import DecoderConfig, ShortConv
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import ShortConv
 
 _CONV = frozenset({"attn.in_proj", "attn.conv", "attn.out_proj"})
 _HF_NAMES = {

@@ -13,7 +13,8 @@ from kvgen.errors import CheckpointError
 from kvgen.families.base import fields_of, has_tied_head, layer_count, read_size, stored_biases
 from kvgen.families.family import GGUF_NAMES, Family, Transforms
 from kvgen.families.fields import Fields
-from kvgen.model.config import DecoderConfig, Layer, Mamba2
+from kvgen.model.config import DecoderConfig, Layer
+from kvgen.model.mixers import Mamba2
 
 _PROJECTIONS = frozenset({"attn.in_proj", "attn.out_proj"})
 _HF_NAMES = {

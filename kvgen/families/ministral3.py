@@ -10,7 +10,8 @@ from kvgen.families.family import Family
 from kvgen.families.fields import Fields
 from kvgen.families.llama import gguf_transforms
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf, yarn_scale
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import Rotary
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:

@@ -6,7 +6,8 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, fields_of, hf_config
 from kvgen.families.experts import hf_ffns
 from kvgen.families.family import Family
-from kvgen.model.config import DecoderConfig, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import Router
 
 _HF_NAMES = {
     **HF_NAMES,

@@ -8,7 +8,8 @@ from kvgen.families.family import Family
 from kvgen.families.fields import Fields
 from kvgen.families.olmo2 import NORMS, POST_NORM_NAMES
 from kvgen.families.rope import rotary_from_hf
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import Rotary
 
 _PERIOD, _BASE = 4, 500_000.0  # transformers' defaults
 

@@ -7,7 +7,8 @@ from kvgen.families.base import HF_NAMES, fields_of, gguf_config, head_dim, hf_c
 from kvgen.families.family import GGUF_NAMES, Family
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_hf
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import Rotary
 
 _HF_NAMES = {
     **HF_NAMES,

@@ -10,7 +10,8 @@ from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_b
 from kvgen.families.experts import HF_EXPERT_NAMES, gguf_ffns, hf_ffns
 from kvgen.families.family import Family
 from kvgen.families.fields import Fields
-from kvgen.model.config import DecoderConfig, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import Router
 
 _HF_NAMES = {
     **HF_NAMES,

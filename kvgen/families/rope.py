@@ -14,7 +14,7 @@ from torch import Tensor
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.fields import Fields
-from kvgen.model.config import Rotary
+from kvgen.model.mixers import Rotary
 
 _MAX_HEAD_DIM = 1 << 16  # 100 times the largest in use
 

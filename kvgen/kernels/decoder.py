@@ -18,8 +18,9 @@ from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.program import ProgramBuilder, Slot, slot_widths
 from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM, Span, positions_of
-from kvgen.model.config import Attention, DecoderConfig
+from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import RotaryTables
+from kvgen.model.mixers import Attention
 from kvgen.model.states import KeyValues
 
 _LOCK = threading.Lock()  # runs share scratch memory

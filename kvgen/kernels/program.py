@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import Op, OpKind
-from kvgen.model.config import MLP, XIELU, Attention, DecoderConfig, Layer, Mamba2, MoE, Rotary, ShortConv
+from kvgen.model.config import DecoderConfig, Layer
+from kvgen.model.ffns import MLP, XIELU, MoE
+from kvgen.model.mixers import Attention, Mamba2, Rotary, ShortConv
 
 
 class Slot(IntEnum):

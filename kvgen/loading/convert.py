@@ -16,8 +16,9 @@ from torch import Tensor
 from kvgen.backends.xtransformers import build_net
 from kvgen.checkpoint.xtransformers import LIBRARY
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.model.config import MLP, DecoderConfig
+from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
+from kvgen.model.ffns import MLP
 from kvgen.tokenizer import Tokenizer
 
 _MAX_SHOWN = 60  # characters of a value in an error message

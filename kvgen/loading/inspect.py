@@ -15,8 +15,10 @@ from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.program import lacking
 from kvgen.model.cache import cache_bytes, position_bytes, snapshot_bytes
-from kvgen.model.config import MLP, Attention, DecoderConfig, Mamba2, Mixer, MoE, Rotary, ShortConv
+from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
+from kvgen.model.ffns import MLP, MoE
+from kvgen.model.mixers import Attention, Mamba2, Mixer, Rotary, ShortConv
 from kvgen.model.moe import used_share
 from kvgen.tokenizer import Tokenizer, read_tokenizer
 

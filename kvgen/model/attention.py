@@ -7,8 +7,9 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.causal_lm import Pass, Span
-from kvgen.model.config import Attention, DecoderConfig
+from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear, make_norm, rotate
+from kvgen.model.mixers import Attention
 
 
 class AttentionModule(nn.Module):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
-from kvgen.model.config import Attention, DecoderConfig, Mixer
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import Attention, Mixer
 from kvgen.model.recurrent import Core, Parts, RecurrentState, max_snapshots, snapshot_count
 from kvgen.model.states import (
     MIN_CAPACITY,

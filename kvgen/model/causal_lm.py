@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kvgen.errors import CacheError, UsageError
 from kvgen.model.cache import KVCache, new_states
-from kvgen.model.config import DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
 from kvgen.model.ids import check_form, check_range
+from kvgen.model.mixers import Rotary
 from kvgen.model.recurrent import RECENT
 from kvgen.model.states import State
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from kvgen.model.attention import AttentionModule
 from kvgen.model.causal_lm import CausalLM, Pass, Span, positions_of
-from kvgen.model.config import MLP, Attention, DecoderConfig, Mamba2, Mixer, MoE, ShortConv
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, MoE
 from kvgen.model.layers import Embedding, Linear, MLPModule, RotaryTables, make_norm
 from kvgen.model.mamba2 import Mamba2Module
+from kvgen.model.mixers import Attention, Mamba2, Mixer, ShortConv
 from kvgen.model.moe import MoEModule
 from kvgen.model.short_conv import ShortConvModule
 

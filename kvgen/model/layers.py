@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.config import MLP, XIELU, Activation, DecoderConfig, Rotary
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, XIELU, Activation
+from kvgen.model.mixers import Rotary
 
 
 class Linear(nn.Module):

@@ -7,8 +7,9 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.causal_lm import Pass
-from kvgen.model.config import DecoderConfig, Mamba2
+from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear
+from kvgen.model.mixers import Mamba2
 from kvgen.model.recurrent import Parts
 from kvgen.model.short_conv import DepthwiseConv
 

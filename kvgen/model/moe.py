@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.config import MLP, DecoderConfig, MoE, Router
+from kvgen.model.config import DecoderConfig
+from kvgen.model.ffns import MLP, MoE, Router
 from kvgen.model.layers import Linear, MLPModule, combine
 
 

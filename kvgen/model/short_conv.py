@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kvgen.model.causal_lm import Pass
-from kvgen.model.config import DecoderConfig, ShortConv
+from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear
+from kvgen.model.mixers import ShortConv
 from kvgen.model.recurrent import Parts
 
 

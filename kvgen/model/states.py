@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
-from kvgen.model.config import Attention
+from kvgen.model.mixers import Attention
 
 MIN_CAPACITY = 64
 _MAX_SLACK = 64

@@ -66,12 +66,21 @@ def smollm2_on_torch(smollm2_path: Path) -> kvgen.Loaded:
 
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2_path: Path) -> Any:
-    """The same file in transformers, by transformers' own GGUF reader, with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The same file in transformers, by transformers' own GGUF reader."""
+    from transformers import AutoModelForCausalLM
 
-    where = {"pretrained_model_name_or_path": str(smollm2_path.parent), "gguf_file": smollm2_path.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(**where)
+    return AutoModelForCausalLM.from_pretrained(**_in_transformers(smollm2_path), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference_tokenizer(smollm2_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(**_in_transformers(smollm2_path))
+
+
+def _in_transformers(path: Path) -> dict[str, str]:
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 @pytest.fixture(scope="session")

@@ -214,6 +214,7 @@ def run_kvgen(*arguments: str, **environment: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded_once_and_then_used_offline(hub_server, tmp_path: Path) -> None:
     address, requests = hub_server
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}

@@ -24,6 +24,7 @@ from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
 
 from .conftest import CORPUS
+from .sizes import first
 
 # --- Templates ---------------------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ def little_memory() -> Iterator[None]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", first(3, HOSTILE))
 def test_what_would_take_all_memory_or_all_day_is_refused_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvgen.tokenizer.sandbox.MAX_SECONDS", 1.0)
     source, reason = HOSTILE[name]

@@ -110,6 +110,7 @@ def test_a_prompt_goes_on_without_an_idle_pipe(tiny) -> None:
     assert (result.returncode, json.loads(result.stdout)["prompt"]) == (0, "abc")
 
 
+@pytest.mark.slow
 def test_a_loop_keeps_the_file_that_it_reads(tiny, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     loop = 'while read -r line; do "$@" --json -p "$line"; done < "$FILE"'

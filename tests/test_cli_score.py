@@ -145,6 +145,7 @@ def test_token_ids_have_no_bytes(tiny: str) -> None:
     assert "byte" not in run("-m", tiny, "--ids", "-p", "5 17 3").stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_without_a_traceback(smollm2_path: Path, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("The quick brown fox. " * 20_000)
     with subprocess.Popen(
@@ -207,6 +208,7 @@ def test_a_terminal_without_a_text_is_wrong_usage(tiny: str) -> None:
     assert "no text: give a FILE or --prompt TEXT" in text
 
 
+@pytest.mark.slow
 def test_a_bar_shows_where_there_is_more_than_one_window(tiny: str) -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 20
     assert "scoring" in on_terminal("-m", tiny, "-p", text, "--window", "32", stream="stderr")[1]

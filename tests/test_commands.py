@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.program import KVGEN, run, run_on_terminal
+from tests.sizes import first
 
 ANSI = re.compile("\x1b")
 
@@ -48,9 +49,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> di
     }
 
 
-NAMES = ["generate", "batch", "chat", "compare", "score", "bench", "inspect", "convert", "models", "cache", "config"]
-MOST = set(NAMES) - {"generate", "batch", "compare"}
-FEW_OR_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in MOST else ()) for name in NAMES]
+NAMES = ["generate", "batch", "compare", "chat", "score", "bench", "inspect", "convert", "models", "cache", "config"]
+FEW_OR_SLOW = list(first(3, NAMES))
 TIMED = {"bench", "compare"}  # they print how long things took
 WRITES_FILES = {"convert"}  # and says so, on stderr
 
@@ -61,7 +61,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVGEN_CONFIG", str(tmp_path / "config.toml"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW_OR_SLOW)
 @pytest.mark.usefixtures("config")
 def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dict[str, list[str]], name: str) -> None:
 
@@ -87,7 +87,7 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dic
     assert piped.split()[0] in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown)
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "<&- 2>&-"])
+@pytest.mark.parametrize("stderr", first(1, ["2>&-", "2>/dev/full", "<&- 2>&-"]))
 @pytest.mark.parametrize("name", FEW_OR_SLOW)
 @pytest.mark.usefixtures("config")
 def test_a_stderr_that_takes_nothing_costs_no_output(commands: dict[str, list[str]], name: str, stderr: str) -> None:
@@ -119,7 +119,7 @@ def run_without_reader(*arguments: str) -> tuple[int, str]:
     return result.returncode, result.stderr.decode()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW_OR_SLOW)
 @pytest.mark.usefixtures("config")
 def test_a_command_whose_reader_has_left_ends_well(commands: dict[str, list[str]], name: str) -> None:
     code, errors = run_without_reader(*(word.replace("WAY", "unread") for word in commands[name]))

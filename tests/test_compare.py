@@ -27,6 +27,7 @@ from kvgen.model.mixers import Attention
 from tests.faults import FAULTS, SmallDecoder
 from tests.native_faults import FAULTS as NATIVE_FAULTS
 from tests.native_faults import SPECIAL, Faulty
+from tests.sizes import first
 from tests.test_cache import CONFIG, CONFIGS, ROTARY, make_decoder
 
 PROMPT = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -50,7 +51,7 @@ def names(row: PatternResult) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", first(6, range(25)))
 def test_correct_models_raise_no_alarm(seed: int, dtype: torch.dtype) -> None:
     shape = {"layers": 1 + seed % 4, "heads": 4 + 2 * (seed % 2), "kv_heads": 1 + seed % 2, "seed": seed}
     for model in (SmallDecoder(**shape).to(dtype), NativeBackend(make_decoder(seed=seed).to(dtype))):
@@ -81,7 +82,7 @@ def test_every_mechanism_is_equivalent_and_only_positions_make_the_wrong_pattern
         assert names(wrong) == {"harmless here"}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['layers']} layers")
+@pytest.mark.parametrize("shape", first(1, SHAPES), ids=lambda shape: f"{shape['layers']} layers")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_caught(fault: str, shape: dict[str, int]) -> None:
     comparison = run(SmallDecoder(fault, **shape))
@@ -206,7 +207,7 @@ def run_native(decoder: Any, fault: str | None, prompt: list[int] = PROMPT, spec
     return compare_ids(model, prompt, steps=24, special_ids=frozenset({special})).rows[1]
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
+@pytest.mark.parametrize("number", first(1, range(3)))
 @pytest.mark.parametrize("fault", NATIVE_FAULTS)
 def test_faults_that_short_texts_do_not_show_are_caught(fault: str, number: int) -> None:
     row = run_native(TINY[number], fault)

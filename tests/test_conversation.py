@@ -195,6 +195,7 @@ def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) ->
     assert other.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], tmp_path: Path) -> None:
     code, shown = run_on_terminal(
         *("chat", "-t", "0", "-n", "2000"),
@@ -206,12 +207,14 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(environment: dict[str, str], t
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_answers_end_where_the_model_ends_them(smollm2_path: Path) -> None:
     assert "[default: -1]" in " ".join(run("chat", "--help").stdout.split())
     found = run("chat", "-p", "Count.", "-t", "0", "--regex", "(1 ){300}")
     assert (found.stdout, found.stderr) == ("1 " * 300 + "\n", "")
 
 
+@pytest.mark.slow
 def test_what_was_dropped_or_cut_off_is_said(smollm2_path: Path) -> None:
     command = ["chat", "-p", "Tell me a long story.", "-t", "0"]
     assert "(cut off by --max-tokens: 1 token)" in run(*command, "-n", "1").stderr
@@ -221,6 +224,7 @@ def test_what_was_dropped_or_cut_off_is_said(smollm2_path: Path) -> None:
     assert dropped in run(*command, "-n", "1", "--max-context", "20").stderr
 
 
+@pytest.mark.slow
 def test_a_full_context_says_how_to_make_room(environment: dict[str, str]) -> None:
     _, shown = run_on_terminal(
         "chat", script=[(READY, "1" * 8300 + "\r"), ("included", ""), (READY, "/quit\r")], environment=environment
@@ -256,6 +260,7 @@ def test_formatted_text_that_grows_leaves_each_line_once() -> None:
     assert lines == ["Title", "One paragraph.", *items, "code", "The end."]
 
 
+@pytest.mark.slow
 def test_markdown_is_shown_formatted_and_links_are_not_hidden(environment: dict[str, str], tmp_path: Path) -> None:
     code, shown = run_on_terminal(
         *("chat", "--markdown", "-n", "12", "--regex", r"\*\*bold\*\* \[x\]\(http://y\.z\)"),

@@ -22,9 +22,9 @@ def transcripts() -> list[Any]:
         for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
             for command, output in re.findall(r"^\$ (.*?)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
                 found.append((document.name, command, output))
-    # What two documents show alike is run once; a CPU takes long for bfloat16.
+    # What two documents show alike is run once.
     once = {(command, output): (document, command, output) for document, command, output in found}
-    return [pytest.param(*one, marks=pytest.mark.slow if "bfloat16" in one[1] else ()) for one in once.values()]
+    return [pytest.param(*one, marks=() if one[0] == "README.md" else pytest.mark.slow) for one in once.values()]
 
 
 @pytest.mark.parametrize(("document", "command", "output"), transcripts())

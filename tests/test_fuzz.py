@@ -20,6 +20,7 @@ def test_the_first_seed_is_read_as_far_as_it_goes(name: str) -> None:
     assert read or name == "gguf"  # it lacks tensors of a decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)

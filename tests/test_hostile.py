@@ -176,6 +176,7 @@ def test_every_promise_names_tests_that_exist() -> None:
         assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{module}.{function}"
 
 
+@pytest.mark.slow
 def test_without_being_asked_nothing_is_written_outside_the_cache_folder(tiny_llama, tmp_path: Path) -> None:
     folder, _ = tiny_llama()
     home = tmp_path / "home"

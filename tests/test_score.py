@@ -58,29 +58,27 @@ def each(reference: Any, ids: list[int]) -> list[float]:
     return [float(rows[index, id_]) for index, id_ in enumerate(ids[1:])]
 
 
-@pytest.mark.parametrize(
-    ("window", "stride"), [(2048, 1024), (128, 64), (100, 100), (64, 17), pytest.param(64, 7, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "stride"), [(2048, 1024), (128, 64), (100, 100), (64, 17), (64, 7)])
 def test_log_likelihood_equals_transformers(
     smollm2_on_torch: kvgen.Loaded, smollm2_reference: Any, window: int, stride: int
 ) -> None:
-    reference, _ = smollm2_reference
     ids = smollm2_on_torch.tokenizer.encode(STORY)[:300]
     result = score_ids(smollm2_on_torch.model, ids, window=window, stride=stride)
-    total, count = guide(reference, ids, window, stride)
+    total, count = guide(smollm2_reference, ids, window, stride)
     assert result.count == count
     assert result.total == pytest.approx(total, abs=1e-3)
     assert result.perplexity == pytest.approx(math.exp(-total / count), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_each_tokens_log_probability_equals_transformers(
     smollm2_on_torch: kvgen.Loaded, smollm2_reference: Any
 ) -> None:
-    reference, _ = smollm2_reference
     ids = smollm2_on_torch.tokenizer.encode(STORY)[:200]
     result = score_ids(smollm2_on_torch.model, ids)
     assert result.logprobs[0] is None
-    assert result.logprobs[1:] == pytest.approx(each(reference, ids), abs=1e-4)
+    assert result.logprobs[1:] == pytest.approx(each(smollm2_reference, ids), abs=1e-4)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (64, None), (40, 40), (33, 10)])

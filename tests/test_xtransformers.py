@@ -16,6 +16,7 @@ from kvgen.backends.xtransformers import XTransformersBackend
 from kvgen.comparison.comparison import Comparison, compare_ids
 from kvgen.comparison.verdict import Verdict
 from kvgen.loading.inspect import inspect
+from tests.sizes import first
 
 WRAPPER: dict[str, Any] = {"num_tokens": 64, "max_seq_len": 128, "use_abs_pos_emb": False}
 DECODER: dict[str, Any] = {"dim": 64, "depth": 3, "heads": 4, "attn_dim_head": 16, "verbose": False}
@@ -114,7 +115,7 @@ def compare_net(net: TransformerWrapper, dtype: torch.dtype = torch.float32) -> 
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", first(6, CONFIGS))
 def test_the_verdict_agrees_with_the_library_alone(name: str) -> None:
     net = make_net(name)
     expected = truth(net)
@@ -127,11 +128,13 @@ def test_the_verdict_agrees_with_the_library_alone(name: str) -> None:
         assert {"offset lost", "order lost"} & {finding.name for finding in last_token.findings}
 
 
+@pytest.mark.slow
 def test_the_configurations_show_every_verdict() -> None:
     seen = {verdict for name in CONFIGS for verdict in truth(make_net(name))}
     assert seen == {Verdict.EQUIVALENT, Verdict.DIFFERENT, Verdict.UNSUPPORTED, Verdict.NOT_COMPARABLE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary", "absolute", "alibi", "grouped queries", "qk rmsnorm"])
 def test_the_verdict_is_the_same_in_bf16(name: str) -> None:
     expected = truth(make_net(name))

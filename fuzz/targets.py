@@ -18,6 +18,8 @@ import torch
 from gguf import GGUFWriter
 from safetensors.torch import save
 
+from kvgen.backends.adapted import adapt
+from kvgen.backends.adapter import read_adapter
 from kvgen.backends.blueprint import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import KvgenError
@@ -44,6 +46,7 @@ CONFIG = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*v_.*": 1}}
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m.content | trim }}{% if loop.last %}!{% endif %}"
     "{% endfor %}"
@@ -97,10 +100,42 @@ def config(data: bytes) -> None:
         draw_blueprint(read_checkpoint(path.parent))
 
 
+def quantization_config(data: bytes) -> None:
+    _read_quantized(data, QUANTIZED_TENSORS)
+
+
+def quantized_tensors(data: bytes) -> None:
+    for settings in QUANTIZATIONS:
+        _read_quantized(json.dumps(CONFIG | {"quantization_config": settings}).encode(), data)
+
+
+def _read_quantized(config: bytes, tensors: bytes) -> None:
+    with file_of(config, "config.json") as path:
+        (path.parent / "model.safetensors").write_bytes(tensors)
+        for tensor in read_checkpoint(path.parent).tensors.values():
+            tensor.read()
+            tensor.read_grouped()
+
+
 def index(data: bytes) -> None:
     with file_of(data, "model.safetensors.index.json", config__json=json.dumps(CONFIG)) as path:
         (path.parent / "a.safetensors").write_bytes(SAFETENSORS)
         read_checkpoint(path.parent)
+
+
+def adapter_config(data: bytes) -> None:
+    _adapt(data, ADAPTER_TENSORS)
+
+
+def adapter_tensors(data: bytes) -> None:
+    _adapt(json.dumps(ADAPTER).encode(), data)
+
+
+def _adapt(adapter: bytes, tensors: bytes) -> None:
+    with file_of(SAFETENSORS, "model.safetensors", config__json=json.dumps(CONFIG)) as path:
+        (path.parent / "adapter_config.json").write_bytes(adapter)
+        (path.parent / "adapter_model.safetensors").write_bytes(tensors)
+        adapt(read_checkpoint(path.parent), read_adapter(path.parent))
 
 
 def tokenizer(data: bytes) -> None:
@@ -171,6 +206,22 @@ def _llama_seed() -> bytes:
     return save({f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()})
 
 
+def _quantized_seed() -> bytes:
+    """A matrix as GPTQ stores it, and one of compressed-tensors."""
+    words, scales = torch.zeros(4, 8, dtype=torch.int32), torch.ones(2, 8).half()
+    return save(
+        {
+            "a.qweight": words,
+            "a.qzeros": words[:2, :1].clone(),
+            "a.scales": scales,
+            "a.g_idx": torch.arange(32).int() % 2,
+            "b.weight_packed": words.clone(),
+            "b.weight_shape": torch.tensor([4, 64]),
+            "b.weight_scale": scales[:, :4].T.contiguous(),
+        }
+    )
+
+
 def _prompt_cache_seed() -> bytes:
     tensors = {"tokens": torch.tensor([[3, 4]]), "keys.0": torch.zeros(1, 1, 2, 4), "values.0": torch.zeros(1, 1, 2, 4)}
     metadata = dict.fromkeys(("identity", "model", "numerics"), "x")
@@ -178,7 +229,17 @@ def _prompt_cache_seed() -> bytes:
     return save(tensors, metadata)
 
 
-SAFETENSORS = _llama_seed()
+def _adapter_seed() -> bytes:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    return save({f"{prefix}.lora_A.weight": torch.zeros(2, 8), f"{prefix}.lora_B.weight": torch.zeros(8, 2)})
+
+
+SAFETENSORS, ADAPTER_TENSORS, QUANTIZED_TENSORS = _llama_seed(), _adapter_seed(), _quantized_seed()
+_SCHEME = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+QUANTIZATIONS: list[dict[str, Any]] = [
+    {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "dynamic": {"-:head": {}}},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": _SCHEME}},
+]
 _TOKENIZER = {
     "version": "1.0",
     "added_tokens": [{"id": 3, "content": "<|x|>", "special": True, "single_word": False, "lstrip": False,
@@ -191,7 +252,14 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "gguf": (gguf, [_gguf_seed(), b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)]),
     "safetensors": (safetensors, [SAFETENSORS, struct.pack("<Q", 2**62) + b"{}"]),
     "config": (config, [json.dumps(CONFIG).encode()]),
+    "quantization_config": (
+        quantization_config,
+        [json.dumps(CONFIG | {"quantization_config": settings}).encode() for settings in QUANTIZATIONS],
+    ),
+    "quantized_tensors": (quantized_tensors, [QUANTIZED_TENSORS]),
     "index": (index, [json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}}).encode()]),
+    "adapter_config": (adapter_config, [json.dumps(ADAPTER).encode()]),
+    "adapter_tensors": (adapter_tensors, [ADAPTER_TENSORS]),
     "tokenizer": (tokenizer, [json.dumps(_TOKENIZER).encode()]),
     "template": (template, [TEMPLATE.encode()]),
     "rows": (rows, [json.dumps(ROW).encode(), b'"text"\n{"messages": [{"role": "user", "content": "x"}]}\n']),

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "dots1": MODEL_ARCH.DOTS1,
     "ernie4_5_moe": MODEL_ARCH.ERNIE4_5_MOE,
     "granitemoe": MODEL_ARCH.GRANITE_MOE,
+    "lfm2_moe": MODEL_ARCH.LFM2MOE,
 }
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", EXPERTS | {"head_dim": 12, "norm_topk_prob": True}),
@@ -27,6 +28,10 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("olmoe", {"num_experts": 4, "num_experts_per_tok": 3}),
     ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 28}),
     ("glm4_moe", DEEPSEEK | {"head_dim": 12, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
+    (
+        "lfm2_moe",
+        EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_experts_per_tok": 3},
+    ),
     ("dots1", DEEPSEEK | {"sliding_window": None, "norm_topk_prob": True, "routed_scaling_factor": 2.5}),
     ("ernie4_5_moe", {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 20, "head_dim": 12}),
     (
@@ -40,6 +45,8 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
 ]
+
+_SELECTION_BIASES = ("e_score_correction_bias", ".expert_bias")
 
 
 def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -55,6 +62,7 @@ def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
         "topk_group": writer.add_expert_group_used_count,
         "routed_scaling_factor": writer.add_expert_weights_scale,
         "first_k_dense_replace": writer.add_leading_dense_block_count,
+        "num_dense_layers": writer.add_leading_dense_block_count,
         "moe_layer_start_index": writer.add_leading_dense_block_count,
         "moe_layer_interval": writer.add_interleave_moe_layer_step,
         "moe_intermediate_size": writer.add_expert_feed_forward_length,
@@ -66,15 +74,18 @@ def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
             add(values[name])
     if "routed_scaling_factor" in values:
         writer.add_expert_weights_norm(values["norm_topk_prob"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        is_softmax = config.model_type == "deepseek_v2"
+        scores = gguf.ExpertGatingFuncType.SOFTMAX if is_softmax else gguf.ExpertGatingFuncType.SIGMOID
+        writer.add_expert_gating_func(scores)
     if values.get("moe_num_shared_experts"):
         writer.add_expert_shared_feed_forward_length(values["moe_intermediate_size"] * values["moe_num_shared_experts"])
 
 
 def named_tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    """The model's parameters, and the biases for choosing experts, which may be buffers."""
+    """The model's parameters, and what transformers keeps in buffers: biases for choosing experts, scales of layers."""
     yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    stored = (*_SELECTION_BIASES, ".layer_scalar")
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(stored))
 
 
 def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -87,5 +98,7 @@ def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}.weight", array
     elif name.endswith("e_score_correction_bias"):
         yield name.replace("moe_statics.", "").replace("_correction_bias", "_correction.bias"), array.squeeze()
+    elif name.endswith(".expert_bias"):
+        yield f"{name}.bias", array
     else:
         yield name, array.squeeze() if "shared_expert_gate" in name else array

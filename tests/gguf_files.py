@@ -10,7 +10,16 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH
 
-from tests import gguf_experts, gguf_recurrent
+from tests import (
+    gguf_delta_nets,
+    gguf_experts,
+    gguf_gpt_oss,
+    gguf_hybrids,
+    gguf_jamba,
+    gguf_latent,
+    gguf_recurrent,
+    gguf_shared_keys,
+)
 from tests.families import (
     BOTH_KINDS,
     GPT2_SIZES,
@@ -125,11 +134,26 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
 
 ARCHITECTURES |= gguf_experts.ARCHITECTURES
 CONFIGS += gguf_experts.CONFIGS
+ARCHITECTURES |= gguf_gpt_oss.ARCHITECTURES
+CONFIGS += gguf_gpt_oss.CONFIGS
+ARCHITECTURES |= gguf_latent.ARCHITECTURES
+CONFIGS += gguf_latent.CONFIGS
+ARCHITECTURES |= gguf_delta_nets.ARCHITECTURES
+CONFIGS += gguf_delta_nets.CONFIGS
+ARCHITECTURES |= gguf_hybrids.ARCHITECTURES
+CONFIGS += gguf_hybrids.CONFIGS
+ARCHITECTURES |= gguf_jamba.ARCHITECTURES
+CONFIGS += gguf_jamba.CONFIGS
+ARCHITECTURES |= gguf_shared_keys.ARCHITECTURES
+CONFIGS += gguf_shared_keys.CONFIGS
+_CONVOLUTIONS = ("lfm2", "lfm2_moe")
 
 
-def write_gguf(path: Path, kind: str, reference: Any) -> None:
-    """Write a model with a vocabulary of as many made-up tokens as it has."""
-    arch = ARCHITECTURES[kind]
+def write_gguf(
+    path: Path, kind: str, reference: Any, *, experts: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+) -> None:
+    """Write a model with a vocabulary of as many made-up tokens as it has. experts: the type of their weights."""
+    arch = gguf_hybrids.architecture(reference.config) or ARCHITECTURES[kind]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     config = reference.config
     _write_sizes(writer, config)
@@ -145,9 +169,13 @@ def write_gguf(path: Path, kind: str, reference: Any) -> None:
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tensors = (part for tensor in _tensors(kind, reference) for part in gguf_experts.split(*tensor))
     for name, array in tensors:
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert theirs is not None, name
-        writer.add_tensor(theirs, np.ascontiguousarray(array, dtype=np.float32))
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        if theirs.endswith("_exps.weight"):
+            writer.add_tensor(theirs, gguf.quantize(array, experts), raw_dtype=experts)
+        else:
+            writer.add_tensor(theirs, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,21 +185,27 @@ def write_gguf(path: Path, kind: str, reference: Any) -> None:
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     if config.model_type == "mamba2":
         return gguf_recurrent.write_sizes(writer, config)
+    if config.model_type in gguf_shared_keys.ARCHITECTURES:
+        return gguf_shared_keys.write_sizes(writer, config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if config.model_type != "gpt_neox":
+    if gguf_latent.has_latents(config):
+        gguf_latent.write_sizes(writer, config)
+    elif config.model_type != "gpt_neox":
         writer.add_head_count_kv(_kv_heads(config))
     for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"):
-        if hasattr(config, name) and config.model_type != "lfm2":
+        if hasattr(config, name) and config.model_type not in _CONVOLUTIONS:
             writer.add_layer_norm_eps(getattr(config, name))
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.model_type == "lfm2":
+    if config.model_type in _CONVOLUTIONS:
         writer.add_layer_norm_rms_eps(config.norm_eps)
         writer.add_shortconv_l_cache(config.conv_L_cache)
+    if gguf_latent.has_latents(config):
+        return
     own_head_size = head_size(config) != config.hidden_size // config.num_attention_heads
     if own_head_size or config.model_type.startswith("gemma"):
         writer.add_key_length(head_size(config))
@@ -181,7 +215,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 def _kv_heads(config: Any) -> int | list[int]:
     """A list if the layers differ: none in a layer without attention."""
     count = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    if config.model_type != "lfm2":
+    if config.model_type not in _CONVOLUTIONS:
         return count
     return [count if kind == "full_attention" else 0 for kind in config.layer_types]
 
@@ -192,7 +226,7 @@ def head_size(config: Any) -> int:
 
 def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = getattr(config, "rope_parameters", None)
-    if rope is None:
+    if rope is None or config.model_type in gguf_shared_keys.ARCHITECTURES:
         return
     rope = rope.get("full_attention", rope)
     rotated = int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
@@ -250,8 +284,16 @@ def _write_mechanisms(writer: gguf.GGUFWriter, kind: str, config: Any) -> None:
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if kind == "gpt_oss":
+        gguf_gpt_oss.write_keys(writer, config)
     gguf_experts.write_keys(writer, config)
-    if kind in ("granite", "granitemoe"):
+    if gguf_hybrids.is_hybrid(config):
+        gguf_hybrids.write_keys(writer, config)
+    if kind == "jamba":
+        gguf_jamba.write_keys(writer, config)
+    if gguf_delta_nets.has_delta_nets(config):
+        gguf_delta_nets.write_keys(writer, config)
+    if kind in ("granite", "granitemoe", "granitemoehybrid"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -272,6 +314,7 @@ def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
     config = reference.config
     stacked: dict[str, list[np.ndarray]] = {}
     interleaved = kind in ("llama", "mistral", "granite", "smollm3", "arcee", "ministral3", "mixtral", "granitemoe")
+    interleaved = interleaved or kind in ("granitemoehybrid", "bamba")
     for name, parameter in gguf_experts.named_tensors(reference):
         array = parameter.detach().numpy()
         if ".act_fn." in name:
@@ -280,12 +323,26 @@ def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
             array = _interleave(array, config.num_attention_heads)
         elif interleaved and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
-        elif (kind.startswith("gemma") or kind == "nemotron") and name.endswith("norm.weight"):
+        elif kind in ("gemma", "gemma2", "gemma3_text", "nemotron") and name.endswith("norm.weight"):
             array = array + 1
         elif kind == "gpt2" and array.ndim == 2 and ".c_" in name:
             array = array.T
         elif kind == "mamba2":
             name, array = gguf_recurrent.converted(name, array, config)
+        elif gguf_delta_nets.has_delta_nets(config):
+            yield from gguf_delta_nets.converted(name, array, config)
+            continue
+        elif kind == "jamba":
+            array = gguf_jamba.converted(name, array)
+        elif gguf_hybrids.is_hybrid(config):
+            yield from gguf_hybrids.converted(name, array, config)
+            continue
+        elif kind in gguf_shared_keys.ARCHITECTURES:
+            yield from gguf_shared_keys.converted(name, array, reference)
+            continue
+        elif kind == "gpt_oss":
+            yield from gguf_gpt_oss.converted(name, array)
+            continue
         elif ".conv.conv." in name and array.ndim == 3:
             array = array.squeeze(1)
         elif ".query_key_value." in name:
@@ -293,6 +350,9 @@ def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
             array = np.concatenate([heads[:, part].reshape(-1, *array.shape[1:]) for part in range(3)])
         elif ".norms." in name:
             stacked.setdefault(name.partition(".norms.")[0], []).append(array)
+            continue
+        elif ".kv_b_proj." in name:
+            yield from gguf_latent.split(name, array, config)
             continue
         yield name, array
     for name, arrays in stacked.items():

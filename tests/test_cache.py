@@ -12,10 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgen import CacheError, KVCache, UsageError
-from kvgen.model.config import DecoderConfig, Layer
+from kvgen.model.config import AltUp, DecoderConfig, Layer, LayerInputs
 from kvgen.model.decoder import Decoder
-from kvgen.model.ffns import MLP, XIELU, MoE, Router
-from kvgen.model.mixers import Attention, Mamba2, Rotary, ShortConv
+from kvgen.model.ffns import MLP, XIELU, ClampedSwiGLU, MLPAndExperts, MoE, Router, SparseMLP
+from kvgen.model.mixers import (
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    Mamba2,
+    Parallel,
+    Rotary,
+    SharedAttention,
+    ShortConv,
+)
 
 VOCAB = 50
 TOLERANCE = 2e-5  # fp32 rounding on logits of size 10; measured below 5e-6
@@ -32,12 +42,32 @@ def short_conv(width: int) -> Layer:
     return Layer(ShortConv(24, width), MLP(32))
 
 
+def shared(rotary: Rotary, window: int | None = None, state: int = 0) -> Layer:
+    return Layer(SharedAttention(Attention(6, 2, 4, rotary, window), state), MLP(32))
+
+
 def mixture(**router: Any) -> Layer:
     return Layer(layer(ROTARY).mixer, MoE(Router(8, 2, **router), MLP(10), MLP(7), shared_gate=True))
 
 
-def mamba2() -> Layer:
-    return Layer(Mamba2(heads=6, head_dim=8, groups=2, size=5, width=4), MLP(32))
+def latent(query_latent_dim: int | None = None) -> Layer:
+    return Layer(LatentAttention(6, 3, 5, 11, query_latent_dim, ROTARY, norm_eps=1e-6), MLP(32))
+
+
+def delta_net() -> Layer:
+    return Layer(DeltaNet(heads=6, value_dim=4, key_heads=2, key_dim=5, width=4), MLP(32))
+
+
+def mamba() -> Layer:
+    return Layer(Mamba(inner=48, size=5, width=4, rank=3), MLP(32))
+
+
+def mamba2(**options: Any) -> Layer:
+    return Layer(Mamba2(heads=6, head_dim=8, groups=2, size=5, width=4, **options), MLP(32))
+
+
+def side_by_side(*layers: Layer) -> Layer:
+    return Layer(Parallel(tuple(mixer for layer in layers for mixer in layer.mixers)), MLP(32))
 
 
 CONFIG = DecoderConfig(
@@ -54,6 +84,17 @@ CONFIGS = {
     "windows-of-one": replace(CONFIG, layers=(layer(ROTARY, 1), layer(ROTARY, 2), layer(ROTARY))),
     "windows-and-soft-caps": replace(
         CONFIG, layers=tuple(layer(ROTARY, window, softcap=2.0) for window in (5, None, 20)), logit_softcap=9.0
+    ),
+    "sinks": replace(CONFIG, layers=tuple(layer(ROTARY, window, sinks=True) for window in (5, None, 20))),
+    "sinks-and-soft-caps": replace(
+        CONFIG, layers=tuple(layer(ROTARY, window, sinks=True, softcap=2.0) for window in (None, 1, None))
+    ),
+    "clamped-experts": replace(
+        CONFIG,
+        layers=(
+            Layer(Attention(6, 2, 4, ROTARY), MoE(Router(8, 2), MLP(10, activation=ClampedSwiGLU(1.7, 0.8)))),
+            Layer(Attention(6, 2, 4, ROTARY), MLP(10, activation=ClampedSwiGLU(1.7, 0.8))),
+        ),
     ),
     "norms-after-rotation": replace(
         CONFIG, layers=tuple(layer(ROTARY, window, qk_norm="rotated-head") for window in (None, 4, None))
@@ -80,7 +121,44 @@ CONFIGS = {
     "short-convolutions": replace(CONFIG, layers=(short_conv(3), layer(ROTARY), short_conv(1))),
     "short-convolutions-and-windows": replace(CONFIG, layers=(layer(ROTARY, 5), short_conv(4), layer())),
     "mamba-2": replace(CONFIG, layers=(mamba2(), layer(ROTARY), mamba2())),
+    "mamba-2-beside-windows": replace(
+        CONFIG,
+        layers=(
+            side_by_side(layer(ROTARY, 5), mamba2(norm=None)),
+            Layer(None, MLP(32)),
+            side_by_side(mamba2(norm="before-gate"), short_conv(3), layer()),
+        ),
+    ),
+    "delta-nets": replace(CONFIG, layers=(delta_net(), layer(ROTARY, output_gate=True), delta_net())),
+    "mamba": replace(CONFIG, layers=(mamba(), layer(ROTARY), mamba())),
     "mamba-2-alone": replace(CONFIG, layers=(replace(mamba2(), ffn=None), mamba2())),
+    "latent-attention": replace(CONFIG, layers=(latent(), latent(query_latent_dim=9), latent())),
+    "latent-attention-and-windows": replace(CONFIG, layers=(layer(ROTARY, 5), latent(), layer())),
+    "shared-keys": replace(
+        CONFIG, layers=(layer(ROTARY, 5), layer(ROTARY), shared(ROTARY, 5), shared(ROTARY, state=1), shared(ROTARY, 5))
+    ),
+    "layers-of-two-sizes": replace(
+        CONFIG,
+        layers=(
+            layer(ROTARY, 5, value_norm=True),
+            Layer(Attention(3, 1, 10, ROTARY, value_norm=True, keys_as_values=True), MLP(20)),
+        ),
+    ),
+    "experts-beside-mlps": replace(
+        CONFIG,
+        norms=frozenset({"attn_norm"}),
+        layers=(Layer(layer(ROTARY).mixer, MLPAndExperts(MLP(20), Router(8, 2, normalize=True), MLP(10))),) * 3,
+    ),
+    "layer-inputs": replace(
+        CONFIG, layer_inputs=LayerInputs(6, VOCAB - 5, "gelu_tanh"), block_scales=True, layers=(layer(ROTARY, 4),) * 3
+    ),
+    "streams": replace(
+        CONFIG,
+        layers=(Layer(layer(ROTARY).mixer, SparseMLP(MLP(32), 0.5)), layer(ROTARY, 5), shared(ROTARY)),
+        layer_inputs=LayerInputs(6, VOCAB, "silu"),
+        altup=AltUp(3, 1, True),
+        laurel_rank=5,
+    ),
     "short-convolutions-alone": replace(CONFIG, layers=(short_conv(5),) * 3),
 }
 
@@ -91,7 +169,7 @@ def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     for name, parameter in model.named_parameters():
-        if name.endswith("attn.A.weight"):
+        if name.endswith(".A.weight"):
             torch.nn.init.uniform_(parameter, -0.3, -0.01)  # a state that lasts
     return model
 

@@ -55,7 +55,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
         ({"num_key_value_heads": 3}, CheckpointError, "cannot share 3"),
         ({"head_dim": 7}, CheckpointError, "need an even number of dimensions, but the config rotates 7 of the 7"),
         ({"sliding_window": 128}, UnsupportedError, "sliding_window is 128"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "gptq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, UnsupportedError, "quant_method 'aqlm'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError, "cannot be cached"),
         ({"rope_parameters": {"rope_type": "longrope"}}, CheckpointError, "short_factor must be a list"),
         ({"rope_parameters": {"rope_type": "linear"}}, CheckpointError, "factor is missing"),

@@ -26,14 +26,16 @@ from tests.families import CASES, CONFIGS, make_checkpoint, make_model
 TOLERANCE = 1e-4
 LENGTH = 70  # longer than every window, and than LongRoPE's short length
 
+# Of each kind, the cases after the first run only where slow tests run.
+_SEEN = [kind for kind, _ in gguf_files.CONFIGS]
 every_gguf_file = pytest.mark.parametrize(
     ("kind", "options"),
-    gguf_files.CONFIGS,
-    ids=[f"{kind}-{number}" for number, (kind, _) in enumerate(gguf_files.CONFIGS)],
+    [
+        pytest.param(kind, options, id=f"{kind}-{i}", marks=pytest.mark.slow if kind in _SEEN[:i] else ())
+        for i, (kind, options) in enumerate(gguf_files.CONFIGS)
+    ],
 )
-every_case = pytest.mark.parametrize(("kind", "number"), CASES)
-# For tests that take seconds: all cases where slow tests run, else the first of each kind.
-first_cases = pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     ("kind", "number"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in CASES]
 )
 
@@ -93,7 +95,7 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: st
 
 
 @every_engine
-@first_cases
+@every_case
 def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
     model = load_model(tmp_path, kernels=kernels)
@@ -121,7 +123,7 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@first_cases
+@every_case
 def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
     kind: str, number: int, dtype: str, tmp_path: Path
 ) -> None:
@@ -160,12 +162,14 @@ def count_refused(raw: RawCheckpoint) -> int:
     return refused
 
 
-@first_cases
+@pytest.mark.slow
+@every_case
 def test_any_value_in_a_config_is_read_or_refused(kind: str, number: int, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
     assert count_refused(read_checkpoint(tmp_path)) > 100
 
 
+@pytest.mark.slow
 @every_gguf_file
 def test_any_value_in_a_gguf_file_is_read_or_refused(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, make_model(kind, options))

@@ -13,15 +13,21 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
 )
 
 import kvgen
 from kvgen import CheckpointError
 from kvgen.loading.inspect import inspect
 from tests import program
-from tests.families import SIZES, growing
+from tests.families import DELTA_NETS, EXPERTS, GEMMA4, GEMMA4_EXPERTS, SIZES, growing, make_checkpoint
 
 LENGTH = 40
 VISION = {
@@ -48,10 +54,37 @@ def make_mistral3(kind: str, tied: bool, **more: Any) -> Any:
     return Mistral3ForConditionalGeneration(config)
 
 
+def make_qwen3_5(kind: Any, config: Any, **more: Any) -> Any:
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    text = SIZES | DELTA_NETS | {"rope_parameters": PICTURE_ROPE} | more
+    return kind(config(text_config=text, vision_config=vision | {"num_position_embeddings": 16}))
+
+
+PICTURE_ROPE = {  # positions of rows and columns, which are those of time in a text
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+
+
+def make_gemma4(**more: Any) -> Any:
+    text = SIZES | GEMMA4 | {"num_kv_shared_layers": 2, "use_bidirectional_attention": "vision"} | more
+    vision = VISION | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8}
+    return Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, audio_config=None))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
+    "gemma4": make_gemma4,
+    "gemma4-with-experts": lambda: make_gemma4(**GEMMA4_EXPERTS, attention_k_eq_v=True, num_kv_shared_layers=0),
     "gemma3": make_gemma3,
     "mistral3": lambda: make_mistral3("ministral3", False, **growing()),
     "mistral3-of-mistral": lambda: make_mistral3("mistral", True, sliding_window=7),
+    "qwen3_5": lambda: make_qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config),
+    "qwen3_5_moe": lambda: make_qwen3_5(
+        Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, **EXPERTS, shared_expert_intermediate_size=28
+    ),
 }
 
 
@@ -83,6 +116,7 @@ def test_the_text_part_has_the_logits_of_the_whole_model(name: str, layout: str,
                 key.replace("language_model.model.", "model.language_model.")
                 .replace("language_model.lm_head", "lm_head")
                 .replace("vision_tower.", "model.vision_tower.")
+                .replace("model.model.", "model.")
             ),
         )
     loaded = kvgen.load(tmp_path, tokenizer="ids")
@@ -92,6 +126,26 @@ def test_the_text_part_has_the_logits_of_the_whole_model(name: str, layout: str,
     assert expected.abs().max() > 0.1
     assert (loaded.model.all_logits(ids) - expected).abs().max() < 1e-4
     assert loaded.note == NOTE.format(name.split("-")[0])
+
+
+def test_the_text_part_of_gemma_3n(tmp_path: Path) -> None:
+    """transformers makes the whole model only with a library of image models, so its parts are added by hand."""
+    reference = make_checkpoint("gemma3n_text", 0, tmp_path)
+    path = tmp_path / "config.json"
+    text = json.loads(path.read_text())
+    whole = {"model_type": "gemma3n", "text_config": text, "vision_config": {"a": 1}, "audio_config": {"a": 1}}
+    path.write_text(json.dumps(whole))
+    rename(tmp_path, lambda key: key.replace("model.", "model.language_model.", 1))
+    path = tmp_path / "model.safetensors"
+    parts = ("vision_tower.timm_model.stem", "audio_tower.conformer.0", "embed_vision.projection", "embed_audio.norm")
+    others = {f"model.{part}.weight": torch.ones(2) for part in parts}
+    save_file(load_file(path) | others, path, {"format": "pt"})
+    loaded = kvgen.load(tmp_path, tokenizer="ids")
+    ids = torch.randint(12, 96, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = reference(input_ids=ids).logits
+    assert (loaded.model.all_logits(ids) - expected).abs().max() < 1e-4
+    assert loaded.note == "this is the text part of a 'gemma3n' checkpoint; images and audio are left out"
 
 
 def test_values_that_a_config_with_images_leaves_out_are_those_of_transformers(tmp_path: Path) -> None:

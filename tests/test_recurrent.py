@@ -19,7 +19,7 @@ from kvgen.generation.conversation import Conversation
 from kvgen.generation.prompt_cache import describe_prompt_cache, load_prompt_cache, save_prompt_cache
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
-from kvgen.model import mamba2, recurrent
+from kvgen.model import mamba, mamba2, recurrent
 from kvgen.model.cache import cache_bytes, snapshot_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.recurrent import RECENT, SPACING, Parts, RecurrentState, snapshot_count, snapshot_ends
@@ -268,6 +268,20 @@ def test_a_chunked_scan_is_the_recurrence() -> None:
         h = log_a[:, t, :, None, None].exp() * h + x[:, t, :, :, None] * write[:, :, None]
         expected.append((h * read[:, :, None]).sum(-1))
     actual, last = mamba2.scan(x, log_a, b, c, state)
+    assert (actual - torch.stack(expected, dim=1)).abs().max() < 1e-12
+    assert (last - h).abs().max() < 1e-12
+
+
+def test_a_selective_scan_is_the_recurrence() -> None:
+    """Step by step as the paper defines it, in fp64."""
+    generator, length, state = torch.Generator().manual_seed(1), 50, torch.randn(2, 6, 5).double()
+    x, dt, b, c = (torch.randn(2, length, size, generator=generator).double() for size in (6, 6, 5, 5))
+    a, dt = -torch.rand(6, 5, generator=generator).double(), dt.exp()
+    expected, h = [], state
+    for t in range(length):
+        h = (dt[:, t, :, None] * a).exp() * h + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
+        expected.append((h * c[:, t, None]).sum(-1))
+    actual, last = mamba.scan(x, dt, a, b, c, state)
     assert (actual - torch.stack(expected, dim=1)).abs().max() < 1e-12
     assert (last - h).abs().max() < 1e-12
 

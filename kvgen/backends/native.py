@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgen.backends.blueprint import draw_blueprint
+from kvgen.backends.adapted import adapt
+from kvgen.backends.adapter import Adapter
 from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
@@ -43,7 +44,8 @@ class NativeBackend(Backend):
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length
         weights = decoder.named_parameters() if isinstance(decoder, Decoder) else decoder.weights.items()
         sizes = {name: weight.nbytes for name, weight in weights}
-        looked_up = {"position_embd.weight", *([] if decoder.config.tied_head else ["token_embd.weight"])}
+        looked_up = {"position_embd.weight", "inputs.token_embd.weight"}
+        looked_up |= set() if decoder.config.tied_head else {"token_embd.weight"}
         self.weight_bytes = sum(sizes.values())
         used = {name: size * used_share(decoder.config, name) for name, size in sizes.items() if name not in looked_up}
         self.step_bytes = round(sum(used.values()))
@@ -96,18 +98,23 @@ class NativeBackend(Backend):
         return cache_bytes(self.decoder.config, positions, self.decoder.kv_dtype or self.dtype)
 
 
-def load_native(raw: RawCheckpoint, options: ComputeOptions, pool: Executor) -> NativeBackend:
+def load_native(
+    raw: RawCheckpoint, options: ComputeOptions, pool: Executor, adapter: Adapter | None = None
+) -> NativeBackend:
     """Build the decoder of a checkpoint and read its tensors in parallel. With torch, if the kernels lack a mechanism.
+
+    adapter: merged into the weights.
 
     Raises CheckpointError for tensors that do not fit, UnsupportedError for models that kvgen does not implement or
     that need more memory than there is, or if the kernels are required and lack a mechanism of the model.
     """
-    blueprint = draw_blueprint(raw)
+    adapted = adapt(raw, adapter)
+    blueprint = adapted.blueprint
     if options.kernels and (missing := lacking(blueprint.decoder.config)) is not None:
         if options.required:
             raise UnsupportedError(f"{raw.path}: the kernels lack: {missing}; use --kernels auto")
         options = replace(options, kernels=False, engine=f"torch (kernels lack: {missing})")
-    reader = WeightReader(raw, blueprint, options)
+    reader = WeightReader(adapted, options)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     decoder: Decoder | KernelDecoder

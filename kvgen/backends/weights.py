@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgen.backends.blueprint import Blueprint
+from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
-from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import parts_of, split_fused, transform_of
@@ -24,11 +23,13 @@ from kvgen.system import total_memory
 class WeightReader:
     """Reads the tensors of a checkpoint as the decoder's parameters."""
 
-    def __init__(self, raw: RawCheckpoint, blueprint: Blueprint, options: ComputeOptions) -> None:
-        self.raw, self.sources, self.options = raw, blueprint.sources, options
+    def __init__(self, adapted: Adapted, options: ComputeOptions) -> None:
+        self.raw, self.changes, self.options = adapted.raw, adapted.changes, options
+        blueprint = adapted.blueprint
+        self.sources = blueprint.sources
         self.config = blueprint.decoder.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
-        self.transforms = blueprint.family.transforms(raw, self.config)
+        self.transforms = blueprint.family.transforms(self.raw, self.config)
         modules = blueprint.decoder.named_modules()
         linear = (name for name, module in modules if isinstance(module, Linear | StackedLinear))
         self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
@@ -48,6 +49,8 @@ class WeightReader:
         numbers = sum(math.prod(self.shapes[name]) for name in parts_of(source))
         if not self.options.kernels:
             return numbers * self.options.dtype.itemsize
+        if self._is_changed(source) or any(self.raw.tensors[name].expands for name in self.sources[source]):
+            stored = 4 * numbers
         return {"auto": stored, "none": 4 * numbers}.get(self.options.quantize, numbers)
 
     def read(self, source: str) -> list[tuple[str, Any]]:
@@ -62,7 +65,9 @@ class WeightReader:
         for name, piece in zip(parts_of(source), pieces, strict=True):
             if tuple(piece.shape) != self.shapes[name]:
                 raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {self.shapes[name]}")
-            parameters.append((name, self._convert(name, piece)))
+            change = self.changes.get(name)
+            changed = change(piece) if change and isinstance(piece, Tensor) else piece
+            parameters.append((name, self._convert(name, changed)))
         kept = {parameter.data_ptr() for _, parameter in parameters if isinstance(parameter, Tensor)}
         if kept.isdisjoint(piece.data_ptr() for piece in pieces if isinstance(piece, Tensor)):
             for name in names:  # no parameter uses the file's memory
@@ -74,7 +79,7 @@ class WeightReader:
         names = self.sources[source]
         if self.options.quantize == "none" or not self.options.kernels or len(names) > 1:
             return None
-        if not self.matrices.issuperset(parts_of(source)):
+        if not self.matrices.issuperset(parts_of(source)) or self._is_changed(source):
             return None
         grouped = self.raw.tensors[names[0]].read_grouped()
         if grouped is None:
@@ -89,10 +94,14 @@ class WeightReader:
             return [grouped]
         return [grouped.rows(piece[:, 0].long()) for piece in pieces]
 
+    def _is_changed(self, source: str) -> bool:
+        return not self.changes.keys().isdisjoint(parts_of(source))
+
     def _read_floats(self, source: str) -> list[Tensor]:
         names = self.sources[source]
         tensor = self._read_float(names[0])
-        if len(names) > 1:  # one after another, so that only one of them is in memory twice
+        lone = ".experts." in source and tensor.ndim < len(self.shapes[parts_of(source)[0]])  # of a single expert
+        if len(names) > 1 or lone:  # one after another, so that only one of them is in memory twice
             dtype = tensor.dtype if self.options.kernels else self.options.dtype
             stacked = tensor.new_empty((len(names), *tensor.shape), dtype=dtype)
             for i, name in enumerate(names):
@@ -104,7 +113,7 @@ class WeightReader:
 
     def _read_float(self, name: str) -> Tensor:
         tensor = self.raw.tensors[name].read()
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:  # FP8 has scales, which are not stored
             raise UnsupportedError(f"{self.raw.path}: tensor {name!r} has the type {self.raw.tensors[name].type}")
         return tensor
 

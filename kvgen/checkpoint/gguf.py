@@ -20,6 +20,7 @@ from torch import Tensor
 from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
+from kvgen.checkpoint.quantization import mxfp4
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
 from kvgen.errors import CheckpointError, UnsupportedError
 
@@ -190,6 +191,9 @@ def _read_tensor(
 ) -> Tensor:
     if kind in _PLAIN_TYPES:
         return file.tensor(_PLAIN_TYPES[kind], math.prod(shape), offset).view(shape)
+    if kind == GGMLQuantizationType.MXFP4:  # to bf16, which is exact and half of the package's fp32
+        stored = file.tensor(torch.uint8, size, offset).view(-1, GGML_QUANT_SIZES[kind][1])
+        return mxfp4.dequantize(stored[:, 1:], stored[:, 0], halves=True).view(shape)
     # Any number of rows of whole blocks gives the same result. The package dequantizes 16 rows at a time: this many
     # make rows long enough for numpy and short enough for the CPU cache.
     _, block_bytes = GGML_QUANT_SIZES[kind]

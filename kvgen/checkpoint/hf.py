@@ -15,6 +15,7 @@ from torch import Tensor
 from kvgen.checkpoint.digest import source_file
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.multimodal import text_part
+from kvgen.checkpoint.quantization import read_quantized
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file, read_json_object
 from kvgen.errors import CheckpointError, UnsupportedError
 
@@ -23,8 +24,11 @@ _TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
+    "I32": torch.int32,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _INDEX = "model.safetensors.index.json"
@@ -33,18 +37,16 @@ _INDEX = "model.safetensors.index.json"
 def read(folder: Path, config: dict[str, Any]) -> RawCheckpoint:
     """Read a folder with its decoded config.json.
 
-    Raises CheckpointError, or UnsupportedError if the weights are quantized or not in safetensors.
+    Raises CheckpointError, or UnsupportedError if the weights are not in safetensors, or quantized in another way than
+    `kvgen.checkpoint.quantization` reads.
     """
-    if "quantization_config" in config:
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(f"{folder / 'config.json'}: quantization_config ({method}) is not supported")
     tensors: dict[str, RawTensor] = {}
     shards = _find_shards(folder)
     files = tuple(source_file(file) for file in (folder / "config.json", *shards))
     for shard in shards:
         add_shard(tensors, shard)
-    return text_part(RawCheckpoint(folder, "hf", config, tensors, files))
+    named = read_quantized(folder / "config.json", config, tensors)
+    return text_part(RawCheckpoint(folder, "hf", config, named, files))
 
 
 def _find_shards(folder: Path) -> list[Path]:

@@ -17,6 +17,11 @@ _SHARED = ("eos_token_id", "tie_word_embeddings")  # the whole model's take prec
 _LEFT_OUT = {"vision_config": "images", "audio_config": "audio"}
 
 
+def text_name(name: str) -> str:
+    """Return the name of a language model's tensor in a checkpoint of it alone."""
+    return _PREFIX.sub(r"\1", name)
+
+
 def text_part(raw: RawCheckpoint) -> RawCheckpoint:
     """Return a checkpoint as that of the text model in its `text_config`, with a note; others unchanged.
 
@@ -30,7 +35,7 @@ def text_part(raw: RawCheckpoint) -> RawCheckpoint:
         return raw
     shared = {name: raw.metadata[name] for name in _SHARED if raw.metadata.get(name) is not None}
     kept = [name for name in raw.tensors if not _OTHER_PARTS.match(name)]
-    names = {_PREFIX.sub(r"\1", name): name for name in kept}
+    names = {text_name(name): name for name in kept}
     if len(names) < len(kept):
         raise CheckpointError(f"{raw.path}: has the same tensor of the language model under two names")
     left_out = [words for name, words in _LEFT_OUT.items() if raw.metadata.get(name)] or ["other parts"]

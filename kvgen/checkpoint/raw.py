@@ -27,9 +27,10 @@ class RawTensor:
     shape: in torch's order, slowest dimension first.
     type: the storage type in the file (`F32`, `BF16`, `Q4_1`, ...).
     nbytes: size in the file.
-    read: return the tensor; quantized types are dequantized to fp32.
+    read: return the tensor; quantized types are dequantized, to fp32 or a narrower dtype that is exact.
     release: drop the file's pages from memory, once the tensor is copied.
     read_grouped: return a quantized matrix as integer codes; None for other types.
+    expands: whether the type is quantized, but has no integer codes that the kernels compute with.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class RawTensor:
     read: Callable[[], Tensor]
     release: Callable[[], None] = lambda: None
     read_grouped: Callable[[], Grouped | None] = lambda: None
+    expands: bool = False
 
 
 @dataclass(frozen=True)

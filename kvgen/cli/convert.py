@@ -17,13 +17,14 @@ def convert(
     model: Annotated[str, Argument(metavar="MODEL", help=options.CHECKPOINT)],
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder to create; it must not exist yet.")],
     to: Annotated[Literal["x-transformers"], Option("--to", help="Library to convert for.")],
+    adapter: options.Adapter = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Convert a checkpoint and its tokenizer to a folder for another library, in float32.
 
     Then `kvgen compare --model DIR` tests that library's cache instead of kvgen's.
     """
-    loaded = ModelOptions(model, dtype="float32", device="cpu", kernels="off").load(quiet=quiet)
+    loaded = ModelOptions(model, adapter=adapter, dtype="float32", device="cpu", kernels="off").load(quiet=quiet)
 
     from kvgen.backends.native import NativeBackend
     from kvgen.loading.convert import convert_to_xtransformers

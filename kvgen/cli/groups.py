@@ -62,6 +62,7 @@ class ModelOptions:
     model: options.Model = None
     tokenizer: options.TokenizerFile = None
     ids: options.Ids = False
+    adapter: options.Adapter = None
     dtype: options.Dtype = "auto"
     device: options.Device = "auto"
     kernels: options.Kernels = "auto"
@@ -86,7 +87,7 @@ class ModelOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for `kvgen.load`."""
-        names = ("dtype", "device", "kernels", "quantize", "kv_dtype")
+        names = ("adapter", "dtype", "device", "kernels", "quantize", "kv_dtype")
         tokenizer = "ids" if self.ids else self.tokenizer
         return {"reference": self.model, "tokenizer": tokenizer, **{name: getattr(self, name) for name in names}}
 

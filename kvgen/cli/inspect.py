@@ -12,6 +12,7 @@ from kvgen.cli.render import download_progress, format_bytes, write_json
 from kvgen.cli.tables import print_facts
 
 if TYPE_CHECKING:
+    from kvgen.backends.adapter import Adapter
     from kvgen.loading.inspect import Inspection
 
 _RUNS_ON = {"native": "kvgen's decoder", "x-transformers": "x-transformers (library)"}
@@ -19,6 +20,7 @@ _RUNS_ON = {"native": "kvgen's decoder", "x-transformers": "x-transformers (libr
 
 def inspect(
     model: Annotated[str | None, Argument(metavar="MODEL", help=options.CHECKPOINT, show_default="smollm2")] = None,
+    adapter: options.Adapter = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -30,7 +32,7 @@ def inspect(
     from kvgen.loading.inspect import inspect as inspect_checkpoint
 
     with download_progress(quiet=quiet) as progress:
-        inspection = inspect_checkpoint(model, progress=progress)
+        inspection = inspect_checkpoint(model, adapter=adapter, progress=progress)
     with exiting_with(1 if inspection.backend is None or inspection.vocabulary is None else 0):
         if json:
             write_json(as_data(inspection))
@@ -44,6 +46,14 @@ def _parameters(inspection: Inspection) -> str:
     return f"{inspection.parameters:,}" + (f", of which a token uses {active:,}" if less else "")
 
 
+def _describe_adapter(adapter: Adapter) -> str:
+    """Describe an adapter in a line."""
+    targets = ", ".join(adapter.targets) or "none"
+    text = f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}; {len(adapter.low_rank)} weights: {targets}"
+    whole = f"; {len(adapter.replaced)} whole tensors" if adapter.replaced else ""
+    return f"{text}{whole}; {format_bytes(adapter.nbytes)} in {adapter.path}"
+
+
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     types = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in inspection.types.items())
     runs_on = _RUNS_ON.get(inspection.backend or "", "not supported")
@@ -54,6 +64,8 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ("kind", f"{inspection.kind} ({inspection.format})"),
         ("runs on", runs_on),
     ]
+    if inspection.adapter is not None:
+        facts.append(("adapter", _describe_adapter(inspection.adapter)))
     if inspection.obstacle:
         facts.append(("obstacle", inspection.obstacle))
     if inspection.note:

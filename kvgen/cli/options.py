@@ -70,6 +70,9 @@ Model = Annotated[
 TokenizerFile = Annotated[
     str | None, _model(help="Tokenizer for a model without one: a tokenizer.json file, or bytes.")
 ]
+Adapter = Annotated[
+    str | None, _model(metavar="DIR", help="Folder of a LoRA adapter (PEFT), which is merged into the weights.")
+]
 Ids = Annotated[
     bool, _model("--ids", help="Read and write token ids, as in 5 17 3, instead of text; needs no tokenizer.")
 ]

@@ -35,4 +35,4 @@ def find_family(raw: RawCheckpoint) -> Family:
             mixture = ", a state-space or recurrent model,"
         known = ", ".join(sorted(families.keys() - {""}))
         raise UnsupportedError(f"{raw.path}: {key} {name!r}{mixture} is not supported (kvgen has: {known})")
-    return families[name]
+    return families[name].variant(raw) or families[name]

@@ -167,6 +167,8 @@ def _decoder_config(
     qk_norm: QKNorm | None = None,
     attention_scale: float | None = None,
     attention_softcap: float | None = None,
+    output_gate: bool = False,
+    sinks: bool = False,
     gated: bool = True,
     activation: Activation = "silu",
     ffns: Sequence[MLP | MoE] | None = None,
@@ -193,7 +195,14 @@ def _decoder_config(
             raise UnsupportedError(f"{path}: this is a mixture of experts ({experts}), but its family is dense")
         ffns = [MLP(read_size(raw, "ffn_width"), gated, activation)] * count
     attention = Attention(
-        heads, kv_heads, head_dim(raw), qk_norm=qk_norm, scale=attention_scale, softcap=attention_softcap
+        heads,
+        kv_heads,
+        head_dim(raw),
+        qk_norm=qk_norm,
+        scale=attention_scale,
+        softcap=attention_softcap,
+        output_gate=output_gate,
+        sinks=sinks,
     )
     mixers = [replace(attention, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True)]
     return DecoderConfig(

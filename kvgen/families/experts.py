@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.base import fields_of, layer_count, read_activation, read_size
 from kvgen.families.family import NameTable
 from kvgen.families.fields import Fields
-from kvgen.model.ffns import MLP, MoE, Router, Scores
+from kvgen.model.ffns import MLP, Combination, MoE, Router, Scores
 
 HF_EXPERT_NAMES: NameTable = {
     "model.layers.{i}.mlp.gate": "blk.{i}.ffn.router",
@@ -25,6 +26,10 @@ HF_EXPERT_NAMES: NameTable = {
     "model.layers.{i}.mlp.shared_experts.gate_proj": "blk.{i}.ffn.shared.gate",
     "model.layers.{i}.mlp.shared_experts.up_proj": "blk.{i}.ffn.shared.up",
     "model.layers.{i}.mlp.shared_experts.down_proj": "blk.{i}.ffn.shared.down",
+    "model.layers.{i}.mlp.shared_expert.gate_proj": "blk.{i}.ffn.shared.gate",
+    "model.layers.{i}.mlp.shared_expert.up_proj": "blk.{i}.ffn.shared.up",
+    "model.layers.{i}.mlp.shared_expert.down_proj": "blk.{i}.ffn.shared.down",
+    "model.layers.{i}.mlp.shared_expert_gate": "blk.{i}.ffn.shared_gate",
 }
 """Tensor names of experts in transformers: one tensor for each, or all in one."""
 
@@ -38,15 +43,17 @@ def hf_ffns(
     width: str = "moe_intermediate_size",
     shared: int = 0,
     shared_gate: bool = False,
+    gated: bool = True,
+    activation: Combination | None = None,
     sparse: Callable[[int], bool] = lambda layer: True,
 ) -> list[MLP | MoE]:
     """Return the feed-forward layer of each layer.
 
     width: the field that has the width of an expert. shared: the width of the shared expert; 0 if there is none.
-    sparse: whether layer i is a mixture; the others are dense.
+    gated: all MLPs. activation: `hidden_act` if it is None. sparse: whether layer i is a mixture; the others are dense.
     """
     fields = fields_of(raw)
-    expert = MLP(fields.count(width), activation=read_activation(fields, "hidden_act"))
+    expert = MLP(fields.count(width), gated, activation or read_activation(fields, "hidden_act"))
     return _ffns(raw, router, expert, shared=shared, shared_gate=shared_gate, sparse=sparse)
 
 
@@ -58,6 +65,8 @@ def gguf_ffns(
     shared: int = 0,
     shared_gate: bool = False,
     selection_bias: bool = False,
+    gated: bool = True,
+    activation: Combination = "silu",
 ) -> list[MLP | MoE]:
     """Read the feed-forward layer of each layer from GGUF keys; the arguments are what llama.cpp has fixed in code.
 
@@ -76,9 +85,10 @@ def gguf_ffns(
         selection_bias=selection_bias,
         groups=keys.count("expert_group_count", 1),
         active_groups=keys.count("expert_group_used_count", 1),
-        group_top=2,
+        group_top=1 if _GATING.get(gating, scores) == "softmax" else 2,  # DeepSeek-V2, and V3
     )
-    expert = MLP(keys.count("expert_feed_forward_length", read_size(raw, "ffn_width")))
+    width = keys.count("expert_feed_forward_length", keys.optional_count("feed_forward_length"))
+    expert = MLP(width, gated, activation)
     first, step = keys.whole("leading_dense_block_count", 0), keys.count("interleave_moe_layer_step", 1)
 
     def sparse(layer: int) -> bool:
@@ -96,17 +106,17 @@ def _ffns(
     shared_gate: bool,
     sparse: Callable[[int], bool],
 ) -> list[MLP | MoE]:
-    _check_router(router, fields_of(raw).path)
-    shared_expert = MLP(shared, activation=expert.activation) if shared else None
+    check_router(router, fields_of(raw).path)
+    shared_expert = replace(expert, width=shared) if shared else None
     mixture = MoE(router, expert, shared_expert, shared_gate)
     kinds = [sparse(layer) for layer in range(layer_count(raw))]
     if all(kinds):
         return [mixture] * len(kinds)
-    dense = MLP(read_size(raw, "ffn_width"), activation=expert.activation)
+    dense = replace(expert, width=read_size(raw, "ffn_width"))
     return [mixture if is_sparse else dense for is_sparse in kinds]
 
 
-def _check_router(router: Router, path: Path) -> None:
+def check_router(router: Router, path: Path) -> None:
     if router.experts % router.groups or router.active_groups > router.groups:
         raise CheckpointError(
             f"{path}: cannot choose {router.active_groups} of {router.groups} groups of {router.experts} experts"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import DeltaNet, LatentAttention
 
 NameTable = Mapping[str, str | None]
 Transform = Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ GGUF_NAMES: NameTable = {
     "blk.{i}.attn_q_norm": "blk.{i}.attn.q_norm",
     "blk.{i}.attn_k_norm": "blk.{i}.attn.k_norm",
     "blk.{i}.attn_output": "blk.{i}.attn.output",
+    "blk.{i}.attn_sinks": "blk.{i}.attn.sinks",
     "blk.{i}.post_attention_norm": "blk.{i}.post_attention_norm",
     "blk.{i}.ffn_norm": "blk.{i}.ffn_norm",
     "blk.{i}.ffn_gate": "blk.{i}.ffn.gate",
@@ -53,6 +55,10 @@ GGUF_NAMES: NameTable = {
 
 _FUSED = {
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn.q_gate": ("attn.q", "attn.gate"),
+    "attn.kv_b": ("attn.k_b", "attn.v_b"),
+    "attn.in_proj_gate": ("attn.in_proj", "attn.gate"),
+    "attn.ba": ("attn.b", "attn.a"),
     "ffn.gate_up": ("ffn.gate", "ffn.up"),
     "ffn.experts.gate_up": ("ffn.experts.gate", "ffn.experts.up"),
     "ffn.shared.gate_up": ("ffn.shared.gate", "ffn.shared.up"),
@@ -71,11 +77,13 @@ class Family:
     config: reads the decoder config from a checkpoint's metadata and tensor names.
     hf_names, gguf_names: tensor names in a checkpoint -> the decoder's parameter names, both without `.weight` and
         `.bias`; for a tensor whose name does not end so, both whole. `{i}` stands for the layer; tensors that differ
-        only in `{j}` are stacked. None: a known tensor that is not needed. Fused projections map to `attn.qkv` or
-        `ffn.gate_up` and are split in that order.
+        only in `{j}`, or in an `{i}` that the parameter's name lacks, are stacked. None: a known tensor that is not
+        needed. Fused projections map to `attn.qkv` or `ffn.gate_up` and are split in that order.
     hf_transforms, gguf_transforms: per config, a function for each layer name inside a block (`attn.q`), applied to its
         weight and bias before fused tensors are split; or for one of them (`attn_norm.weight`).
+    hf_multipliers: further transforms, whose numbers config.json gives.
     ignores: whether a tensor, by its name in the checkpoint, is known but not needed, besides those of the tables.
+    variant: the family that reads a checkpoint whose tensors have other meanings; None if this one does.
     """
 
     hf_model_type: str
@@ -85,7 +93,9 @@ class Family:
     gguf_names: NameTable = field(default_factory=lambda: GGUF_NAMES)
     gguf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
     hf_transforms: Callable[[DecoderConfig], Transforms] = _no_transforms
+    hf_multipliers: Callable[[RawCheckpoint, DecoderConfig], Transforms] = lambda raw, config: {}
     ignores: Callable[[str, DecoderConfig], bool] = lambda name, config: False
+    variant: Callable[[RawCheckpoint], Family | None] = lambda raw: None
 
     def sources(self, raw: RawCheckpoint, config: DecoderConfig) -> tuple[dict[str, list[str]], list[str]]:
         """Apply the name table of a checkpoint's format; see `parameter_sources`."""
@@ -93,7 +103,9 @@ class Family:
         return parameter_sources(names, self.gguf_names if raw.format == "gguf" else self.hf_names)
 
     def transforms(self, raw: RawCheckpoint, config: DecoderConfig) -> Transforms:
-        return self.gguf_transforms(config) if raw.format == "gguf" else self.hf_transforms(config)
+        if raw.format == "gguf":
+            return self.gguf_transforms(config)
+        return {**self.hf_transforms(config), **self.hf_multipliers(raw, config)}
 
 
 def predicts_further(name: str, config: DecoderConfig) -> bool:
@@ -124,7 +136,8 @@ def parameter_sources(tensor_names: Iterable[str], table: NameTable) -> tuple[di
             unknown.append(name)
         elif target is not None:
             parameter = target.replace("{i}", numbers[0] if numbers else "") + ("" if whole else f".{kind}")
-            found.setdefault(parameter, {})[int(numbers[1]) if len(numbers) > 1 else 0] = name
+            stacked = numbers[target.count("{i}") :]
+            found.setdefault(parameter, {})[int(stacked[0]) if stacked else 0] = name
     unknown += [name for names in found.values() if max(names) != len(names) - 1 for name in names.values()]
     return {parameter: [names[j] for j in sorted(names)] for parameter, names in found.items()}, unknown
 
@@ -145,12 +158,30 @@ def split_fused(tensor: Tensor, parameter: str, config: DecoderConfig) -> list[T
     part = block_part(parameter)
     if part not in _FUSED:
         return [tensor]
+    if part == "attn.kv_b":
+        return _split_heads(tensor, config)
+    if part == "attn.in_proj_gate":
+        net = next(mixer for mixer in config.recurrences if isinstance(mixer, DeltaNet))
+        return list(torch.split(tensor, [net.convolved, net.inner]))
     if part != "attn.qkv":
         dim = 1 if part == "ffn.experts.gate_up" else 0
         return list(torch.split(tensor, [tensor.shape[dim] // 2] * 2, dim))
     attention = config.attention
     rows, key_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     return list(torch.split(tensor, [rows, key_rows, key_rows]))
+
+
+def _split_heads(rows: Tensor, config: DecoderConfig) -> list[Tensor]:
+    """Split the rows of keys and values of latent attention, of which each head has its own."""
+    mixer = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, LatentAttention))
+    sizes = [mixer.key_dim, mixer.value_dim]
+    return list(torch.split(by_part(rows, mixer.heads, sizes), [mixer.heads * size for size in sizes]))
+
+
+def by_part(rows: Tensor, groups: int, sizes: Sequence[int]) -> Tensor:
+    """Reorder rows, (groups * sum(sizes), ...), from all parts of each group to each part of all groups."""
+    parts = torch.split(rows.view(groups, sum(sizes), *rows.shape[1:]), list(sizes), dim=1)
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 def split_halves(rows: Tensor, heads: int, rotated: int | None = None) -> Tensor:

@@ -48,7 +48,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     pattern = fields.count("sliding_window_pattern", _PATTERN)
     windows = sliding_windows(raw, lambda layer: (layer + 1) % pattern != 0)
-    global_rotary, local_rotary = _gguf_rotaries(raw) if raw.format == "gguf" else _hf_rotaries(raw)
+    global_rotary, local_rotary = gguf_rotaries(raw) if raw.format == "gguf" else hf_rotaries(raw)
     shared: dict[str, Any] = {
         "norms": NORMS,
         "windows": windows,
@@ -73,7 +73,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     )
 
 
-def _hf_rotaries(raw: RawCheckpoint) -> tuple[Rotary, Rotary]:
+def hf_rotaries(raw: RawCheckpoint) -> tuple[Rotary, Rotary]:
     """Return the rotary of global and of local layers; transformers 5 nests them, older versions do not."""
     fields = fields_of(raw)
     nested = fields.section("rope_parameters")
@@ -91,7 +91,7 @@ def _hf_rotaries(raw: RawCheckpoint) -> tuple[Rotary, Rotary]:
     )
 
 
-def _gguf_rotaries(raw: RawCheckpoint) -> tuple[Rotary, Rotary]:
+def gguf_rotaries(raw: RawCheckpoint) -> tuple[Rotary, Rotary]:
     keys, size = fields_of(raw), head_dim(raw)
     local_base = keys.number("rope.freq_base_swa", _LOCAL_BASE)
     return rotary_from_gguf(raw, keys, size), plain_rotary(keys, size, local_base)

@@ -11,12 +11,12 @@ from kvgen.families.llama import gguf_transforms
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import Router
 
-_HF_NAMES = {
-    **HF_NAMES,
+EXPERT_NAMES = {
     "model.layers.{i}.block_sparse_moe.router.layer": "blk.{i}.ffn.router",
     "model.layers.{i}.block_sparse_moe.input_linear": "blk.{i}.ffn.experts.gate_up",
     "model.layers.{i}.block_sparse_moe.output_linear": "blk.{i}.ffn.experts.down",
 }
+_HF_NAMES = {**HF_NAMES, **EXPERT_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:

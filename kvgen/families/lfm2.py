@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import fields_of, gguf_config, head_dim, hf_config, layer_count
-from kvgen.families.family import GGUF_NAMES, Family, Transforms
+from kvgen.families.family import GGUF_NAMES, Family, NameTable, Transforms
 from kvgen.families.fields import Fields
+from kvgen.families.hybrids import convolution, read_sizes, with_recurrences
 from kvgen.families.rope import rotary_from_hf
 from kvgen.model.config import DecoderConfig
 from kvgen.model.mixers import ShortConv
 
 _CONV = frozenset({"attn.in_proj", "attn.conv", "attn.out_proj"})
-_HF_NAMES = {
+HF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.embedding_norm": "output_norm",
     "lm_head": "output",
@@ -38,7 +36,7 @@ _HF_NAMES = {
     "model.layers.{i}.feed_forward.w2": "blk.{i}.ffn.down",
     "model.layers.{i}.feed_forward.w3": "blk.{i}.ffn.up",
 }
-_GGUF_NAMES = {
+GGUF_CONV_NAMES = {
     **GGUF_NAMES,
     "token_embd_norm": "output_norm",  # llama.cpp's name for it
     "blk.{i}.shortconv.in_proj": "blk.{i}.attn.in_proj",
@@ -48,10 +46,13 @@ _GGUF_NAMES = {
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
-    return _read_gguf(raw) if raw.format == "gguf" else _read_hf(raw)
+    if raw.format == "gguf":
+        return read_gguf(raw)
+    return read_hf(with_values(raw, {"intermediate_size": _mlp_width(fields_of(raw))}), HF_NAMES)
 
 
-def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
+def read_hf(raw: RawCheckpoint, names: NameTable, **mechanisms: Any) -> DecoderConfig:
+    """names, mechanisms: see `hf_config`."""
     fields = fields_of(raw)
     dim = fields.count("hidden_size")
     for name in ("conv_dim", "conv_dim_out"):
@@ -59,33 +60,27 @@ def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
     for name in ("block_use_swiglu", "use_pos_enc"):
         fields.require(name, True)
     tied = fields.flag("tie_embedding", fields.flag("tie_word_embeddings", True))
-    raw = _with(raw, {"intermediate_size": _mlp_width(fields), "tie_word_embeddings": tied})
     config = hf_config(
-        raw,
-        names=_HF_NAMES,
+        with_values(raw, {"tie_word_embeddings": tied}),
+        names=names,
         eps="norm_eps",
         activation="silu",
         qk_norm="head",
         rotaries=rotary_from_hf(fields, head_dim(raw), default_base=1e6),
         biases=_CONV if fields.flag("conv_bias", False) else frozenset(),
+        **mechanisms,
     )
-    return _with_convolutions(config, _attention_layers(raw), fields.count("conv_L_cache", 3))
+    return with_recurrences(config, ShortConv(dim, fields.count("conv_L_cache", 3)), _attention_layers(raw))
 
 
-def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
-    """A layer without key-value heads is a convolution."""
-    keys, name = fields_of(raw), "attention.head_count_kv"
-    counts = keys.get(name)
-    counts = counts if isinstance(counts, list) else [counts] * layer_count(raw)
-    kinds = {count for count in counts if count != 0}
-    if len(counts) != layer_count(raw) or not all(type(count) is int for count in counts) or len(kinds) > 1:
-        raise CheckpointError(f"{keys.path}: {keys.prefix}{name} must be 0 or one number of heads for each layer")
-    raw = _with(raw, {f"{keys.prefix}{name}": max(counts, default=0) or keys.count("attention.head_count")})
-    config = gguf_config(raw, names=_GGUF_NAMES, qk_norm="head")
-    return _with_convolutions(config, [count != 0 for count in counts], keys.count("shortconv.l_cache"))
+def read_gguf(raw: RawCheckpoint, **mechanisms: Any) -> DecoderConfig:
+    """A layer without key-value heads is a convolution. mechanisms: see `gguf_config`."""
+    raw, attends = read_sizes(raw, "attention.head_count_kv")
+    config = gguf_config(raw, names=GGUF_CONV_NAMES, qk_norm="head", **mechanisms)
+    return with_recurrences(config, ShortConv(config.dim, fields_of(raw).count("shortconv.l_cache")), attends)
 
 
-def _with(raw: RawCheckpoint, values: dict[str, Any]) -> RawCheckpoint:
+def with_values(raw: RawCheckpoint, values: dict[str, Any]) -> RawCheckpoint:
     return replace(raw, metadata={**raw.metadata, **values})
 
 
@@ -111,19 +106,8 @@ def _attention_layers(raw: RawCheckpoint) -> list[bool]:
     raise CheckpointError(f"{fields.path}: layer_types must have conv or full_attention for each layer")
 
 
-def _with_convolutions(config: DecoderConfig, attends: Sequence[bool], width: int) -> DecoderConfig:
-    convolution = ShortConv(config.dim, width)
-    pairs = zip(config.layers, attends, strict=True)
-    return replace(config, layers=tuple(layer if kept else replace(layer, mixer=convolution) for layer, kept in pairs))
-
-
 def hf_transforms(config: DecoderConfig) -> Transforms:
-    """(channels, 1, width) as torch's Conv1d has it."""
-
-    def two_dimensional(weight: Tensor) -> Tensor:
-        return weight.squeeze(1) if weight.ndim == 3 else weight
-
-    return {"attn.conv": two_dimensional}
+    return {"attn.conv": convolution}
 
 
-FAMILY = Family("lfm2", "lfm2", read_config, _HF_NAMES, gguf_names=_GGUF_NAMES, hf_transforms=hf_transforms)
+FAMILY = Family("lfm2", "lfm2", read_config, HF_NAMES, gguf_names=GGUF_CONV_NAMES, hf_transforms=hf_transforms)

@@ -12,14 +12,7 @@ from kvgen.families.qwen3_moe import is_sparse, read_router
 from kvgen.model.config import DecoderConfig
 
 _BIASES = frozenset({"attn.q", "attn.k", "attn.v"})
-_HF_NAMES = {
-    **HF_NAMES,
-    **HF_EXPERT_NAMES,
-    "model.layers.{i}.mlp.shared_expert.gate_proj": "blk.{i}.ffn.shared.gate",
-    "model.layers.{i}.mlp.shared_expert.up_proj": "blk.{i}.ffn.shared.up",
-    "model.layers.{i}.mlp.shared_expert.down_proj": "blk.{i}.ffn.shared.down",
-    "model.layers.{i}.mlp.shared_expert_gate": "blk.{i}.ffn.shared_gate",
-}
+_HF_NAMES = {**HF_NAMES, **HF_EXPERT_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:

@@ -10,15 +10,12 @@ _STATE_SPACE = "a state-space or recurrent model"
 _ENCODER_DECODER = "an encoder-decoder model"
 _KINDS = {
     _EXPERTS: (
-        "qwen3_next qwen3next deepseek deepseek_v2 deepseek2 deepseek_v3 "
-        "deepseek_v32 dbrx grok gpt_oss gpt-oss phimoe granitemoeshared granitemoehybrid llama4 "
+        "deepseek "
+        "deepseek_v32 dbrx grok phimoe granitemoeshared llama4 "
         "llama4_text jetmoe arctic minimax minimax_m2 bailing_moe hunyuan_v1_moe "
-        "kimi_k2 flex_olmo lfm2_moe switch_transformers"
+        "kimi_k2 flex_olmo switch_transformers"
     ),
-    _STATE_SPACE: (
-        "mamba falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 jamba bamba zamba zamba2 recurrent_gemma xlstm "
-        "nemotron_h falcon_h1 plamo2"
-    ),
+    _STATE_SPACE: ("mamba falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 zamba zamba2 recurrent_gemma xlstm plamo2"),
     _ENCODER_DECODER: (
         "t5 t5encoder mt5 umt5 bart mbart pegasus marian m2m_100 nllb whisper encoder-decoder longt5 led t5gemma "
         "bigbird_pegasus prophetnet"

@@ -62,10 +62,12 @@ def _llama3(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
 
 
 def _yarn(config: Fields, section: Fields, dim: int, base: float) -> Rotary:
-    section.require("truncate", True)
     factor, trained = section.number("factor"), _trained_context(config, section)
     fast, slow = section.number("beta_fast", 32.0), section.number("beta_slow", 1.0)
-    frequencies = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=fast, slow=slow)
+    whole = section.flag("truncate", True)
+    frequencies = yarn_frequencies(
+        base, dim, factor=factor, trained_context=trained, fast=fast, slow=slow, whole_pairs=whole
+    )
     scale = yarn_scale(factor)
     if section.get("mscale") and section.get("mscale_all_dim"):
         scale = yarn_scale(factor, section.number("mscale")) / yarn_scale(factor, section.number("mscale_all_dim"))
@@ -89,8 +91,11 @@ _HF_SCHEMES: Mapping[str, Callable[[Fields, Fields, int, float], Rotary]] = {
 }
 
 
-def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
-    """Read the `<architecture>.rope.*` keys, and the factors that llama.cpp stores as tensors."""
+def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int, *, whole_pairs: bool = True) -> Rotary:
+    """Read the `<architecture>.rope.*` keys, and the factors that llama.cpp stores as tensors.
+
+    whole_pairs: see `yarn_frequencies`.
+    """
     dim = _check_dim(keys, keys.count("rope.dimension_count", head_dim), head_dim)
     base = _check_base(keys, f"{keys.prefix}rope.freq_base", keys.number("rope.freq_base", 10000.0))
     for name, supported in (("beta_fast", 32.0), ("beta_slow", 1.0), ("ext_factor", 1.0)):
@@ -114,7 +119,9 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int) -> Rotary:
     if scheme == "yarn":
         factor = keys.number("rope.scaling.factor")
         trained = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
-        frequencies = yarn_frequencies(base, dim, factor=factor, trained_context=trained, fast=32.0, slow=1.0)
+        frequencies = yarn_frequencies(
+            base, dim, factor=factor, trained_context=trained, fast=32.0, slow=1.0, whole_pairs=whole_pairs
+        )
         return _rotary(frequencies, yarn_scale(factor))
     raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.scaling.type {scheme!r} is not supported")
 
@@ -129,13 +136,21 @@ def base_frequencies(dim: int, base: float) -> Tensor:
     return 1.0 / _periods(dim, base)
 
 
-def yarn_frequencies(base: float, dim: int, *, factor: float, trained_context: int, fast: float, slow: float) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a linear ramp between kept and scaled frequencies."""
+def yarn_frequencies(
+    base: float, dim: int, *, factor: float, trained_context: int, fast: float, slow: float, whole_pairs: bool = True
+) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a linear ramp between kept and scaled frequencies.
+
+    whole_pairs: the ramp begins and ends at pairs of dimensions, rounded outwards, not between two.
+    """
 
     def pair_of(rotations: float) -> float:
         return dim * math.log(trained_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    first, last = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), dim - 1)
+    first, last = pair_of(fast), pair_of(slow)
+    if whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / (last - first if last != first else 0.001)
     kept = 1 - ramp.clamp(0, 1)
     periods = _periods(dim, base)

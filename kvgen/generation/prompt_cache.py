@@ -61,7 +61,7 @@ def save_prompt_cache(path: str | Path, cache: KVCache, loaded: Loaded) -> None:
     metadata = {
         "kvgen-prompt-cache": _FORMAT,
         "identity": _identity(loaded),
-        "model": loaded.source,
+        "model": _name(loaded),
         "numerics": native.numerics,
         "variant": str(cache.variant),
         "sha256": digest(tensors),
@@ -98,7 +98,7 @@ def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
     if metadata["identity"] != _identity(loaded):
         raise CacheError(
             f"{path}: a prompt cache of {metadata['model']} ({_in_words(metadata['numerics'])}), "
-            f"not of {loaded.source} ({_in_words(native.numerics)}); name another file"
+            f"not of {_name(loaded)} ({_in_words(native.numerics)}); name another file"
         )
     tokens = tensors["tokens"].clone()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < native.decoder.config.vocab_size:
@@ -122,6 +122,10 @@ def describe_prompt_cache(path: Path) -> PromptCacheInfo:
         ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in parts})),
         sum(tensor.nbytes for tensor in parts),
     )
+
+
+def _name(loaded: Loaded) -> str:
+    return f"{loaded.source} with {loaded.adapter}" if loaded.adapter else loaded.source
 
 
 def _in_words(numerics: str) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import Op, OpKind
 from kvgen.model.config import DecoderConfig, Layer
-from kvgen.model.ffns import MLP, XIELU, MoE
-from kvgen.model.mixers import Attention, Mamba2, Rotary, ShortConv
+from kvgen.model.ffns import MLP, XIELU, Combination, MLPAndExperts, MoE, SparseMLP
+from kvgen.model.mixers import Attention, DeltaNet, LatentAttention, Mamba, Mamba2, Rotary, SharedAttention, ShortConv
 
 
 class Slot(IntEnum):
@@ -35,7 +35,9 @@ class Slot(IntEnum):
 
 _ACCUMULATE, _SAME_INPUT = 1, 2  # flags
 _NORM_MODES = MappingProxyType({"rms": 0, "layer": 1})
-_ACTIVATIONS = MappingProxyType({"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4})
+_ACTIVATIONS: Mapping[Combination, int] = MappingProxyType(
+    {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+)
 _XIELU = 5
 
 # What the kernels implement: any other mechanism, or another field that differs from its default, is lacking.
@@ -71,7 +73,16 @@ _IMPLEMENTED: Mapping[type, frozenset[str]] = MappingProxyType(
     }
 )
 _WORDS: Mapping[str, str] = MappingProxyType(
-    {MoE.__name__: "mixtures of experts", ShortConv.__name__: "short convolutions", Mamba2.__name__: "Mamba 2"}
+    {
+        MoE.__name__: "mixtures of experts",
+        LatentAttention.__name__: "latent attention",
+        MLPAndExperts.__name__: "experts beside MLPs",
+        SparseMLP.__name__: "sparse MLPs",
+        ShortConv.__name__: "short convolutions",
+        Mamba.__name__: "Mamba",
+        Mamba2.__name__: "Mamba 2",
+        DeltaNet.__name__: "gated delta nets",
+    }
 )  # else the name itself
 
 
@@ -81,7 +92,13 @@ def lacking(config: DecoderConfig) -> str | None:
 
 
 def _lacking(config: DecoderConfig) -> Iterator[str]:
-    parts = (part for layer in config.layers for part in (layer, layer.mixer, layer.ffn))
+    if any(layer.mixer is None for layer in config.layers):
+        yield "layers without a mixer"
+    if any(isinstance(layer.mixer, SharedAttention) for layer in config.layers):
+        yield "keys and values shared between layers"
+    if any(len(layer.mixers) > 1 for layer in config.layers):
+        yield "mixers in parallel"
+    parts = (part for layer in config.layers for part in (layer, *layer.mixers, layer.ffn))
     for part in (config, *config.rotaries, *parts):
         yield from _lacking_fields(part)
     activations = (layer.ffn.activation for layer in config.layers if isinstance(layer.ffn, MLP))

@@ -59,6 +59,9 @@ def _obstacles(config: DecoderConfig) -> Iterator[str]:
     if config.recurrences:
         yield "it has recurrent layers"
         return
+    if not config.attentions:
+        yield "it has latent attention"
+        return
     if not isinstance(layer.ffn, MLP):
         yield "it is a mixture of experts"
         return
@@ -70,7 +73,7 @@ def _obstacles(config: DecoderConfig) -> Iterator[str]:
     if len(set(config.layers)) > 1:
         yield "its layers have different rotary positions"
     sizes = {"norm_eps", "tied_head", "biases", "rotary"}
-    for part in (layer.mixer, layer.ffn, config):
+    for part in (*layer.mixers, layer.ffn, config):
         for field in fields(part):
             value = getattr(part, field.name)
             if field.name not in sizes and field.default is not MISSING and value != field.default:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvgen.backends.blueprint import draw_blueprint
+from kvgen.backends.adapted import adapt
+from kvgen.backends.adapter import Adapter, read_adapter
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.program import lacking
+from kvgen.loading.mechanisms import attentions, mechanisms
 from kvgen.model.cache import cache_bytes, position_bytes, snapshot_bytes
 from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.model.ffns import MLP, MoE
-from kvgen.model.mixers import Attention, Mamba2, Mixer, Rotary, ShortConv
 from kvgen.model.moe import used_share
 from kvgen.tokenizer import Tokenizer, read_tokenizer
 
@@ -30,6 +31,7 @@ class Inspection:
     kind: its own name for its architecture: `model_type`, `general.architecture`, or the library.
     backend: `native` or `x-transformers`; None if kvgen cannot run it, for the reason in `obstacle`, else "".
     note: what to tell the user, such as that images are left out; "" for nothing.
+    adapter: the adapter that was given, or None. Sizes are those of the checkpoint without it.
     kernels_lack: the mechanisms that the kernels lack, so that it runs on torch; None if they have all.
     parameters: number of weights. active_parameters: of these, what one token uses: not the experts that it does not
         choose. nbytes: their size in the files. types: storage type -> bytes.
@@ -46,6 +48,7 @@ class Inspection:
     backend: str | None
     obstacle: str
     note: str
+    adapter: Adapter | None
     kernels_lack: str | None
     parameters: int
     active_parameters: int | None
@@ -61,8 +64,10 @@ class Inspection:
     has_chat_template: bool
 
 
-def inspect(reference: str | Path | None = None, *, progress: Progress = no_progress) -> Inspection:
-    """Describe a checkpoint from its header. reference, progress: see `kvgen.load`.
+def inspect(
+    reference: str | Path | None = None, *, adapter: str | Path | None = None, progress: Progress = no_progress
+) -> Inspection:
+    """Describe a checkpoint from its header. reference, adapter, progress: see `kvgen.load`.
 
     Raises NotFoundError, CheckpointError for damaged files, UnsupportedError for other files.
     """
@@ -70,7 +75,8 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     if ".py:" in name or name.endswith(".py"):
         raise UsageError(f"model {name!r} is a program, not a checkpoint; kvgen inspect does not run it")
     raw = read_checkpoint(resolve(name, progress=progress))
-    decoder, obstacle = _read_decoder(raw)
+    changes = None if adapter is None else read_adapter(adapter)
+    decoder, obstacle = _read_decoder(raw, changes)
     config = None if decoder is None else decoder.config
     parameters = sum(math.prod(tensor.shape) for tensor in raw.tensors.values())
     tokenizer, tokenizer_obstacle = _read_tokenizer(raw)
@@ -85,6 +91,7 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
         backend="native" if config is not None else None if obstacle else raw.format,
         obstacle=obstacle,
         note=raw.note,
+        adapter=changes,
         kernels_lack=None if config is None else lacking(config),
         parameters=parameters,
         active_parameters=None if decoder is None else parameters - _idle_parameters(decoder),
@@ -101,11 +108,11 @@ def inspect(reference: str | Path | None = None, *, progress: Progress = no_prog
     )
 
 
-def _read_decoder(raw: RawCheckpoint) -> tuple[Decoder | None, str]:
+def _read_decoder(raw: RawCheckpoint, adapter: Adapter | None) -> tuple[Decoder | None, str]:
     if raw.format == "x-transformers":
-        return None, ""
+        return None, "" if adapter is None else f"{raw.path} runs in the x-transformers library, which takes no adapter"
     try:
-        return draw_blueprint(raw).decoder, ""
+        return adapt(raw, adapter).blueprint.decoder, ""
     except UnsupportedError as error:
         return None, str(error)
 
@@ -122,134 +129,24 @@ def _read_tokenizer(raw: RawCheckpoint) -> tuple[Tokenizer | None, str]:
         return None, str(error)
 
 
-def mechanisms(config: DecoderConfig) -> dict[str, str]:
-    """Describe a decoder in words, by subject."""
-    norm = {"rms": "RMS norm", "layer": "layer norm"}[config.norm]
-    places = {
-        "attn_norm": "before attention",
-        "post_attention_norm": "after attention",
-        "ffn_norm": "before the MLP",
-        "post_ffw_norm": "after the MLP",
-    }
-    qk_norms = {"head": "per head", "each-head": "per head, own weights", "all": "over all heads"}
-    qk_norms["rotated-head"] = "per head, after rotation"
-    attention = config.attentions[0] if config.attentions else Attention(0, 0, 0)
-    described = {
-        "layers": f"{len(config.layers)} of width {config.dim}" + (", attention and MLP in parallel" * config.parallel),
-        **_mixers(config),
-        "positions": _positions(config),
-        "windows": _windows(config),
-        "norms": f"{norm} " + ", ".join(text for name, text in places.items() if name in config.norms),
-        **_ffns(config),
-        "head": "tied to the embedding" if config.tied_head else "separate",
-        "biases": ", ".join(sorted(config.biases)) or "none",
-    }
-    if attention.qk_norm is not None:
-        described["query-key norm"] = f"{norm} {qk_norms[attention.qk_norm]}"
-    caps = {"scores": attention.softcap, "logits": config.logit_softcap}
-    if any(caps.values()):
-        described["soft caps"] = ", ".join(f"{name} {cap:g}" for name, cap in caps.items() if cap)
-    scales = {
-        "attention": attention.scale or 1,
-        "embedding": config.embedding_scale,
-        "residual": config.residual_scale,
-        "logits": config.logit_scale,
-    }
-    if any(scale != 1 for scale in scales.values()):
-        described["scales"] = ", ".join(f"{name} {scale:.4g}" for name, scale in scales.items() if scale != 1)
-    return described
-
-
-def _mixers(config: DecoderConfig) -> dict[str, str]:
-    """Describe the first mixer of each kind, and where some layers have another, how many have it."""
-    mixers = {type(layer.mixer): layer.mixer for layer in reversed(config.layers)}
-    counts = Counter(type(layer.mixer) for layer in config.layers)
-    described = {}
-    for kind, mixer in mixers.items():
-        subject, text = _describe_mixer(mixer)
-        described[subject] = text + f", in {counts[kind]} of {len(config.layers)} layers" * (len(mixers) > 1)
-    return dict(sorted(described.items()))
-
-
-def _describe_mixer(mixer: Mixer) -> tuple[str, str]:
-    if isinstance(mixer, ShortConv):
-        return "convolution", f"over {mixer.width} positions, {mixer.channels} channels"
-    if isinstance(mixer, Mamba2):
-        groups = f"{mixer.groups} group{'s' * (mixer.groups > 1)}"
-        return "Mamba 2", f"{mixer.heads} heads of size {mixer.head_dim} in {groups}, states of size {mixer.size}"
-    return "attention", f"{mixer.heads} heads of size {mixer.head_dim}, {mixer.kv_heads} key-value heads"
-
-
-def _ffns(config: DecoderConfig) -> dict[str, str]:
-    """Describe the feed-forward layers as `_mixers` does mixers."""
-    counts = Counter(type(layer.ffn) for layer in config.layers)
-    ffns = {type(layer.ffn): layer.ffn for layer in reversed(config.layers) if layer.ffn is not None}
-    described = {}
-    for kind, ffn in ffns.items():
-        subject, text = ("MLP", _describe_mlp(ffn)) if isinstance(ffn, MLP) else ("experts", _describe_experts(ffn))
-        described[subject] = text + f", in {counts[kind]} of {len(config.layers)} layers" * (len(counts) > 1)
-    return dict(sorted(described.items()))
-
-
-def _describe_mlp(mlp: MLP) -> str:
-    return f"{mlp.activation}, {'gated' if mlp.gated else 'not gated'}, width {mlp.width}"
-
-
-def _describe_experts(moe: MoE) -> str:
-    router = moe.router
-    text = f"{router.active} of {router.experts}"
-    if router.active_groups < router.groups:
-        text += f" in {router.active_groups} of {router.groups} groups"
-    if moe.shared is not None:
-        text += f", and a shared one of width {moe.shared.width}" + " behind a gate" * moe.shared_gate
-    return f"{text}; {_describe_mlp(moe.expert)}; weighed by {router.scores.replace('_', ' ')}"
-
-
-def _positions(config: DecoderConfig) -> str:
-    kinds = [_describe_rotary(rotary, config.attention.head_dim) for rotary in config.rotaries]
-    without = sum(isinstance(layer.mixer, Attention) and layer.mixer.rotary is None for layer in config.layers)
-    if kinds and without:
-        kinds.append(f"none in {without} of {len(config.layers)} layers")
-    if config.learned_positions:
-        kinds.append(f"learned, {config.learned_positions}")
-    return "; ".join(kinds) or "none"
-
-
-def _describe_rotary(rotary: Rotary, head_dim: int) -> str:
-    rotated = 2 * len(rotary.inverse_frequencies)
-    text = "rotary" if rotated == head_dim else f"rotary on {rotated} of {head_dim} dimensions"
-    text += f", longest wavelength {2 * math.pi / min(rotary.inverse_frequencies):.3g} tokens"
-    if rotary.scale != 1:
-        text += f", scaled by {rotary.scale:.4g}"
-    if rotary.long_frequencies:
-        text += f", different frequencies beyond {rotary.short_length} tokens"
-    return text
-
-
-def _windows(config: DecoderConfig) -> str:
-    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention)]
-    counts = Counter(mixer.window for mixer in mixers if mixer.window is not None)
-    return (
-        ", ".join(f"{window} in {count} of {len(config.layers)} layers" for window, count in counts.items()) or "none"
-    )
-
-
 def as_data(inspection: Inspection) -> dict[str, Any]:
     """Return the inspection as JSON data, with null for ""."""
     data = {name: None if value == "" else value for name, value in vars(inspection).items()}
     config, nbytes, has_chat_template = (data.pop(name) for name in ("config", "nbytes", "has_chat_template"))
+    data["adapter"] = None if inspection.adapter is None else inspection.adapter.as_data()
     data |= {"path": str(inspection.path), "bytes": nbytes, "chat_template": has_chat_template}
     if config is not None:
+        attention = next(iter(attentions(config)), None)
         data |= {
             "context_length": config.context_length,
             "layers": len(config.layers),
             "dim": config.dim,
-            "heads": config.attention.heads if config.attentions else None,
-            "kv_heads": config.attention.kv_heads if config.attentions else None,
-            "head_dim": config.attention.head_dim if config.attentions else None,
+            "heads": attention.heads if attention else None,
+            "kv_heads": attention.stored[0] if attention else None,
+            "head_dim": attention.head_dim if attention else None,
             "ffn_dim": next((layer.ffn.width for layer in config.layers if isinstance(layer.ffn, MLP)), None),
             "experts": next((layer.ffn.router.experts for layer in config.layers if isinstance(layer.ffn, MoE)), None),
             "vocab_size": config.vocab_size,
-            "windows": [getattr(layer.mixer, "window", None) for layer in config.layers],
+            "windows": [getattr((*layer.mixers, layer.mixer)[0], "window", None) for layer in config.layers],
         }
     return data

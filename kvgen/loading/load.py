@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvgen.backends.adapter import read_adapter
 from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.native import load_native
 from kvgen.backends.python import load_python
@@ -45,9 +46,9 @@ class Loaded:
         ([19556], 8192)
 
     model: the contract: `logits, cache = loaded.model(ids, None)`, with ids on `loaded.model.device`.
-    source: the file or folder, or the reference of a model in Python.
+    source: the file or folder, or the reference of a model in Python. adapter: the adapter's folder; "" without one.
     config: a DecoderConfig for kvgen's decoder, the library's arguments for x-transformers, None for a model in Python.
-    files: the files of config and weights; empty for a model in Python.
+    files: the files of config and weights, those of the adapter too; empty for a model in Python.
     cache_budget: bytes for all caches together by default: half of the memory that the weights leave. None: no limit.
     note: what to tell the user, such as that images are left out; "" for nothing.
     """
@@ -59,6 +60,7 @@ class Loaded:
     files: tuple[SourceFile, ...] = ()
     cache_budget: int | None = None
     note: str = ""
+    adapter: str = ""
 
 
 def load(
@@ -67,6 +69,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
     kernels: str = "auto",
     quantize: str = "auto",
     kv_dtype: str = "auto",
@@ -85,6 +88,7 @@ def load(
     device: `auto`: CUDA, else MPS, else the CPU. Ignored for a model in Python.
     tokenizer: a tokenizer.json, `bytes` (id = byte), or `ids` (text is token ids, as in "5 17 3"). None: the
         checkpoint's own.
+    adapter: a folder with a LoRA adapter of PEFT, which is merged into the weights.
     kernels: `on`: C++ kernels, built once for this machine, which keep weights in their stored types; `off`: torch;
         `auto`: kernels on a CPU in float32 with g++, if they have the model's mechanisms, else torch. `Backend.engine`
         tells which.
@@ -96,23 +100,30 @@ def load(
     """
     name = str(reference or default_reference())
     if re.search(r"\.py:\w+$", name):
+        if adapter is not None:
+            raise UsageError(f"model {name!r} is a program, which takes no adapter")
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
     device, available = _choose_device(device), available_memory()
     raw = read_checkpoint(resolve(name, progress=progress))
+    changes = None if adapter is None else read_adapter(adapter)
     options = _compute_options(raw, _choose_dtype(dtype, device, raw), device, kernels, quantize, kv_dtype)
     model: Backend
     config: Any
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # read the vocabulary while the weights are read
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         if raw.format == "x-transformers":
+            if changes is not None:
+                raise UsageError(f"{raw.path} runs in the x-transformers library, which takes no adapter")
             model, config = load_xtransformers(raw, options.dtype, device), raw.metadata
         else:
-            model = native = load_native(raw, options, pool)
+            model = native = load_native(raw, options, pool, changes)
             config = native.decoder.config
         chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
-    return Loaded(model, chosen, str(raw.path), config, raw.files, _cache_budget(model, available), raw.note)
+    files = raw.files if changes is None else raw.files + changes.files
+    budget = _cache_budget(model, available)
+    return Loaded(model, chosen, str(raw.path), config, files, budget, raw.note, str(adapter or ""))
 
 
 def _load_python(reference: str, tokenizer: str | Path | None) -> Loaded:

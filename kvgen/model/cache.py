@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvgen.errors import CacheError
 from kvgen.model.config import DecoderConfig
-from kvgen.model.mixers import Attention, Mixer
+from kvgen.model.mixers import Attention, LatentAttention, Mixer, Recurrent
 from kvgen.model.recurrent import Core, Parts, RecurrentState, max_snapshots, snapshot_count
 from kvgen.model.states import (
     MIN_CAPACITY,
@@ -32,7 +32,7 @@ from kvgen.model.states import (
 
 
 class KVCache:
-    """The cached token ids and one state per layer. Each forward pass advances it once.
+    """The cached token ids and one state per mixer. Each forward pass advances it once.
 
         >>> _, cache = loaded.model(torch.tensor([[1, 2, 3]]), None)
         >>> type(cache).__name__, cache.length, cache.tokens.tolist()
@@ -43,7 +43,7 @@ class KVCache:
     capacity: positions to allocate for; buffers grow if more come.
     max_length: positions beyond which no spare capacity is allocated; None if unknown.
 
-    Attributes: `length`, the number of cached positions (a layer with a window stores fewer); `states`, one per layer,
+    Attributes: `length`, the number of cached positions (a layer with a window stores fewer); `states`, one per mixer,
     empty before the first pass; `variant`, see `match`; `reused` and `computed`, the positions of the last call that
     were found in the cache and that were not; `wanted`, positions that texts are likely to be rewound to, of which
     recurrent layers keep a snapshot when they pass them.
@@ -127,21 +127,27 @@ class KVCache:
         if length > self.capacity:
             self.capacity = length + length // 8
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of one layer, (B, H_kv, T, D); return what they attend to, as `State.append` does.
+    def append(self, mixer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions of one mixer, (B, H_kv, T, D); return what they attend to, as `State.append` does.
 
         They become part of the cache at `advance`, so an interrupted forward pass leaves the cache as it was.
         """
-        self._reserved, state = (), self.states[layer]
+        self._reserved, state = (), self.states[mixer]
         assert isinstance(state, FullState)
         return state.append(keys, values, self.length, self.capacity, self.max_length)
 
-    def recur(self, layer: int, core: Core, inputs: Parts) -> Tensor:
-        """Run the recurrence of one layer over new positions, (B, T, ...) each: (B, T, D).
+    def read(self, mixer: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return again what `append` returned for the `count` new positions of one mixer, in this pass."""
+        state = self.states[mixer]
+        assert isinstance(state, FullState)
+        return state.read(self.length, count, dtype)
+
+    def recur(self, mixer: int, core: Core, inputs: Parts) -> Tensor:
+        """Run the recurrence of one mixer over new positions, (B, T, ...) each: (B, T, D).
 
         Its state counts from `advance` on, as with `append`.
         """
-        state = self.states[layer]
+        state = self.states[mixer]
         assert isinstance(state, RecurrentState)
         return state.run(core, inputs, self.length, self.wanted)
 
@@ -216,13 +222,13 @@ def new_states(
     most = max_snapshots(batch * snapshot_bytes(config, dtype))
 
     def new_state(mixer: Mixer) -> State:
-        if isinstance(mixer, Attention):
+        if not isinstance(mixer, Recurrent):
             return attention_state(mixer, batch, kv_dtype, device)
         shapes = [(batch, *shape) for shape in mixer.state_shapes]
         wide = torch.promote_types(dtype, torch.float32)
         return RecurrentState(tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes), most)
 
-    return [new_state(layer.mixer) for layer in config.layers]
+    return [new_state(mixer) for mixer in config.mixers]
 
 
 def cache_bytes(config: DecoderConfig, positions: int, dtype: torch.dtype = torch.float32) -> int:
@@ -241,12 +247,13 @@ def position_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
     return sum(_position_bytes(mixer, dtype) for mixer in _attentions(config))
 
 
-def _attentions(config: DecoderConfig) -> list[Attention]:
-    return [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention)]
+def _attentions(config: DecoderConfig) -> list[Attention | LatentAttention]:
+    return [mixer for mixer in config.mixers if not isinstance(mixer, Recurrent)]
 
 
-def _position_bytes(mixer: Attention, dtype: torch.dtype) -> int:
-    return 2 * mixer.kv_heads * row_length(mixer.head_dim, dtype) * dtype.itemsize
+def _position_bytes(mixer: Attention | LatentAttention, dtype: torch.dtype) -> int:
+    heads, *widths = mixer.stored
+    return heads * sum(row_length(width, dtype) for width in widths) * dtype.itemsize
 
 
 def snapshot_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:

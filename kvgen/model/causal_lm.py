@@ -56,11 +56,13 @@ class Pass:
 
     rotations: cosines and sines for the new positions, per rotary of the config, (rows, 1, R) each.
     shared: values that a layer has computed for later layers of the same kind, such as masks.
+    layer_inputs: (rows, layers, width), if the config has them.
     """
 
     spans: Sequence[Span]
     rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
     shared: dict[Any, Any] = field(default_factory=dict)
+    layer_inputs: Tensor | None = None
 
 
 def positions_of(spans: Sequence[Span]) -> Tensor:

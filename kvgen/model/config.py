@@ -6,23 +6,56 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from kvgen.model.ffns import MLP, MoE
-from kvgen.model.mixers import Attention, Mixer, Recurrent, Rotary
+from kvgen.model.ffns import MLP, Activation, MLPAndExperts, MoE, SparseMLP
+from kvgen.model.mixers import Attention, Mixer, Parallel, Recurrent, Rotary, SharedAttention
 
 
 @dataclass(frozen=True)
 class Layer:
     """One block: a mixer, which combines positions, and a feed-forward layer, which treats each position alone.
 
-    ffn: None for a mixer alone.
+    mixer: None for a feed-forward layer alone. ffn: None for a mixer alone.
 
     To add a mixer: a dataclass in `mixers.py` (a subclass of `Recurrent` if it has one state for all positions), a
     module in its own file in `kvgen/model/`, an entry in `MIXERS` (`decoder.py`), and, unless it is recurrent, a state
     in `states.py`. To add a feed-forward layer: a dataclass in `ffns.py`, a module, an entry in `FFNS`.
     """
 
-    mixer: Mixer
-    ffn: MLP | MoE | None
+    mixer: Mixer | Parallel | SharedAttention | None
+    ffn: MLP | MoE | MLPAndExperts | SparseMLP | None
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Its mixers, one by one: each has a state of its own in the cache. None if it reads that of another layer."""
+        if isinstance(self.mixer, Parallel):
+            return self.mixer.mixers
+        return () if self.mixer is None or isinstance(self.mixer, SharedAttention) else (self.mixer,)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Numbers of each position for each block, made of its token and embedding; see `kvgen.model.layer_inputs`.
+
+    width: how many for each block. rows: of the table of tokens; ids beyond it use its first row.
+    activation: of the gate in each block.
+    """
+
+    width: int
+    rows: int
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """Several residual streams, of which each block computes one and corrects all; see `kvgen.model.altup`.
+
+    streams: how many there are. active: the one that blocks compute. output_scale: the layer inputs' gate reads it
+        multiplied by a learned vector.
+    """
+
+    streams: int
+    active: int
+    output_scale: bool
 
 
 @dataclass(frozen=True)
@@ -31,7 +64,7 @@ class DecoderConfig:
 
     context_length: None if unbounded.
     norm: RMSNorm or LayerNorm. norms: the norms of a block: `attn_norm` and `ffn_norm` before mixer and MLP,
-        `post_attention_norm` and `post_ffw_norm` after them.
+        `post_attention_norm` and `post_ffw_norm` after them. Before an MLP alone it is `attn_norm` too.
     biases: the layers with a bias, by name inside a block (`attn.q`, `ffn.up`, `attn_norm`, ...), or `output`,
         `output_norm`.
     tied_head: the output head is the token embedding.
@@ -39,6 +72,9 @@ class DecoderConfig:
     learned_positions: rows of the learned position embedding; 0 for none.
     logit_softcap: logits become cap * tanh(logit / cap).
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of the outputs of mixer and MLP, of logits.
+    layer_inputs: what each block adds besides mixer and MLP; None for nothing. altup: None for one residual stream.
+    laurel_rank: of the learned residual connection around each mixer; 0 for none; see `kvgen.model.laurel`.
+    block_scales: the output of each block is multiplied by a learned number.
     """
 
     vocab_size: int
@@ -56,6 +92,15 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    layer_inputs: LayerInputs | None = None
+    altup: AltUp | None = None
+    laurel_rank: int = 0
+    block_scales: bool = False
+
+    @cached_property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixers of all layers; the cache keeps one state for each."""
+        return tuple(mixer for layer in self.layers for mixer in layer.mixers)
 
     @property
     def attention(self) -> Attention:
@@ -65,12 +110,12 @@ class DecoderConfig:
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
         """The distinct attentions of all layers."""
-        return tuple(dict.fromkeys(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)))
+        return tuple(dict.fromkeys(mixer for mixer in self.mixers if isinstance(mixer, Attention)))
 
     @cached_property
     def recurrences(self) -> tuple[Recurrent, ...]:
-        """The recurrent mixers of all layers, one for each layer that has one."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent))
+        """The recurrent mixers of all layers, one for each time that it occurs."""
+        return tuple(mixer for mixer in self.mixers if isinstance(mixer, Recurrent))
 
     @property
     def mlp(self) -> MLP:
@@ -80,8 +125,7 @@ class DecoderConfig:
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:
         """The distinct rotary embeddings of all layers."""
-        found = (rotary for mixer in self.attentions for rotary in (mixer.rotary, mixer.query_rotary))
-        return tuple(dict.fromkeys(rotary for rotary in found if rotary is not None))
+        return tuple(dict.fromkeys(rotary for mixer in self.mixers for rotary in mixer.rotaries))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
@@ -91,4 +135,6 @@ class DecoderConfig:
     @cached_property
     def products(self) -> int:
         """Multiplications per position in all weight matrices of the layers."""
-        return self.dim * sum(layer.mixer.projected + (layer.ffn.products if layer.ffn else 0) for layer in self.layers)
+        ffns = sum(layer.ffn.products for layer in self.layers if layer.ffn is not None)
+        shared = (layer.mixer for layer in self.layers if isinstance(layer.mixer, SharedAttention))
+        return self.dim * (ffns + sum(mixer.projected for mixer in (*self.mixers, *shared)))

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.config import DecoderConfig
-from kvgen.model.ffns import MLP, XIELU, Activation
+from kvgen.model.ffns import MLP, XIELU, Activation, ClampedSwiGLU
 from kvgen.model.mixers import Rotary
 
 
@@ -48,9 +48,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., *shape), normalized over the last dimension."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_normed(x, self.eps) * self.weight
+
+
+def rms_normed(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a weight, over the last dimension."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -112,8 +116,17 @@ class MLPModule(nn.Module):
 
 def combine(spec: MLP, gate: Tensor | None, up: Tensor) -> Tensor:
     """Return the hidden layer of an MLP from its projections. gate: None if it is not gated."""
+    if isinstance(spec.activation, ClampedSwiGLU):
+        assert gate is not None
+        return clamped_swiglu(gate, up, spec.activation)
     activation = make_activation(spec.activation)
     return activation(up) if gate is None else activation(gate) * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, spec: ClampedSwiGLU) -> Tensor:
+    """See `config.ClampedSwiGLU`."""
+    gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    return gate * torch.sigmoid(spec.alpha * gate) * (up + 1)
 
 
 class RotaryTables(nn.Module):

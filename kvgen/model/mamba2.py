@@ -19,20 +19,21 @@ _CHUNK = 64  # positions; within a chunk they are multiplied with each other, fr
 class Mamba2Module(nn.Module):
     """The module of `config.Mamba2`: out_proj(norm(ssm(silu(conv(x, B, C)), dt) * silu(z))).
 
-    The state is the last inputs of the convolution, and the state of the heads, (H, D, N).
+    Or out_proj(norm(ssm(...)) * silu(z)), or without a norm. The state is the last inputs of the convolution, and the
+    state of the heads, (H, D, N).
     """
 
-    def __init__(self, spec: Mamba2, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, spec: Mamba2, config: DecoderConfig, state: int, name: str = "attn") -> None:
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.state = spec, state
         biases = config.biases
-        self.in_proj = Linear(config.dim, spec.inner + spec.convolved + spec.heads, bias="attn.in_proj" in biases)
-        self.conv = DepthwiseConv(spec.convolved, spec.width, bias="attn.conv" in biases)
+        self.in_proj = Linear(config.dim, spec.inner + spec.convolved + spec.heads, bias=f"{name}.in_proj" in biases)
+        self.conv = DepthwiseConv(spec.convolved, spec.width, bias=f"{name}.conv" in biases)
         self.dt = Vector(spec.heads)
         self.A = Vector(spec.heads)
         self.D = Vector(spec.heads)
-        self.norm = GroupNorm(spec.inner, spec.groups, config.norm_eps)
-        self.out_proj = Linear(spec.inner, config.dim, bias="attn.out_proj" in biases)
+        self.norm = nn.Identity() if spec.norm is None else GroupNorm(spec.inner, spec.groups, config.norm_eps)
+        self.out_proj = Linear(spec.inner, config.dim, bias=f"{name}.out_proj" in biases)
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
@@ -41,8 +42,9 @@ class Mamba2Module(nn.Module):
         mixed = []
         for span, *parts in zip(batch.spans, conv.split(rows), dt.split(rows), strict=True):
             inputs = tuple(part.reshape(*span.new.shape, -1) for part in parts)  # (B, T, convolved), (B, T, H)
-            mixed.append(span.cache.recur(self.layer, self._mix, inputs).flatten(0, 1))
-        out: Tensor = self.out_proj(self.norm(torch.cat(mixed) * F.silu(z)))
+            mixed.append(span.cache.recur(self.state, self._mix, inputs).flatten(0, 1))
+        y, gate = torch.cat(mixed), F.silu(z)  # (rows, inner)
+        out: Tensor = self.out_proj(self.norm(y) * gate if spec.norm == "before-gate" else self.norm(y * gate))
         return out
 
     def _mix(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
@@ -70,7 +72,7 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple
         x_, log_a_, b_, c_ = (part[:, start : start + _CHUNK] for part in (x, log_a, b, c))
         b_, c_ = (part.repeat_interleave(share, dim=2).transpose(1, 2) for part in (b_, c_))  # (B, H, T, N)
         x_, log_a_ = x_.transpose(1, 2), log_a_.transpose(1, 2)  # (B, H, T, D), (B, H, T)
-        decay = _segment_sums(log_a_).exp()  # (B, H, T, T): a_(s+1) ... a_t
+        decay = segment_sums(log_a_).exp()  # (B, H, T, T): a_(s+1) ... a_t
         within = (c_ @ b_.transpose(-1, -2) * decay).tril() @ x_  # (B, H, T, D)
         since = log_a_.cumsum(-1).exp()[..., None]  # (B, H, T, 1): a_1 ... a_t
         outputs.append((within + since * (c_ @ state.transpose(-1, -2))).transpose(1, 2))
@@ -78,7 +80,7 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple
     return torch.cat(outputs, dim=1), state
 
 
-def _segment_sums(x: Tensor) -> Tensor:
+def segment_sums(x: Tensor) -> Tensor:
     """Return x_(s+1) + ... + x_t for each t >= s, (..., T) to (..., T, T); more exact than a difference of sums."""
     count = x.shape[-1]
     return x[..., None].expand(*x.shape, count).tril(-1).cumsum(-2)
@@ -87,9 +89,9 @@ def _segment_sums(x: Tensor) -> Tensor:
 class Vector(nn.Module):
     """A parameter of its own."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class GroupNorm(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from kvgen.model.config import DecoderConfig
-from kvgen.model.ffns import MLP, MoE, Router
+from kvgen.model.ffns import MLP, MLPAndExperts, MoE, Router
 from kvgen.model.layers import Linear, MLPModule, combine
 
 
@@ -35,7 +35,8 @@ class RouterModule(nn.Module):
         if spec.scores == "softmax_of_chosen":
             weights = weights.softmax(-1)
         if spec.normalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=spec.smallest_sum)
+            total = weights.sum(-1, keepdim=True) + spec.added_to_sum
+            weights = weights / total.clamp(min=spec.smallest_sum)
         return chosen, weights * spec.scale
 
     def _keep_best_groups(self, preferences: Tensor) -> Tensor:
@@ -73,40 +74,28 @@ class StackedLinear(nn.Module):
 
 
 class ExpertsModule(nn.Module):
-    """All experts, each an MLP of the same sizes."""
+    """All experts, each an MLP of the same sizes, which reads and writes `dim` numbers."""
 
-    def __init__(self, spec: MLP, experts: int, config: DecoderConfig) -> None:
+    def __init__(self, spec: MLP, experts: int, dim: int, biases: frozenset[str]) -> None:
         super().__init__()
         self.spec = spec
-        dim, width, biases = config.dim, spec.width, config.biases
+        width = spec.width
         self.gate = StackedLinear(experts, dim, width, bias="ffn.experts.gate" in biases) if spec.gated else None
         self.up = StackedLinear(experts, dim, width, bias="ffn.experts.up" in biases)
         self.down = StackedLinear(experts, width, dim, bias="ffn.experts.down" in biases)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return the output of one expert for x, (rows, dim)."""
+        """Return the output of one expert for x, (rows, dim of the experts)."""
         gate = None if self.gate is None else self.gate(x, expert)
         out: Tensor = self.down(combine(self.spec, gate, self.up(x, expert)), expert)
         return out
 
+    def mixed(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted outputs of the chosen experts of each row, added. chosen, weights: (rows, active).
 
-class MoEModule(nn.Module):
-    """The module of `config.MoE`.
-
-    The outputs of a row's experts are added in ascending order of experts, so that its result depends on the rows
-    beside it only by the rounding of matrix products.
-    """
-
-    def __init__(self, spec: MoE, config: DecoderConfig) -> None:
-        super().__init__()
-        self.router = RouterModule(spec.router, config)
-        self.experts = ExpertsModule(spec.expert, spec.router.experts, config)
-        self.shared = None if spec.shared is None else MLPModule(spec.shared, config, "ffn.shared")
-        self.shared_gate = Linear(config.dim, 1) if spec.shared_gate else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (rows, dim). Returns (rows, dim)."""
-        chosen, weights = self.router(x)  # (rows, active)
+        They are added in ascending order of experts, so that the result of a row depends on the rows beside it only by
+        the rounding of matrix products.
+        """
         order = chosen.flatten().argsort(stable=True)  # pairs of row and expert, by expert
         rows, weights = order // chosen.shape[1], weights.flatten()[order, None]
         total = torch.zeros_like(x, dtype=weights.dtype)
@@ -114,8 +103,29 @@ class MoEModule(nn.Module):
         for expert, count in enumerate(chosen.flatten().bincount().tolist()):
             if count:
                 used = slice(end, end := end + count)
-                total.index_add_(0, rows[used], self.experts(x[rows[used]], expert) * weights[used])
-        return total.to(x.dtype) + self._shared(x) if self.shared is not None else total.to(x.dtype)
+                total.index_add_(0, rows[used], self(x[rows[used]], expert) * weights[used])
+        return total.to(x.dtype)
+
+
+class MoEModule(nn.Module):
+    """The module of `config.MoE`."""
+
+    def __init__(self, spec: MoE, config: DecoderConfig) -> None:
+        super().__init__()
+        self.router = RouterModule(spec.router, config)
+        self.experts = ExpertsModule(spec.expert, spec.router.experts, spec.latent or config.dim, config.biases)
+        dim, latent, biases = config.dim, spec.latent, config.biases
+        self.latent_down = Linear(dim, latent, bias="ffn.latent_down" in biases) if latent else None
+        self.latent_up = Linear(latent, dim, bias="ffn.latent_up" in biases) if latent else None
+        self.shared = None if spec.shared is None else MLPModule(spec.shared, config, "ffn.shared")
+        self.shared_gate = Linear(config.dim, 1) if spec.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (rows, dim). Returns (rows, dim)."""
+        chosen, weights = self.router(x)  # (rows, active)
+        mixed = self.experts.mixed(x if self.latent_down is None else self.latent_down(x), chosen, weights)
+        mixed = mixed if self.latent_up is None else self.latent_up(mixed)
+        return mixed if self.shared is None else mixed + self._shared(x)
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared is not None
@@ -127,4 +137,4 @@ def used_share(config: DecoderConfig, parameter: str) -> float:
     """Return the share of a parameter, by name, that the computation of one position uses: 1 except for experts."""
     found = re.match(r"blk\.(\d+)\.ffn\.experts\.", parameter)
     ffn = config.layers[int(found[1])].ffn if found else None
-    return ffn.router.active / ffn.router.experts if isinstance(ffn, MoE) else 1.0
+    return ffn.router.active / ffn.router.experts if isinstance(ffn, MoE | MLPAndExperts) else 1.0

@@ -18,13 +18,13 @@ class ShortConvModule(nn.Module):
     The state is the last width - 1 inputs of the convolution. Sums are in one order, however a text is split.
     """
 
-    def __init__(self, spec: ShortConv, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, spec: ShortConv, config: DecoderConfig, state: int, name: str = "attn") -> None:
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.state = spec, state
         biases = config.biases
-        self.in_proj = Linear(config.dim, 3 * spec.channels, bias="attn.in_proj" in biases)
-        self.conv = DepthwiseConv(spec.channels, spec.width, bias="attn.conv" in biases)
-        self.out_proj = Linear(spec.channels, config.dim, bias="attn.out_proj" in biases)
+        self.in_proj = Linear(config.dim, 3 * spec.channels, bias=f"{name}.in_proj" in biases)
+        self.conv = DepthwiseConv(spec.channels, spec.width, bias=f"{name}.conv" in biases)
+        self.out_proj = Linear(spec.channels, config.dim, bias=f"{name}.out_proj" in biases)
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
@@ -33,7 +33,7 @@ class ShortConvModule(nn.Module):
         convolved = []
         for span, part in zip(batch.spans, parts, strict=True):
             inputs = part.view(*span.new.shape, -1)  # (B, T, C)
-            convolved.append(span.cache.recur(self.layer, self._convolve, (inputs,)).flatten(0, 1))
+            convolved.append(span.cache.recur(self.state, self._convolve, (inputs,)).flatten(0, 1))
         out: Tensor = self.out_proj(after * torch.cat(convolved))
         return out
 

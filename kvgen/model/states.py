@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgen.errors import CacheError
-from kvgen.model.mixers import Attention
+from kvgen.model.mixers import Attention, LatentAttention
 
 MIN_CAPACITY = 64
 _MAX_SLACK = 64
@@ -20,7 +20,10 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one layer, (B, H_kv, capacity, D) each. Entry 0 is the absolute position `first`."""
+    """Keys and values of one layer, (B, H_kv, capacity, D) each. Entry 0 is the absolute position `first`.
+
+    D may differ for keys and values.
+    """
 
     keys: Tensor
     values: Tensor
@@ -111,10 +114,13 @@ class AttentionState(State, Protocol):
         """
 
 
-def attention_state(mixer: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> AttentionState:
+def attention_state(
+    mixer: Attention | LatentAttention, batch: int, dtype: torch.dtype, device: torch.device
+) -> AttentionState:
     """Create the empty state of a layer. dtype: of stored keys and values; int8 adds scales."""
-    shape = (batch, mixer.kv_heads, 0, row_length(mixer.head_dim, dtype))
-    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    heads, *widths = mixer.stored
+    shapes = [(batch, heads, 0, row_length(width, dtype)) for width in widths]
+    keys, values = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     buffers = KeyValues(keys, values, 0)
     return FullState(buffers) if mixer.window is None else WindowState(buffers, mixer.window)
 
@@ -152,6 +158,16 @@ class FullState:
         new.values[:] = encode(values, new.values.dtype)
         return decode(visible.keys, keys.dtype), decode(visible.values, values.dtype)
 
+    def read(self, length: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what `append` did in this pass, for `count` positions after the first `length`."""
+        visible = self._written.view(self._first_visible(length), length + count)
+        return decode(visible.keys, dtype), decode(visible.values, dtype)
+
+    @property
+    def _written(self) -> KeyValues:
+        """The buffers of this pass."""
+        return self.buffers
+
     def commit(self) -> None:
         pass
 
@@ -170,9 +186,8 @@ class FullState:
         if held.keys() != {"keys", "values"}:
             raise CacheError(f"a layer of {', '.join(sorted(held)) or 'nothing'}, not of keys and values")
         keys, values = held["keys"], held["values"]
-        batch, heads, _, width = self.buffers.keys.shape
-        for part in (keys, values):
-            if part.dtype != self.buffers.keys.dtype or (*part.shape[:2], *part.shape[3:]) != (batch, heads, width):
+        for part, own in ((keys, self.buffers.keys), (values, self.buffers.values)):
+            if part.dtype != own.dtype or (*part.shape[:2], *part.shape[3:]) != (*own.shape[:2], own.shape[3]):
                 raise CacheError(f"a layer of {part.dtype} and shape {tuple(part.shape)}")
         first = length - keys.shape[2]
         if not 0 <= first <= self._first_visible(length) or values.shape[2] != keys.shape[2]:
@@ -214,6 +229,10 @@ class WindowState(FullState):
         start = min(self._first_visible(length), self._first_kept(end))
         self._pending = self.buffers.copy(start, length, end - start)
         return self._pending
+
+    @property
+    def _written(self) -> KeyValues:
+        return self.buffers if self._pending is None else self._pending
 
     def commit(self) -> None:
         if self._pending is not None:

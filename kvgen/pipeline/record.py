@@ -97,7 +97,7 @@ def write_record(results: Path, record: Record) -> None:
 def differences(record: Record, before: Record) -> str:
     """Describe what differs from the previous run; empty if nothing. A model that only moved is the same."""
     known = record.get("weights") is not None and before.get("weights") is not None
-    ignored = {"model"} if known else {"weights", "tokenizer"}
+    ignored = {"model", "adapter"} if known else {"weights", "tokenizer"}
     found = []
     for name in sorted((record.keys() | before.keys()) - ignored):
         if record.get(name) != before.get(name):

@@ -1,0 +1,24 @@
+"""Attention to the keys and values of an earlier layer (Brandon et al. 2024, arXiv:2405.12981)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvgen.model.attention import QueryModule
+from kvgen.model.causal_lm import Pass, Span
+from kvgen.model.config import DecoderConfig
+from kvgen.model.mixers import SharedAttention
+
+
+class SharedAttentionModule(QueryModule):
+    """The module of `config.SharedAttention`: it reads what an earlier layer has appended to each span's cache."""
+
+    def __init__(self, spec: SharedAttention, config: DecoderConfig, name: str = "attn") -> None:
+        super().__init__(spec.attention, config, spec.state, name)
+
+    def forward(self, x: Tensor, batch: Pass) -> Tensor:
+        """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
+        return self.attend(x, batch)
+
+    def keys_and_values(self, span: Span, *new: Tensor) -> tuple[Tensor, Tensor]:
+        return span.cache.read(self.state, span.new.shape[1], self.q.weight.dtype)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kvgen
+from kvgen.checkpoint.grouped import quantized
+from kvgen.kernels.decoder import KernelDecoder
+from kvgen.kernels.packed import PackedMatrix
+from kvgen.kernels.program import lacking
 from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
 from kvgen.model.ffns import MLP, MoE, Router
 from kvgen.model.mixers import Attention
 from kvgen.model.moe import MoEModule, used_share
-from tests.families import make_checkpoint, make_model
+from tests import gguf_files
+from tests.families import EXPERTS, make_checkpoint, make_model
 
 MIXTURE = MoE(Router(8, 2, normalize=True), MLP(10), MLP(7))
 ATTENTION = Attention(2, 2, 4)
@@ -82,11 +90,12 @@ def fuse(tensors: dict[str, Tensor]) -> None:
         tensors[f"{prefix}.down_proj"] = parts["down"]
 
 
-def test_experts_in_one_tensor_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_experts_in_one_tensor_are_the_same(kernels: str, tmp_path: Path) -> None:
     make_checkpoint("qwen3_moe", 0, tmp_path)
-    expected = kvgen.load(tmp_path, tokenizer="ids").model.all_logits(IDS)
+    expected = kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model.all_logits(IDS)
     rewrite(tmp_path, fuse)
-    assert torch.equal(kvgen.load(tmp_path, tokenizer="ids").model.all_logits(IDS), expected)
+    assert torch.equal(kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model.all_logits(IDS), expected)
 
 
 @pytest.mark.parametrize("expert", [0, 3, 5])
@@ -132,8 +141,109 @@ def test_impossible_routers_are_refused(changes: dict[str, int], message: str, t
         kvgen.load(tmp_path, tokenizer="ids")
 
 
+# --- On the kernels ---
+
+WHOLE_GROUPS = EXPERTS | {"hidden_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96}
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_quantized_experts_of_a_gguf_file_stay_as_small(type_name: str, tmp_path: Path) -> None:
+    reference, kind = make_model("qwen2_moe", WHOLE_GROUPS), GGMLQuantizationType[type_name]
+    gguf_files.write_gguf(tmp_path / "m.gguf", "qwen2_moe", reference, experts=kind)
+    model, on_torch = (
+        kvgen.load(tmp_path / "m.gguf", tokenizer="ids", kernels=kernels).model for kernels in ("on", "off")
+    )
+    assert model.engine == "C++ kernels"
+    for name, weight in model.decoder.weights.items():
+        if ".experts." in name:
+            assert isinstance(weight, PackedMatrix)
+            assert weight.nbytes < (1.1 if type_name == "Q8_0" else 0.7) * math.prod(weight.shape)
+    expected = on_torch.all_logits(IDS)
+    assert (model.all_logits(IDS) - expected).abs().max() < 1e-3 * expected.abs().max()
+    together, cache = model.all_logits(IDS), None
+    for length in range(1, IDS.shape[1] + 1):
+        logits, cache = model(IDS[:, :length], cache)
+        assert torch.equal(logits[0, 0], together[0, length - 1])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_are_quantized_at_load_as_on_torch(bits: int, tmp_path: Path) -> None:
+    make_model("qwen2_moe", WHOLE_GROUPS).save_pretrained(tmp_path)
+    model, on_torch = (
+        kvgen.load(tmp_path, tokenizer="ids", kernels=kernels, quantize=f"int{bits}").model for kernels in ("on", "off")
+    )
+    plain = kvgen.load(tmp_path, tokenizer="ids", kernels="on").model
+    assert model.weight_bytes < (0.4 if bits == 8 else 0.3) * plain.weight_bytes
+    expected = on_torch.all_logits(IDS)
+    assert (model.all_logits(IDS) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_half_precision_experts_stay_as_small_and_compute_in_fp32(tmp_path: Path) -> None:
+    reference = make_model("granitemoe", {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 32})
+    reference.bfloat16().save_pretrained(tmp_path)
+    model, on_torch = (kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model for kernels in ("on", "off"))
+    assert (model.all_logits(IDS) - on_torch.all_logits(IDS)).abs().max() < 1e-4
+    assert model.weight_bytes < 0.7 * on_torch.weight_bytes
+    assert model.weight_bytes - model.step_bytes > 0.3 * model.weight_bytes  # half of the experts
+
+
+@pytest.mark.parametrize("shared_gate", [False, True])
+@pytest.mark.parametrize("more", [(), ("ffn_norm",), ("ffn_norm", "post_ffw_norm")])
+def test_mixtures_in_other_blocks(more: tuple[str, ...], shared_gate: bool) -> None:
+    """Parallel blocks, norms after mixtures, biases, no gates: what no family has yet."""
+    mixture = MoE(Router(8, 3, scale=0.7), MLP(32, gated=False, activation="relu2"), MLP(64), shared_gate)
+    biases = frozenset({"ffn.router", "ffn.experts.up", "ffn.experts.down", "ffn.shared.up"})
+    layers = (Layer(Attention(2, 2, 16), mixture),) * 2
+    sizes = DecoderConfig(50, 64, 32, layers, 1e-5, tied_head=True, biases=biases, residual_scale=0.6)
+    config = replace(sizes, norms=frozenset({"attn_norm", *more}), parallel=not more)
+    decoder = Decoder(config).requires_grad_(False)
+    weights: dict[str, PackedMatrix | Tensor] = {}
+    torch.manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        parameter.normal_(std=0.3)
+        weights[name] = parameter
+        if name.endswith(".weight") and parameter.ndim > 1:
+            packed = PackedMatrix(parameter if "router" in name else quantized(parameter, 8))
+            parameter.copy_(packed.unpacked())
+            weights[name] = packed
+    logits, expected = KernelDecoder(config, weights).all_logits(IDS), decoder.all_logits(IDS)
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("part", ["mlp.gate", "mlp.shared_expert_gate"])
+def test_a_router_that_is_no_number_is_not_lost(part: str, tmp_path: Path) -> None:
+    reference = make_model("qwen2_moe", WHOLE_GROUPS)
+    reference.get_submodule(f"model.layers.1.{part}").weight.data[0, 3] = torch.nan
+    reference.save_pretrained(tmp_path)
+    assert kvgen.load(tmp_path, tokenizer="ids", kernels="on").model(IDS, None)[0].isnan().all()
+
+
+def test_equal_scores_choose_the_first_experts(tmp_path: Path) -> None:
+    reference = make_model("mixtral", {"num_local_experts": 4})
+    for layer in reference.model.layers:
+        layer.mlp.gate.weight.data[:] = 0
+        layer.mlp.experts.down_proj.data[2:] = torch.nan
+    reference.save_pretrained(tmp_path)
+    assert kvgen.load(tmp_path, tokenizer="ids", kernels="on").model(IDS, None)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "missing"),
+    [
+        ((MLP(16), MIXTURE, MIXTURE), None),
+        ((MIXTURE, MoE(Router(8, 3), MLP(10), MLP(7))), "layers of different sizes"),
+        ((MLP(16), MLP(17), MIXTURE), "layers of different sizes"),
+        ((MoE(Router(8, 2), MLP(10, activation="tanh")),), "the activation tanh"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_the_kernels_lack(layers: tuple[MLP | MoE, ...], missing: str | None) -> None:
+    config = replace(CONFIG, layers=tuple(Layer(ATTENTION, ffn) for ffn in layers))
+    assert lacking(config) == missing
+
+
 @pytest.mark.slow
-def test_reading_a_mixture_takes_little_more_memory_than_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # on torch, on the kernels
+def test_reading_a_mixture_takes_little_more_memory_than_its_file(dtype: str, tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     make_checkpoint("qwen3_moe", 0, small)
     sizes = {"hidden_size": 512, "num_experts": 48, "moe_intermediate_size": 384, "head_dim": 64}
@@ -141,7 +251,7 @@ def test_reading_a_mixture_takes_little_more_memory_than_its_file(tmp_path: Path
     script = f"""
 import kvgen, resource
 for folder in ({str(small)!r}, {str(large)!r}):
-    loaded = kvgen.load(folder, tokenizer="ids", dtype="bfloat16")
+    loaded = kvgen.load(folder, tokenizer="ids", dtype="{dtype}")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -54,11 +54,16 @@ def test_blocks_are_read_as_gguf_dequantizes_them(type_name: str) -> None:
     assert grouped.shape == (50, 512)
     assert torch.equal(grouped.dequantized(), expected)
     packed = PackedMatrix(grouped)
-    # One rounding of a fused multiplication and addition.
-    assert (packed.unpacked() - expected).abs().max() <= expected.abs().max() * 2**-22
+    rounding = expected.abs().max() * 2**-22  # of a fused multiplication and addition
+    assert (packed.unpacked() - expected).abs().max() <= rounding
     order = torch.randperm(50)
     assert torch.equal(grouped.rows(order).dequantized(), expected[order])
     assert torch.equal(packed.rows(order[None]), packed.unpacked()[order][None])
+    experts = read_blocks(type_name, blocks, 5, 10)
+    assert experts is not None
+    assert torch.equal(experts.dequantized(), expected.view(5, 10, 512))
+    assert torch.equal(experts.rows(order.view(5, 10)).dequantized(), expected[order].view(5, 10, 512))
+    assert (PackedMatrix(experts).unpacked() - expected.view(5, 10, 512)).abs().max() <= rounding
 
 
 def test_a_q4_0_scale_whose_minimum_leaves_fp16_is_kept() -> None:
@@ -80,6 +85,7 @@ def test_float_weights_are_kept_bit_for_bit(dtype: torch.dtype) -> None:
     weights = torch.randn(70, 37).to(dtype)
     weights[0, :4] = torch.tensor([0.0, -0.0, 6e-8, -6e-8]).to(dtype)  # subnormal in fp16
     assert torch.equal(PackedMatrix(weights).unpacked(), weights.float())
+    assert torch.equal(PackedMatrix(weights.view(2, 35, 37)).unpacked(), weights.view(2, 35, 37).float())
 
 
 def test_quantized_weights_are_near() -> None:
@@ -94,6 +100,10 @@ def test_quantized_weights_are_near() -> None:
     assert not by_eight[3, 32:64].any()
 
 
+KINDS = {"llama": 0, "gemma2": 0, "gemma3_text": 0, "mistral": 0, "phi3": 1, "qwen2_moe": 1, "glm4_moe": 0}
+"""Families, and which of their configurations."""
+
+
 # --- The decoder --------------------------------------------------------------------------------------------------
 
 
@@ -105,17 +115,17 @@ def on_kernels(folder: Path, **options: str) -> NativeBackend:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]:
-    """Models with and without windows, by family; LongRoPE and soft caps among them."""
+    """Models with and without windows, by family; LongRoPE, soft caps and mixtures of experts among them."""
     models = {}
-    for kind in ("llama", "gemma2", "gemma3_text", "mistral", "phi3"):
+    for kind, number in KINDS.items():
         folder = tmp_path_factory.mktemp(kind)
-        make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
+        make_checkpoint(kind, number, folder)
         models[kind] = on_kernels(folder)
     return models
 
 
-@given(data=st.data(), kind=st.sampled_from(["llama", "gemma2", "gemma3_text", "mistral", "phi3"]))
-@settings(max_examples=60, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(list(KINDS)))
+@settings(max_examples=80, deadline=None)
 def test_any_way_to_split_a_text_gives_the_same_bits(small: dict[str, NativeBackend], data, kind: str) -> None:
     model = small[kind]
     ids = torch.tensor([data.draw(st.lists(st.integers(2, 95), min_size=1, max_size=200))])
@@ -127,7 +137,7 @@ def test_any_way_to_split_a_text_gives_the_same_bits(small: dict[str, NativeBack
 
 
 @pytest.mark.parametrize("most", [7, 64])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "mistral", "phi3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_computed_in_passes_of_bounded_size(
     small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch, kind: str, most: int
 ) -> None:

@@ -140,7 +140,8 @@ def test_sizes_need_not_fill_words(bits: int, tmp_path: Path) -> None:
 def test_experts_are_stacked(name: str, tmp_path: Path) -> None:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     expected = reference_logits(make_quantized(tmp_path, GROUPED[name], "qwen3_moe", **options))
-    assert (logits_of(tmp_path)[0] - expected).abs().max() < 1e-4
+    assert (logits_of(tmp_path, kernels="off")[0] - expected).abs().max() < 1e-4
+    assert (logits_of(tmp_path, kernels="on")[0] - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

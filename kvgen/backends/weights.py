@@ -16,7 +16,7 @@ from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import parts_of, split_fused, transform_of
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
-from kvgen.model.moe import StackedLinear
+from kvgen.model.moe import RouterModule, StackedLinear
 from kvgen.system import total_memory
 
 
@@ -30,9 +30,10 @@ class WeightReader:
         self.config = blueprint.decoder.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.decoder.named_parameters()}
         self.transforms = blueprint.family.transforms(self.raw, self.config)
-        modules = blueprint.decoder.named_modules()
+        modules = list(blueprint.decoder.named_modules())
         linear = (name for name, module in modules if isinstance(module, Linear | StackedLinear))
         self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
+        self.routers = {f"{name}.weight" for name, module in modules if isinstance(module, RouterModule)}  # stay floats
 
     def check_memory(self) -> None:
         """Raise UnsupportedError if the weights need more than the machine's memory."""
@@ -85,14 +86,15 @@ class WeightReader:
         if grouped is None:
             return None
         transform = transform_of(self.transforms, source)
-        index = torch.arange(grouped.shape[0], dtype=torch.float64)[:, None]
+        rows = grouped.shape[:-1]
+        index = torch.arange(math.prod(rows), dtype=torch.float64).view(*rows, 1)
         moved = transform(index) if transform else index
-        if moved.shape != index.shape or not torch.equal(moved.sort(0).values, index):
+        if moved.shape != index.shape or not torch.equal(moved.flatten().sort().values, index.flatten()):
             return None  # the transform does more than reorder rows
         pieces = split_fused(moved, source, self.config)
         if len(pieces) == 1 and not transform:
             return [grouped]
-        return [grouped.rows(piece[:, 0].long()) for piece in pieces]
+        return [grouped.rows(piece.squeeze(-1).long()) for piece in pieces]
 
     def _is_changed(self, source: str) -> bool:
         return not self.changes.keys().isdisjoint(parts_of(source))
@@ -121,10 +123,9 @@ class WeightReader:
         options, is_matrix = self.options, name in self.matrices
         bits = {"int8": 8, "int4": 4}.get(options.quantize)
         if bits is not None and is_matrix and isinstance(piece, Tensor) and piece.shape[-1] % 32 == 0:  # whole groups
-            shape, piece = piece.shape, quantized(piece.flatten(0, -2), bits)
-            if len(shape) > 2:  # experts
-                piece = piece.dequantized().view(shape)
-        if options.kernels and is_matrix:
+            piece = quantized(piece, bits)
+        if options.kernels and (is_matrix or name in self.routers):
             return PackedMatrix(piece)
         floats = piece.dequantized() if isinstance(piece, Grouped) else piece
-        return floats.to(device=options.device, dtype=options.dtype)
+        floats = floats.to(device=options.device, dtype=options.dtype)
+        return floats.contiguous() if options.kernels else floats

@@ -208,7 +208,7 @@ def _read_tensor(
 def _read_grouped(
     file: MappedFile, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
 ) -> Grouped | None:
-    if len(shape) != 2 or kind in _PLAIN_TYPES:
+    if len(shape) < 2 or kind in _PLAIN_TYPES:
         return None
     blocks = np.frombuffer(file.data, np.uint8, size, offset).reshape(-1, GGML_QUANT_SIZES[kind][1])
-    return read_blocks(kind.name, blocks, shape[0])
+    return read_blocks(kind.name, blocks, *shape[:-1])

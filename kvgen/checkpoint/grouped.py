@@ -18,11 +18,11 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Grouped:
-    """An (R, K) matrix in which groups of columns share a scale: weight = code * scale + minimum.
+    """An (R, K) matrix, or E of them, in which groups of columns share a scale: weight = code * scale + minimum.
 
-    codes: 8 bits: int8, (R, K). 4 bits: uint8, (R, K / 2); byte i of a group of 2n columns holds column i in its low
-        half and column n + i in its high half.
-    scales, mins: (R, K / group), fp16 or fp32; mins may be None.
+    codes: 8 bits: int8, (..., R, K). 4 bits: uint8, (..., R, K / 2); byte i of a group of 2n columns holds column i in
+        its low half and column n + i in its high half.
+    scales, mins: (..., R, K / group), fp16 or fp32; mins may be None.
     group: columns per group, 16 or 32.
     """
 
@@ -37,49 +37,51 @@ class Grouped:
         return 4 if self.codes.dtype == torch.uint8 else 8
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(R, K)"""
-        return self.scales.shape[0], self.scales.shape[1] * self.group
+    def shape(self) -> tuple[int, ...]:
+        """(R, K) or (E, R, K)"""
+        return *self.scales.shape[:-1], self.scales.shape[-1] * self.group
 
     def rows(self, index: Tensor) -> Grouped:
-        """Return the rows at `index`, int64."""
-        mins = None if self.mins is None else self.mins[index]
-        return Grouped(self.codes[index], self.scales[index], mins, self.group)
+        """Return the rows at `index`, int64 of the shape (R) or (E, R); those of several matrices count on."""
+        codes, scales = (tensor.flatten(0, -2)[index] for tensor in (self.codes, self.scales))
+        return Grouped(codes, scales, None if self.mins is None else self.mins.flatten(0, -2)[index], self.group)
 
     def dequantized(self) -> Tensor:
-        """Return the weights, (R, K) fp32."""
-        rows, columns = self.shape
-        codes = self.codes.view(rows, columns // self.group, -1)
+        """Return the weights in fp32."""
+        codes = self.codes.view(*self.scales.shape, -1)
         if self.bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), dim=-1)
         weights = codes.float().mul_(self.scales.float()[..., None])
         if self.mins is not None:
             weights += self.mins.float()[..., None]
-        return weights.view(rows, columns)
+        return weights.view(self.shape)
 
 
 def quantized(weights: Tensor, bits: int) -> Grouped:
-    """Quantize an (R, K) matrix, K a multiple of 32, to 8 bits (as ggml's Q8_0) or 4 bits (Q4_1)."""
-    groups = weights.float().view(weights.shape[0], -1, 32)
+    """Quantize matrices, (..., K), K a multiple of 32, to 8 bits (as ggml's Q8_0) or 4 bits (Q4_1)."""
+    groups = weights.float().view(*weights.shape[:-1], -1, 32)
     if bits == 8:
         scales = (groups.abs().amax(-1) / 127).half()
         codes = torch.where(scales[..., None] > 0, groups / scales[..., None].float(), 0).round().clamp(-127, 127)
-        return Grouped(codes.to(torch.int8).view(weights.shape), scales, None, 32)
+        return Grouped(codes.to(torch.int8).flatten(-2), scales, None, 32)
     mins = groups.amin(-1).half()
     scales = ((groups.amax(-1) - mins.float()) / 15).clamp(min=0).half()
     offsets = groups - mins[..., None].float()
     nibbles = torch.where(scales[..., None] > 0, offsets / scales[..., None].float(), 0).round().clamp(0, 15).byte()
     codes = nibbles[..., :16] | nibbles[..., 16:] << 4
-    return Grouped(codes.view(weights.shape[0], -1), scales, mins, 32)
+    return Grouped(codes.flatten(-2), scales, mins, 32)
 
 
-def read_blocks(type_name: str, blocks: Bytes, rows: int) -> Grouped | None:
-    """Convert blocks of a ggml type, (blocks, bytes per block), to a matrix; None for types not in groups."""
+def read_blocks(type_name: str, blocks: Bytes, *rows: int) -> Grouped | None:
+    """Convert blocks of a ggml type, (blocks, bytes per block), to a matrix; None for types not in groups.
+
+    rows: R, or E and R.
+    """
     if type_name not in _READERS:
         return None
     group, read = _READERS[type_name]
     codes, scales, mins = (
-        None if part is None else torch.from_numpy(np.ascontiguousarray(part)).view(rows, -1) for part in read(blocks)
+        None if part is None else torch.from_numpy(np.ascontiguousarray(part)).view(*rows, -1) for part in read(blocks)
     )
     assert codes is not None and scales is not None
     return Grouped(codes, scales, mins, group)

@@ -15,7 +15,8 @@ from kvgen.errors import UsageError
 from kvgen.kernels import structs
 from kvgen.kernels.build import library
 from kvgen.kernels.packed import PackedMatrix
-from kvgen.kernels.program import ProgramBuilder, Slot, slot_widths
+from kvgen.kernels.program import ProgramBuilder
+from kvgen.kernels.slots import Slot, slot_widths
 from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM, Span, positions_of
 from kvgen.model.config import DecoderConfig
@@ -57,6 +58,7 @@ class KernelDecoder(CausalLM):
         for i in range(len(config.layers)):
             body.block(i)
         head.head()
+        self._routers = body.routers  # the operations point to them
         self._body, self._head = ((structs.Op * len(part.ops))(*part.ops) for part in (body, head))
         self._widths = (ctypes.c_int32 * len(Slot))(*slot_widths(config))
         self._slots = (ctypes.c_void_p * len(Slot))()

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "attention.h"
+#include "experts.h"
 
 namespace {
 
@@ -93,13 +94,14 @@ void activate(const Op &op, const Run &run, Shared &shared) {
     });
 }
 
-// dst += scale * src
+// dst += scale * src, times the sigmoid of the row's number in `other`, if there is one
 void add(const Op &op, const Run &run, Shared &shared) {
     size_t width = run.widths[op.src];
     shared.threads->each(run.rows, width, [&](int r) {
         const float *x = run.slots[op.src] + r * width;
         float *y = run.slots[op.dst] + r * width;
-        for (size_t i = 0; i < width; i++) y[i] += op.scale * x[i];
+        float scale = op.other < 0 ? op.scale : op.scale * sigmoid_of(splat(run.slots[op.other][r]))[0];
+        for (size_t i = 0; i < width; i++) y[i] += scale * x[i];
     });
 }
 
@@ -125,6 +127,10 @@ void kvgen_run(const Run *run, int threads) {
     shared.owners.resize(run->rows);
     for (int s = 0; s < run->sequence_count; s++)
         std::fill_n(shared.owners.begin() + run->sequences[s].row, run->sequences[s].tokens, s);
+    if (run->rows == 0) return;
+    shared.segments.clear();
+    for (int first = 0; first < run->rows; first += TOKENS)
+        shared.segments.push_back({first, std::min(TOKENS, run->rows - first), 0});
     for (int i = 0; i < run->count; i++) {
         const Op &op = run->ops[i];
         switch (op.kind) {
@@ -139,6 +145,8 @@ void kvgen_run(const Run *run, int threads) {
             }
             break;
         case ACTIVATE: activate(op, *run, shared); break;
+        case ROUTE: route(op, *run, shared); break;
+        case COMBINE: combine(op, *run, shared); break;
         default: add(op, *run, shared);
         }
     }

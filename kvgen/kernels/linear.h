@@ -178,8 +178,9 @@ void unpack_row(const Weight &w, int64_t row, float *to) {
     }
 }
 
-// One panel of x W^T for `count` rows of x from `first`: out is (count, PANEL).
-void linear_panel(const Weight &w, int panel, const float *x, const Shared &shared, int first, int count, float *out) {
+// One panel of x W^T for `count` rows of x from `first`: out is (count, PANEL). row_of: see `linear`.
+void linear_panel(const Weight &w, int panel, const float *x, const int32_t *row_of, const Shared &shared, int first,
+                  int count, float *out) {
     size_t numbers = size_t(panel) * w.cols * PANEL;
     if (w.kind == INT4) {
         const uint32_t *at = (const uint32_t *)w.codes + numbers / 8;
@@ -195,35 +196,42 @@ void linear_panel(const Weight &w, int panel, const float *x, const Shared &shar
             const float *rows[TILE];
             float *outs[TILE];
             int n = std::min(TILE, count - t);
-            for (int i = 0; i < n; i++) rows[i] = x + size_t(first + t + i) * w.cols, outs[i] = out + (t + i) * PANEL;
+            for (int i = 0; i < n; i++) {
+                int row = first + t + i;
+                rows[i] = x + size_t(row_of ? row_of[row] : row) * w.cols, outs[i] = out + (t + i) * PANEL;
+            }
             multiply_rows(n, rows, unpacked, PANEL, w.cols, outs);
         }
     }
 }
 
-// to = scale * (from + bias), or to += it, for `count` outputs from `start`
-void write_panel(const Op &op, const float *from, int start, int count, float *to) {
+// to = scale * (from + bias), or to += it, for `count` outputs
+void write_panel(const Op &op, const float *bias, const float *from, int count, float *to) {
     if (count == PANEL) {
         for (int i = 0; i < PANEL; i += 16) {
             f32x16 v = load<f32x16>(from + i);
-            if (op.bias) v += load<f32x16>(op.bias + start + i);
+            if (bias) v += load<f32x16>(bias + i);
             v *= op.scale;
             store(to + i, op.flags & ACCUMULATE ? load<f32x16>(to + i) + v : v);
         }
         return;
     }
     for (int i = 0; i < count; i++) {
-        float value = (from[i] + (op.bias ? op.bias[start + i] : 0.0f)) * op.scale;
+        float value = (from[i] + (bias ? bias[i] : 0.0f)) * op.scale;
         to[i] = op.flags & ACCUMULATE ? to[i] + value : value;
     }
 }
 
-// dst = scale * (src W^T + bias), or dst += it
+// dst = scale * (src W^T + bias), or dst += it. ROUTED: each pair of a row and an expert, in the order of `Routes`, with
+// the weight of its expert; GATHER: src has rows, not such pairs.
 void linear(const Op &op, const Run &run, Shared &shared) {
     const Weight &w = *op.weight;
     const float *x = run.slots[op.src];
     float *y = run.slots[op.dst];
-    int rows = run.rows, panels = (w.rows + PANEL - 1) / PANEL, width = run.widths[op.dst];
+    bool routed = op.flags & ROUTED;
+    const std::vector<Segment> &segments = routed ? shared.routes.segments : shared.segments;
+    const int32_t *row_of = op.flags & GATHER ? shared.routes.rows.data() : nullptr; // of input row i, if not i
+    int rows = segments.back().first + segments.back().count, width = routed ? w.rows : run.widths[op.dst];
     if (w.kind >= INT4 && !(op.flags & SAME_INPUT)) {
         int groups = w.cols / w.group;
         resize(shared.pairs, size_t(rows) * w.cols / 2);
@@ -231,20 +239,20 @@ void linear(const Op &op, const Run &run, Shared &shared) {
         shared.threads->each(rows, 4 * w.cols, [&](int r) {
             Rounded to{&shared.pairs[size_t(r) * w.cols / 2], &shared.scales[size_t(r) * groups],
                        &shared.sums[size_t(r) * groups]};
-            round_row(x + size_t(r) * w.cols, Kind(w.kind), w.group, groups, to);
+            round_row(x + size_t(row_of ? row_of[r] : r) * w.cols, Kind(w.kind), w.group, groups, to);
         });
     }
-    for (int first = 0; first < rows; first += TOKENS) {
-        int count = std::min(TOKENS, rows - first);
-        shared.threads->each(panels, int64_t(count) * w.cols * PANEL, [&](int panel) {
-            resize(tile_buffer, size_t(TOKENS) * PANEL);
-            float *tile = tile_buffer.data();
-            linear_panel(w, panel, x, shared, first, count, tile);
-            int start = panel * PANEL, end = std::min(PANEL, w.rows - start);
-            for (int t = 0; t < count; t++)
-                write_panel(op, tile + t * PANEL, start, end, y + size_t(first + t) * width + start);
-        });
-    }
+    int panels = (w.rows + PANEL - 1) / PANEL, parts = int(segments.size());
+    shared.threads->each(parts * panels, int64_t(rows) * w.cols * PANEL / parts, [&](int i) {
+        const Segment &part = segments[i / panels];
+        int panel = i % panels, start = panel * PANEL, end = std::min(PANEL, w.rows - start);
+        resize(tile_buffer, size_t(TOKENS) * PANEL);
+        float *tile = tile_buffer.data();
+        linear_panel(w, part.expert * panels + panel, x, row_of, shared, part.first, part.count, tile);
+        const float *bias = op.bias ? op.bias + size_t(part.expert) * w.rows + start : nullptr;
+        for (int t = 0; t < part.count; t++)
+            write_panel(op, bias, tile + t * PANEL, end, y + size_t(part.first + t) * width + start);
+    });
 }
 
 } // namespace

@@ -16,14 +16,21 @@ constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
 
 enum Kind { F32, BF16, F16, INT4, INT8 };
 
-struct Weight {
+struct Weight { // or one for each expert, each of whole panels
     int32_t kind, rows, cols, group; // group: columns that share a scale, 16 or 32
     int32_t wide;                    // scales are fp32, not fp16
     const void *codes, *scales, *mins;
 };
 
-enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD };
-enum Flag { ACCUMULATE = 1, SAME_INPUT = 2 };
+enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD, ROUTE, COMBINE };
+enum Flag { ACCUMULATE = 1, SAME_INPUT = 2, ROUTED = 4, GATHER = 8 };
+enum Scores { SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID };
+
+struct Router { // chooses experts for each row; see `Router` in kvgen/model/ffns.py
+    int32_t experts, active, scores, normalize, groups, active_groups, group_top;
+    float smallest_sum, scale;
+    const float *selection; // added to scores to choose, (experts,), or null
+};
 
 struct Op {
     int32_t kind, src, dst, other, third; // slots, used as the kind requires
@@ -32,6 +39,7 @@ struct Op {
     const Weight *weight;
     const float *vector, *bias;
     int64_t vector_size;
+    const Router *router;
 };
 
 enum Stored { STORED_F32, STORED_BF16, STORED_INT8 };
@@ -76,6 +84,19 @@ struct Task {
     size_t rows, offset; // rows: (t1 - t0) * heads; offset: of the results per chunk in Shared::partials
 };
 
+// Input rows [first, first + count) of a product with one weight.
+struct Segment {
+    int32_t first, count, expert;
+};
+
+// What the last ROUTE chose. Pairs of a row and one of its experts are computed in the order of experts, then rows.
+struct Routes {
+    std::vector<int32_t> experts, places; // (rows, active): ascending in each row, and their places in that order
+    std::vector<float> weights;           // of the same
+    std::vector<int32_t> rows;            // of the pairs, in order
+    std::vector<Segment> segments;        // of pairs, in order
+};
+
 // Per-process state: threads, and what they share during a run.
 struct Shared {
     int process;
@@ -86,6 +107,8 @@ struct Shared {
     }
     std::vector<int32_t> pairs, owners; // owners: the sequence of each row
     std::vector<float> scales, sums, partials;
+    std::vector<Segment> segments; // of all rows
+    Routes routes;
     std::vector<Task> split, whole; // tasks whose chunks are divided among threads; tasks for one thread each
     std::vector<std::pair<int32_t, int32_t>> chunks; // of split tasks: task and chunk
     int32_t max_rows;                                // of a split task

@@ -15,6 +15,8 @@ class OpKind(IntEnum):
     ATTEND = 3
     ACTIVATE = 4
     ADD = 5
+    ROUTE = 6
+    COMBINE = 7
 
 
 def _fields(names: str, type_: Any) -> list[tuple[str, Any]]:
@@ -25,6 +27,14 @@ class Weight(ctypes.Structure):
     _fields_ = (*_fields("kind rows cols group wide", c_int32), *_fields("codes scales mins", c_void_p))
 
 
+class Router(ctypes.Structure):
+    _fields_ = (
+        *_fields("experts active scores normalize groups active_groups group_top", c_int32),
+        *_fields("smallest_sum scale", c_float),
+        ("selection", c_void_p),
+    )
+
+
 class Op(ctypes.Structure):
     _fields_ = (
         *_fields("kind src dst other third mode width heads kv_heads layer flags", c_int32),
@@ -32,6 +42,7 @@ class Op(ctypes.Structure):
         ("weight", POINTER(Weight)),
         *_fields("vector bias", c_void_p),
         ("vector_size", c_int64),
+        ("router", POINTER(Router)),
     )
 
 

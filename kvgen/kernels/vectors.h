@@ -116,6 +116,11 @@ f32x16 exp_of(f32x16 x) {
     return (f32x16)((i32x16)(p * (f32x16)((whole + 127) << 23)) & keep);
 }
 
+f32x16 sigmoid_of(f32x16 x) {
+    f32x16 y = 1.0f / (1.0f + exp_of(-x));
+    return x == x ? y : x; // comparisons in exp_of lose NaN
+}
+
 // Transposes 16 rows of 16, in four rounds that swap blocks of 8, 4, 2 and 1.
 template <int STEP> inline void swap_blocks(f32x16 m[16]) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -19,6 +19,7 @@ from kvgen.comparison.patterns import PATTERNS
 from kvgen.comparison.reference import Reference
 from kvgen.comparison.report import as_data
 from kvgen.comparison.subjects import subject_of
+from kvgen.comparison.subjects.native import NativeSubject
 from kvgen.comparison.verdict import Verdict
 from kvgen.comparison.verified import VerifiedBackend
 from kvgen.model.config import Layer
@@ -214,6 +215,17 @@ def test_faults_that_short_texts_do_not_show_are_caught(fault: str, number: int)
     assert row.verdict is Verdict.DIFFERENT
     assert names(row)
     assert names(row) <= NATIVE_FAULTS[fault] | {"unexplained"}
+
+
+def test_a_copy_in_a_wider_dtype_can_be_widened_again() -> None:
+    decoder = make_decoder().bfloat16()
+    expected = NativeSubject(NativeBackend(make_decoder().bfloat16().double()))(torch.tensor([PROMPT]), None)[0]
+    wide = NativeSubject(NativeBackend(decoder)).in_dtype(torch.float32)
+    assert wide is not None
+    wider = wide.in_dtype(torch.float64)
+    assert wider is not None
+    assert (wide.dtype, wider.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(wider(torch.tensor([PROMPT]), None)[0], expected)
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ class Case:
     @cached_property
     def wider(self) -> Case | None:
         """The same case in the next wider dtype, where rounding hides less; None if the model does not support it."""
+        if self.subject.dtype == torch.float64:
+            return None
         twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in _NARROW else torch.float64)
         return None if twin is None else make_case(Reference(twin), self.ids, self.start, self.special_ids)
 

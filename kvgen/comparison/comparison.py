@@ -255,7 +255,7 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
         run = run_forced(pattern.call(case.wider.subject), case.ids[:, : case.start + steps], case.start)
     except CALL_ERRORS:
         return judged.wrong
-    return case.wider.judge(run.logits).wrong
+    return _is_wrong(case.wider, pattern, case.wider.judge(run.logits))
 
 
 def _tokens_of(

@@ -78,10 +78,11 @@ def _run_surely(case: Case, name: str, use: _Use) -> Probe:
     probe = _run(case, name, use)
     if not probe.wrong:
         return probe
-    if probe.ratio is not None and probe.ratio <= BEYOND_DOUBT and case.wider is not None:
-        sharp = _run(case.wider, name, use)
-        if not sharp.wrong and sharp.ratio is not None:
-            return replace(probe, wrong=False, length=None)
+    sharp, wider = probe, case.wider
+    while sharp.wrong and sharp.ratio is not None and sharp.ratio <= BEYOND_DOUBT and wider is not None:
+        sharp, wider = _run(wider, name, use), wider.wider
+    if not sharp.wrong and sharp.ratio is not None:
+        return replace(probe, wrong=False, length=None)
     return replace(probe, repeats=_run(case, name, use).wrong)
 
 

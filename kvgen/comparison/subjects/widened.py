@@ -21,6 +21,10 @@ def widened(module: M, dtype: torch.dtype) -> M:
     shared = {id(parameter): parameter for parameter in module.parameters()}
     wide = copy.deepcopy(module, dict(shared))
     for part in list(wide.modules()):
+        if isinstance(part, _Converted):
+            part.dtype = dtype  # the original is such a copy itself
+        if isinstance(part, parametrize.ParametrizationList):
+            continue
         for name, buffer in list(part.named_buffers(recurse=False)):
             if buffer.is_floating_point():
                 part._buffers[name] = buffer.to(dtype)

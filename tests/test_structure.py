@@ -28,6 +28,7 @@ IMPORT_ORDER = [
     "kvgen.model.recurrent",
     "kvgen.model.cache",
     "kvgen.model.ids",
+    "kvgen.model.spans",
     "kvgen.model.causal_lm",
     "kvgen.model.layers",
     "kvgen.model.moe",

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -70,6 +70,11 @@ def check_file(path: Path, *, max_bytes: int | None = None) -> None:
         raise CheckpointError(f"{path}: not a file")
     if max_bytes is not None and found.st_size > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes} bytes; this is not a checkpoint file")
+
+
+def refuse_tensor(folder: Path, name: str, problem: str) -> NoReturn:
+    """Raise CheckpointError for one tensor of a folder."""
+    raise CheckpointError(f"{folder}: tensor {name!r} {problem}")
 
 
 def read_json(path: Path) -> Any:

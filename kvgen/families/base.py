@@ -98,6 +98,13 @@ def layer_count(raw: RawCheckpoint) -> int:
     return count
 
 
+def row_count(raw: RawCheckpoint, name: str) -> int:
+    """Return the number of rows of a tensor. Raises CheckpointError if it is missing."""
+    if name not in raw.tensors:
+        raise CheckpointError(f"{raw.path}: the tensor {name} is missing")
+    return raw.tensors[name].shape[0]
+
+
 def hf_config(
     raw: RawCheckpoint,
     *,
@@ -142,16 +149,13 @@ def gguf_config(
     keys.require("attention.clamp_kqv", None)
     if not scaled_attention:
         keys.require("attention.scale", None)
-    embedding = raw.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError(f"{raw.path}: the tensor token_embd.weight is missing")
     if "rotaries" not in mechanisms:
         mechanisms["rotaries"] = rotary_from_gguf(raw, keys, head_dim(raw))
     eps = "layer_norm_rms_epsilon" if mechanisms.get("norm", "rms") == "rms" else "layer_norm_epsilon"
     return _decoder_config(
         raw,
         names,
-        vocab_size=embedding.shape[0],
+        vocab_size=row_count(raw, "token_embd.weight"),
         norm_eps=keys.number(f"attention.{eps}"),
         tied_head="output.weight" not in raw.tensors,
         **{"activation": "silu", **mechanisms},

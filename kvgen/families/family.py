@@ -115,6 +115,11 @@ def predicts_further(name: str, config: DecoderConfig) -> bool:
     return found is not None and int(found[1]) >= len(config.layers)
 
 
+def predicts_ahead(name: str, config: DecoderConfig) -> bool:
+    """`predicts_further`, where such layers may also have names of their own."""
+    return name.startswith("mtp.") or predicts_further(name, config)
+
+
 def transform_of(transforms: Transforms, parameter: str) -> Transform | None:
     """Return the function for a parameter: that of its layer, or its own."""
     part = block_part(parameter)

@@ -23,6 +23,7 @@ from kvgen.families.base import (
     hf_config,
     layer_count,
     read_activation,
+    row_count,
     sliding_windows,
 )
 from kvgen.families.family import GGUF_NAMES, Family, NameTable, Transforms
@@ -119,9 +120,7 @@ def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
 
 
 def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
-    keys, left = fields_of(raw), raw.tensors.get("blk.0.laurel_l.weight")
-    if left is None:
-        raise CheckpointError(f"{raw.path}: the tensor blk.0.laurel_l.weight is missing")
+    keys, laurel_rank = fields_of(raw), row_count(raw, "blk.0.laurel_l.weight")
     deviations, count = keys.get("activation_sparsity_scale"), layer_count(raw)
     if not isinstance(deviations, list) or len(deviations) != count or not all(type(d) is float for d in deviations):
         raise CheckpointError(f"{keys.path}: {keys.prefix}activation_sparsity_scale must have a number for each layer")
@@ -130,7 +129,7 @@ def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
         names=_GGUF_NAMES,
         layer_inputs=gguf_layer_inputs(raw),
         altup=_altup(keys, "altup.num_inputs", "altup.active_idx", True),
-        laurel_rank=left.shape[0],
+        laurel_rank=laurel_rank,
         logit_softcap=keys.number("final_logit_softcapping", 30.0),
         ffns=_ffns(keys, "feed_forward_length", deviations, "gelu_tanh"),
         **_mechanisms(raw),

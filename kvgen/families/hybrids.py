@@ -80,18 +80,24 @@ def read_hf_mamba2(raw: RawCheckpoint, inner: int | None = None) -> Mamba2:
 def read_gguf_mamba2(raw: RawCheckpoint, **options: Any) -> Mamba2:
     """Read the keys that begin with `ssm.`. options: further fields of `Mamba2`."""
     keys = fields_of(raw)
-    heads, inner = keys.count("ssm.time_step_rank"), keys.count("ssm.inner_size")
-    if inner % heads:
-        raise CheckpointError(f"{raw.path}: {heads} heads do not divide a width of {inner}")
+    heads, head_dim = read_gguf_heads(keys)
     mixer = Mamba2(
         heads=heads,
-        head_dim=inner // heads,
+        head_dim=head_dim,
         groups=keys.count("ssm.group_count"),
         size=keys.count("ssm.state_size"),
         width=keys.count("ssm.conv_kernel"),
         **options,
     )
     return check_mamba2(mixer, raw)
+
+
+def read_gguf_heads(keys: Fields) -> tuple[int, int]:
+    """Return the number of heads of a recurrent mixer, and their size. Raises CheckpointError if they do not fit."""
+    heads, inner = keys.count("ssm.time_step_rank"), keys.count("ssm.inner_size")
+    if inner % heads:
+        raise CheckpointError(f"{keys.path}: {heads} heads do not divide a width of {inner}")
+    return heads, inner // heads
 
 
 def read_dt_limit(fields: Fields) -> tuple[float, float]:

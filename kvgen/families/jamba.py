@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.bamba import HF_NAMES_AROUND_MAMBA
 from kvgen.families.base import fields_of, gguf_config, hf_config, layer_count, read_size
 from kvgen.families.experts import gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, NameTable, Transforms
+from kvgen.families.family import GGUF_NAMES, Family, NameTable
 from kvgen.families.fields import Fields
-from kvgen.families.hybrids import convolution, hf_mamba2_biases, read_sizes, with_recurrences
+from kvgen.families.hybrids import hf_mamba2_biases, hf_mamba2_transforms, read_sizes, with_recurrences
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MoE, Router
 from kvgen.model.mixers import Mamba
@@ -105,9 +103,4 @@ def _read_gguf(raw: RawCheckpoint, keys: Fields) -> DecoderConfig:
     return with_recurrences(gguf_config(raw, names=_GGUF_NAMES, rotaries=None, ffns=ffns), mixer, attends)
 
 
-def hf_transforms(config: DecoderConfig) -> Transforms:
-    """The file has the logarithms of the decay rates."""
-    return {"attn.A": lambda logarithms: -torch.exp(logarithms.float()), "attn.conv": convolution}
-
-
-FAMILY = Family("jamba", "jamba", read_config, _HF_NAMES, gguf_names=_GGUF_NAMES, hf_transforms=hf_transforms)
+FAMILY = Family("jamba", "jamba", read_config, _HF_NAMES, gguf_names=_GGUF_NAMES, hf_transforms=hf_mamba2_transforms)

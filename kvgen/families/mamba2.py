@@ -6,7 +6,7 @@ from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
-from kvgen.families.base import fields_of, has_tied_head, layer_count, read_size, stored_biases
+from kvgen.families.base import fields_of, has_tied_head, layer_count, read_size, row_count, stored_biases
 from kvgen.families.family import GGUF_NAMES, Family
 from kvgen.families.fields import Fields
 from kvgen.families.hybrids import (
@@ -62,13 +62,10 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 
 
 def _read_gguf(raw: RawCheckpoint, keys: Fields) -> DecoderConfig:
-    embedding = raw.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError(f"{raw.path}: the tensor token_embd.weight is missing")
     return _config(
         raw,
         read_gguf_mamba2(raw),
-        vocab_size=embedding.shape[0],
+        vocab_size=row_count(raw, "token_embd.weight"),
         context_length=read_size(raw, "context_length"),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head="output.weight" not in raw.tensors,

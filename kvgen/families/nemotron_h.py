@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import PLAIN_MLP, fields_of, gguf_config, hf_config, layer_count, read_activation
 from kvgen.families.experts import gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, predicts_further
+from kvgen.families.family import GGUF_NAMES, Family, predicts_ahead
 from kvgen.families.fields import Fields
 from kvgen.families.glm4_moe import read_router
 from kvgen.families.hybrids import (
@@ -160,10 +160,6 @@ def _one_part_each(config: DecoderConfig, kinds: list[str], mamba2: Mamba2 | Non
     return replace(config, layers=tuple(layers))
 
 
-def _predicts_further(name: str, config: DecoderConfig) -> bool:
-    return name.startswith("mtp.") or predicts_further(name, config)
-
-
 FAMILY = Family(
     "nemotron_h",
     "nemotron_h",
@@ -172,5 +168,5 @@ FAMILY = Family(
     gguf_names=_GGUF_NAMES,
     hf_transforms=hf_mamba2_transforms,
     gguf_transforms=gguf_mamba2_transforms,
-    ignores=_predicts_further,
+    ignores=predicts_ahead,
 )

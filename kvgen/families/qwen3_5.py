@@ -7,13 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvgen.families.family import Family, Transforms
+from kvgen.families.family import Family, Transforms, predicts_ahead
 from kvgen.families.qwen3_next import (
     GGUF_NAMES_WITH_DELTA_NETS,
     HF_NAMES_WITH_DELTA_NETS,
     delta_nets,
     hf_transforms,
-    predicts_ahead,
     read_hybrid,
 )
 from kvgen.families.qwen3_next import gguf_transforms as gguf_transforms_of_next

@@ -7,14 +7,13 @@ from dataclasses import replace
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import fields_of
 from kvgen.families.experts import hf_ffns
-from kvgen.families.family import Family
+from kvgen.families.family import Family, predicts_ahead
 from kvgen.families.qwen3_5 import gguf_transforms
 from kvgen.families.qwen3_moe import read_router
 from kvgen.families.qwen3_next import (
     GGUF_NAMES_WITH_DELTA_NETS,
     HF_NAMES_WITH_DELTA_NETS,
     hf_transforms,
-    predicts_ahead,
     read_gguf_ffns,
     read_hybrid,
 )

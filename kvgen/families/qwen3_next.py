@@ -7,14 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.experts import HF_EXPERT_NAMES, as_row, gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, Transforms, by_part, plus_one, predicts_further
+from kvgen.families.family import GGUF_NAMES, Family, Transforms, by_part, plus_one, predicts_ahead
 from kvgen.families.fields import Fields
+from kvgen.families.hybrids import ATTENDS, hf_mamba2_transforms, read_gguf_heads, read_layer_kinds, with_recurrences
 from kvgen.families.qwen3_moe import is_sparse, read_router
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MoE
@@ -86,8 +85,7 @@ def read_hybrid(raw: RawCheckpoint, ffns: Sequence[MLP | MoE] | None = None) -> 
         net = _read_hf_net(fields)
     if net.heads % net.key_heads:
         raise CheckpointError(f"{fields.path}: {net.heads} heads of values cannot share {net.key_heads} heads of keys")
-    pairs = zip(config.layers, _attends(fields, len(config.layers)), strict=True)
-    return replace(config, layers=tuple(layer if kept else replace(layer, mixer=net) for layer, kept in pairs))
+    return with_recurrences(config, net, _attends(fields, len(config.layers)))
 
 
 def _read_hf_net(fields: Fields) -> DeltaNet:
@@ -101,12 +99,10 @@ def _read_hf_net(fields: Fields) -> DeltaNet:
 
 
 def _read_gguf_net(keys: Fields) -> DeltaNet:
-    heads, inner = keys.count("ssm.time_step_rank"), keys.count("ssm.inner_size")
-    if inner % heads:
-        raise CheckpointError(f"{keys.path}: {heads} heads do not divide a width of {inner}")
+    heads, value_dim = read_gguf_heads(keys)
     return DeltaNet(
         heads=heads,
-        value_dim=inner // heads,
+        value_dim=value_dim,
         key_heads=keys.count("ssm.group_count"),
         key_dim=keys.count("ssm.state_size"),
         width=keys.count("ssm.conv_kernel"),
@@ -115,23 +111,16 @@ def _read_gguf_net(keys: Fields) -> DeltaNet:
 
 def _attends(fields: Fields, count: int) -> list[bool]:
     """Return whether a layer is attention, for each."""
-    kinds = fields.get("layer_types")
-    if kinds is None:
+    if fields.get("layer_types") is None:
         interval = fields.count("full_attention_interval", _INTERVAL)
         return [(layer + 1) % interval == 0 for layer in range(count)]
-    if isinstance(kinds, list) and len(kinds) == count and set(kinds) <= {"linear_attention", "full_attention"}:
-        return [kind == "full_attention" for kind in kinds]
-    raise CheckpointError(f"{fields.path}: layer_types must have linear_attention or full_attention for each layer")
+    kinds = read_layer_kinds(fields, count, ("linear_attention", "full_attention"))
+    return [ATTENDS[kind] for kind in kinds]
 
 
 def hf_transforms(config: DecoderConfig) -> Transforms:
-    """Norms multiply by 1 + w, the file has the logarithms of decay rates, and torch's Conv1d has a dimension more."""
-    return {
-        **dict.fromkeys(_CENTRED_NORMS, plus_one),
-        **_ungrouped(config),
-        "attn.A": lambda logarithms: -torch.exp(logarithms.float()),
-        "attn.conv": lambda weight: weight.squeeze(1),
-    }
+    """Norms multiply by 1 + w; decay rates and convolutions are stored as those of Mamba 2."""
+    return {**dict.fromkeys(_CENTRED_NORMS, plus_one), **_ungrouped(config), **hf_mamba2_transforms(config)}
 
 
 def gguf_transforms(config: DecoderConfig) -> Transforms:
@@ -155,11 +144,6 @@ def _ungrouped(config: DecoderConfig) -> Transforms:
 def delta_nets(config: DecoderConfig) -> list[DeltaNet]:
     """Return the distinct delta nets of all layers: one, or none."""
     return list(dict.fromkeys(mixer for mixer in config.recurrences if isinstance(mixer, DeltaNet)))
-
-
-def predicts_ahead(name: str, config: DecoderConfig) -> bool:
-    """Whether a tensor belongs to a layer that predicts further tokens. For `Family.ignores`."""
-    return name.startswith("mtp.") or predicts_further(name, config)
 
 
 FAMILY = Family(

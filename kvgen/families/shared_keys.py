@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
-from kvgen.families.base import fields_of
+from kvgen.families.base import fields_of, row_count
 from kvgen.families.family import NameTable
 from kvgen.families.fields import Fields
 from kvgen.model.config import DecoderConfig, LayerInputs
@@ -47,12 +47,7 @@ def each_layer(fields: Fields, name: str, count: int) -> list[int]:
 def gguf_layer_inputs(raw: RawCheckpoint) -> LayerInputs | None:
     """Read their width, and the rows of their table from its tensor, as llama.cpp does."""
     width = fields_of(raw).whole("embedding_length_per_layer_input", 0)
-    if not width:
-        return None
-    table = raw.tensors.get("per_layer_token_embd.weight")
-    if table is None:
-        raise CheckpointError(f"{raw.path}: the tensor per_layer_token_embd.weight is missing")
-    return LayerInputs(width, table.shape[0], "gelu_tanh")
+    return LayerInputs(width, row_count(raw, "per_layer_token_embd.weight"), "gelu_tanh") if width else None
 
 
 def with_shared_keys(config: DecoderConfig, count: int, path: Path) -> DecoderConfig:

@@ -18,10 +18,11 @@ from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.program import ProgramBuilder
 from kvgen.kernels.slots import Slot, slot_widths
 from kvgen.model.cache import KVCache
-from kvgen.model.causal_lm import CausalLM, Span, positions_of
+from kvgen.model.causal_lm import CausalLM
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import RotaryTables
 from kvgen.model.mixers import Attention
+from kvgen.model.spans import Span, positions_of
 from kvgen.model.states import KeyValues
 
 _LOCK = threading.Lock()  # runs share scratch memory

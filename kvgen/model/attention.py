@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass, Span
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear, make_norm, rms_normed, rotate
 from kvgen.model.mixers import Attention, Rotary
+from kvgen.model.spans import Pass, Span
 
 
-class QueryModule(nn.Module):
+class QueryModule(nn.Module, ABC):
     """Base class of attentions: queries and the output. Subclasses return the keys and values that they read."""
 
     def __init__(self, spec: Attention, config: DecoderConfig, state: int, name: str) -> None:
@@ -25,9 +27,9 @@ class QueryModule(nn.Module):
         self.q_norm = _qk_norm(spec, config, spec.heads, bias=f"{name}.q_norm" in biases)
         self.sinks = Sinks(spec.heads) if spec.sinks else None
 
+    @abstractmethod
     def keys_and_values(self, span: Span, *new: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the new positions of a span attend to, (B, H_kv, S, D) each. new: as `attend` was given them."""
-        raise NotImplementedError
 
     def in_heads(self, x: Tensor, norm: nn.Module, rotary: Rotary | None, batch: Pass) -> Tensor:
         """Normalize and rotate projected queries or keys, (rows, H * D): (rows, H, D)."""

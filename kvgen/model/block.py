@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kvgen.model.altup import AltUpModule
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig
 from kvgen.model.laurel import LaurelModule
 from kvgen.model.layer_inputs import LayerInputModule
 from kvgen.model.layers import make_norm
+from kvgen.model.spans import Pass
 
 
 class Block(nn.Module):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from kvgen.errors import CacheError, UsageError
 from kvgen.model.cache import KVCache, new_states
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ids import check_form, check_range
-from kvgen.model.mixers import Rotary
 from kvgen.model.recurrent import RECENT
+from kvgen.model.spans import Span
 from kvgen.model.states import State
 
 PREFILL_CHUNK = 512
@@ -25,50 +23,6 @@ PREFILL_CHUNK = 512
 _MIN_CHUNK, _MAX_PRODUCTS = 24, 1.2e11  # half a second on two CPU cores
 _MAX_INITIAL_CAPACITY = 4096  # positions of a new cache
 _MAX_LOGITS = 1 << 23  # computed at once
-
-
-@dataclass(frozen=True)
-class Span:
-    """New tokens of one sequence in a pass: `new`, (B, T) ids, at positions from `start`.
-
-    total: the length of the whole sequence, which may continue after this span.
-    """
-
-    new: Tensor
-    cache: KVCache
-    start: int
-    total: int
-
-    @property
-    def rows(self) -> int:
-        """B * T, the rows of this span in a pass."""
-        return self.new.numel()
-
-    def split(self, count: int) -> tuple[Span, Span]:
-        """Return the first `count` positions, and the rest."""
-        first = Span(self.new[:, :count], self.cache, self.start, self.total)
-        return first, Span(self.new[:, count:], self.cache, self.start + count, self.total)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Input of every layer in one pass besides the hidden states.
-
-    rotations: cosines and sines for the new positions, per rotary of the config, (rows, 1, R) each.
-    shared: values that a layer has computed for later layers of the same kind, such as masks.
-    layer_inputs: (rows, layers, width), if the config has them.
-    """
-
-    spans: Sequence[Span]
-    rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
-    shared: dict[Any, Any] = field(default_factory=dict)
-    layer_inputs: Tensor | None = None
-
-
-def positions_of(spans: Sequence[Span]) -> Tensor:
-    """Return the position of each row, (rows,) int64."""
-    runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
-    return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
 
 
 class CausalLM(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvgen.model.altup import StreamsModule
 from kvgen.model.attention import AttentionModule
 from kvgen.model.block import Block
-from kvgen.model.causal_lm import CausalLM, Pass, Span, positions_of
+from kvgen.model.causal_lm import CausalLM
 from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.delta_net import DeltaNetModule
 from kvgen.model.ffns import MLP, MLPAndExperts, MoE, SparseMLP
@@ -37,6 +37,7 @@ from kvgen.model.mlp_and_experts import MLPAndExpertsModule
 from kvgen.model.moe import MoEModule
 from kvgen.model.shared_attention import SharedAttentionModule
 from kvgen.model.short_conv import ShortConvModule
+from kvgen.model.spans import Pass, Span, positions_of
 from kvgen.model.sparse_mlp import SparseMLPModule
 
 # The module for each dataclass of a layer's mixer and ffn. A mixer takes (x, Pass) and keeps its past in a `State`:

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear, RMSNorm
 from kvgen.model.mamba2 import Vector, segment_sums
 from kvgen.model.mixers import DeltaNet
 from kvgen.model.recurrent import Parts
 from kvgen.model.short_conv import DepthwiseConv
+from kvgen.model.spans import Pass
 
 _CHUNK = 64  # positions; within a chunk they are multiplied with each other, from chunk to chunk goes the state
 _UNIT_EPS = 1e-6  # added to squared lengths, as in flash-linear-attention
@@ -39,17 +39,13 @@ class DeltaNetModule(nn.Module):
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
-        rows = [span.rows for span in batch.spans]
-        projected = (layer(x).split(rows) for layer in (self.in_proj, self.a, self.b))
-        mixed = []
-        for span, *parts in zip(batch.spans, *projected, strict=True):
-            inputs = tuple(part.view(*span.new.shape, -1) for part in parts)  # (B, T, convolved), (B, T, H), (B, T, H)
-            mixed.append(span.cache.recur(self.state, self._mix, inputs).flatten(0, 1))
-        heads = torch.cat(mixed).view(len(x), self.spec.heads, -1)  # (rows, H, D_v)
+        mixed = batch.recur(self.state, self._mix, self.in_proj(x), self.a(x), self.b(x))
+        heads = mixed.view(len(x), self.spec.heads, -1)  # (rows, H, D_v)
         out: Tensor = self.out_proj(self.norm(heads).flatten(1) * F.silu(self.gate(x)))
         return out
 
     def _mix(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
+        """inputs: (B, T, convolved), (B, T, H), (B, T, H)."""
         spec, (conv, a, b), dtype = self.spec, inputs, state[1].dtype
         shape = conv.shape[:2]
         conv, last = self.conv(conv, state[0])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass, Span
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear, RMSNorm, rotate
 from kvgen.model.mixers import LatentAttention
+from kvgen.model.spans import Pass, Span
 
 
 class LatentAttentionModule(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig, LayerInputs
 from kvgen.model.layers import Embedding, Linear, make_activation, make_norm
+from kvgen.model.spans import Pass
 
 
 class LayerInputsModule(nn.Module):

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear, RMSNorm
 from kvgen.model.mamba2 import Vector
 from kvgen.model.mixers import Mamba
 from kvgen.model.recurrent import Parts
 from kvgen.model.short_conv import DepthwiseConv
+from kvgen.model.spans import Pass
 
 _CHUNK = 8  # positions whose states are in memory at once
 
@@ -41,14 +41,11 @@ class MambaModule(nn.Module):
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (rows, D) each
-        mixed = []
-        for span, part in zip(batch.spans, u.split([span.rows for span in batch.spans]), strict=True):
-            inputs = part.reshape(*span.new.shape, -1)  # (B, T, D)
-            mixed.append(span.cache.recur(self.state, self._mix, (inputs,)).flatten(0, 1))
-        out: Tensor = self.out_proj(torch.cat(mixed) * F.silu(z))
+        out: Tensor = self.out_proj(batch.recur(self.state, self._mix, u) * F.silu(z))
         return out
 
     def _mix(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
+        """inputs: (B, T, D)."""
         spec = self.spec
         conv, last = self.conv(inputs[0], state[0])
         x = F.silu(conv)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig
-from kvgen.model.layers import Linear
+from kvgen.model.layers import Linear, rms_normed
 from kvgen.model.mixers import Mamba2
 from kvgen.model.recurrent import Parts
 from kvgen.model.short_conv import DepthwiseConv
+from kvgen.model.spans import Pass
 
 _CHUNK = 64  # positions; within a chunk they are multiplied with each other, from chunk to chunk goes the state
 
@@ -37,17 +37,14 @@ class Mamba2Module(nn.Module):
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
-        spec, rows = self.spec, [span.rows for span in batch.spans]
+        spec = self.spec
         z, conv, dt = self.in_proj(x).tensor_split([spec.inner, spec.inner + spec.convolved], dim=-1)
-        mixed = []
-        for span, *parts in zip(batch.spans, conv.split(rows), dt.split(rows), strict=True):
-            inputs = tuple(part.reshape(*span.new.shape, -1) for part in parts)  # (B, T, convolved), (B, T, H)
-            mixed.append(span.cache.recur(self.state, self._mix, inputs).flatten(0, 1))
-        y, gate = torch.cat(mixed), F.silu(z)  # (rows, inner)
+        y, gate = batch.recur(self.state, self._mix, conv, dt), F.silu(z)  # (rows, inner)
         out: Tensor = self.out_proj(self.norm(y) * gate if spec.norm == "before-gate" else self.norm(y * gate))
         return out
 
     def _mix(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
+        """inputs: (B, T, convolved), (B, T, H)."""
         spec, (conv, dt) = self.spec, inputs
         conv, last = self.conv(conv, state[0])
         wide = F.silu(conv).to(state[1].dtype)
@@ -103,6 +100,4 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(*x.shape[:-1], self.groups, -1)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.flatten(-2).to(x.dtype) * self.weight
+        return rms_normed(x.view(*x.shape[:-1], self.groups, -1), self.eps).flatten(-2) * self.weight

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvgen.model.attention import QueryModule
-from kvgen.model.causal_lm import Pass, Span
 from kvgen.model.config import DecoderConfig
 from kvgen.model.mixers import SharedAttention
+from kvgen.model.spans import Pass, Span
 
 
 class SharedAttentionModule(QueryModule):

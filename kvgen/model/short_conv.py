@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvgen.model.causal_lm import Pass
 from kvgen.model.config import DecoderConfig
 from kvgen.model.layers import Linear
 from kvgen.model.mixers import ShortConv
 from kvgen.model.recurrent import Parts
+from kvgen.model.spans import Pass
 
 
 class ShortConvModule(nn.Module):
@@ -29,15 +29,11 @@ class ShortConvModule(nn.Module):
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""
         before, after, x = self.in_proj(x).chunk(3, dim=-1)  # (rows, C) each
-        parts = (before * x).split([span.rows for span in batch.spans])
-        convolved = []
-        for span, part in zip(batch.spans, parts, strict=True):
-            inputs = part.view(*span.new.shape, -1)  # (B, T, C)
-            convolved.append(span.cache.recur(self.state, self._convolve, (inputs,)).flatten(0, 1))
-        out: Tensor = self.out_proj(after * torch.cat(convolved))
+        out: Tensor = self.out_proj(after * batch.recur(self.state, self._convolve, before * x))
         return out
 
     def _convolve(self, inputs: Parts, state: Parts) -> tuple[Tensor, Parts]:
+        """inputs: (B, T, C)."""
         output, last = self.conv(inputs[0], state[0])
         return output, (last,)
 

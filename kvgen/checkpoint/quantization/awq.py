@@ -9,16 +9,8 @@ from kvgen.checkpoint.quantization.settings import Settings
 from kvgen.checkpoint.raw import RawTensor
 from kvgen.errors import UnsupportedError
 
-_ORDER = (
-    0,
-    4,
-    1,
-    5,
-    2,
-    6,
-    3,
-    7,
-)  # which code of a word belongs to each of 8 rows, stored in the order 0, 2, 4, 6, 1, ...
+# Which code of a word belongs to each of 8 rows: they are stored in the order 0, 2, 4, 6, 1, ...
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def read(settings: Settings, tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:

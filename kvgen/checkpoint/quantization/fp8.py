@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from torch import Tensor
 
 from kvgen.checkpoint.quantization.settings import Settings
-from kvgen.checkpoint.raw import RawTensor
+from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 from kvgen.errors import CheckpointError
 
 _TYPE = "F8_E4M3"
@@ -48,11 +47,11 @@ def read(settings: Settings, tensors: Mapping[str, RawTensor]) -> dict[str, RawT
     for name in [name for name, tensor in result.items() if tensor.type == _TYPE]:
         found = [name + ending for ending in _SCALES if name + ending in result]
         if len(found) != 1:
-            _fail(folder, name + _SCALES[0], "is missing" if not found else f"is stored beside {found[1]}")
+            refuse_tensor(folder, name + _SCALES[0], "is missing" if not found else f"is stored beside {found[1]}")
         result[name] = _scaled(folder, name, result[name], found[0], result.pop(found[0]), block)
     for name in result:
         if name.endswith(tuple(f".weight{ending}" for ending in _SCALES)):
-            _fail(folder, name, f"scales a tensor that is not of the type {_TYPE}")
+            refuse_tensor(folder, name, f"scales a tensor that is not of the type {_TYPE}")
     return result
 
 
@@ -69,13 +68,13 @@ def _scaled(
     folder: Path, name: str, numbers: RawTensor, scale_name: str, scales: RawTensor, block: _Block | None
 ) -> RawTensor:
     if len(numbers.shape) < 2 or 0 in numbers.shape:
-        _fail(folder, name, f"has the shape {numbers.shape}; it must be a matrix")
+        refuse_tensor(folder, name, f"has the shape {numbers.shape}; it must be a matrix")
     if scales.type not in _SCALE_TYPES:
-        _fail(folder, scale_name, f"has the type {scales.type}, not {' or '.join(_SCALE_TYPES)}")
+        refuse_tensor(folder, scale_name, f"has the type {scales.type}, not {' or '.join(_SCALE_TYPES)}")
     *outer, rows, columns = numbers.shape
     shapes = [(), (1,)] if block is None else [(*outer, -(-rows // block[0]), -(-columns // block[1]))]
     if scales.shape not in shapes:
-        _fail(folder, scale_name, f"has the shape {scales.shape}, not {' or '.join(map(str, shapes))}")
+        refuse_tensor(folder, scale_name, f"has the shape {scales.shape}, not {' or '.join(map(str, shapes))}")
 
     def read_tensor() -> Tensor:
         return dequantize(numbers.read(), scales.read(), block)
@@ -86,7 +85,3 @@ def _scaled(
 
     kind = "FP8" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
     return RawTensor(numbers.shape, kind, numbers.nbytes + scales.nbytes, read_tensor, release, expands=True)
-
-
-def _fail(folder: Path, name: str, problem: str) -> NoReturn:
-    raise CheckpointError(f"{folder}: tensor {name!r} {problem}")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgen.checkpoint.grouped import Grouped
-from kvgen.checkpoint.raw import RawTensor
-from kvgen.errors import CheckpointError
+from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 
 SCALE_TYPES = ("F16", "BF16", "F32")
 _GROUPS = (32, 16)  # columns per group of `Grouped`, the best first
@@ -95,7 +94,7 @@ class Parts:
         self.path, self.module, self.tensors = path, module, tensors
 
     def fail(self, part: str, problem: str) -> NoReturn:
-        raise CheckpointError(f"{self.path.parent}: tensor {f'{self.module}.{part}'!r} {problem}")
+        refuse_tensor(self.path.parent, f"{self.module}.{part}", problem)
 
     def matrix(self, part: str, types: Sequence[str]) -> tuple[int, int]:
         """Check that a part is a matrix of one of `types`; return its shape."""

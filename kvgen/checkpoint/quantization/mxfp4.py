@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from kvgen.checkpoint.quantization.settings import Settings
-from kvgen.checkpoint.raw import RawTensor
-from kvgen.errors import CheckpointError
+from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 
 _BLOCK_BYTES = 16
 _CHUNK = 1 << 14  # blocks that are converted at a time, so that temporary tensors fit into the CPU cache
@@ -49,22 +47,23 @@ def read(settings: Settings, tensors: Mapping[str, RawTensor]) -> dict[str, RawT
 def _assembled(folder: Path, name: str, tensors: dict[str, RawTensor]) -> RawTensor:
     """Take both tensors of X out of `tensors`. Raises CheckpointError."""
 
-    def fail(part: str, problem: str) -> NoReturn:
-        raise CheckpointError(f"{folder}: tensor {name + part!r} {problem}")
-
     if name in tensors:
-        fail("", f"is stored beside its quantized form, {name}_blocks")
+        refuse_tensor(folder, name, f"is stored beside its quantized form, {name}_blocks")
     for part in ("_blocks", "_scales"):
         if f"{name}{part}" not in tensors:
-            fail(part, "is missing")
+            refuse_tensor(folder, name + part, "is missing")
     blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
     for part, tensor in (("_blocks", blocks), ("_scales", scales)):
         if tensor.type != "U8":
-            fail(part, f"has the type {tensor.type}, not U8")
+            refuse_tensor(folder, name + part, f"has the type {tensor.type}, not U8")
     if len(blocks.shape) != 4 or blocks.shape[3] != _BLOCK_BYTES or 0 in blocks.shape:
-        fail("_blocks", f"has the shape {blocks.shape}; it must be (experts, rows, blocks, {_BLOCK_BYTES})")
+        refuse_tensor(
+            folder,
+            f"{name}_blocks",
+            f"has the shape {blocks.shape}; it must be (experts, rows, blocks, {_BLOCK_BYTES})",
+        )
     if scales.shape != blocks.shape[:3]:
-        fail("_scales", f"has the shape {scales.shape}, not {blocks.shape[:3]}")
+        refuse_tensor(folder, f"{name}_scales", f"has the shape {scales.shape}, not {blocks.shape[:3]}")
     experts, rows, count, _ = blocks.shape
     columns = count * 2 * _BLOCK_BYTES
 

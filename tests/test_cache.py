@@ -129,7 +129,7 @@ CONFIGS = {
             side_by_side(mamba2(norm="before-gate"), short_conv(3), layer()),
         ),
     ),
-    # At the first positions a delta net's output is small, and its norm divides by it: a larger eps keeps rounding small.
+    # A delta net's first outputs are small, and its norm divides by them: a larger eps keeps rounding small.
     "delta-nets": replace(CONFIG, layers=(delta_net(), layer(ROTARY, output_gate=True), delta_net()), norm_eps=1e-3),
     "mamba": replace(CONFIG, layers=(mamba(), layer(ROTARY), mamba())),
     "mamba-2-alone": replace(CONFIG, layers=(replace(mamba2(), ffn=None), mamba2())),

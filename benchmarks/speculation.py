@@ -10,16 +10,14 @@ from pathlib import Path
 
 import kvgen
 
-ROOT = Path(__file__).parent.parent
-CODE = (ROOT / "kvgen" / "generation" / "sampling.py").read_text()[2000:4500]
-PROSE = (ROOT / "README.md").read_text()[:1500]
+TEXTS = Path(__file__).parent / "texts"
 CHATS = {
     "code edit": "Rewrite this Python code, and rename the function min_p to minimum_p. Print all of the code.\n"
-    f"```python\n{CODE}\n```",
-    "quote": f"Repeat the following text word for word:\n\n{PROSE}",
+    f"```python\n{(TEXTS / 'code.txt').read_text()}\n```",
+    "quote": f"Repeat the following text word for word:\n\n{(TEXTS / 'quote.txt').read_text()}",
     "free, a question": "Explain how photosynthesis works.",
 }
-TEXTS = {
+BEGINNINGS = {
     "free, a story": "Once upon a time, in a village by the sea,",
     "free, history": "The history of the steam engine begins",
 }
@@ -31,7 +29,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     loaded = kvgen.load()
     prompts = {name: loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in CHATS.items()}
-    prompts |= {name: loaded.tokenizer.encode(text) for name, text in TEXTS.items()}
+    prompts |= {name: loaded.tokenizer.encode(text) for name, text in BEGINNINGS.items()}
     sys.stdout.write(
         "| prompt | temperature | plain, s | lookup, s | ratio | accepted |\n|---|---:|---:|---:|---:|---:|\n"
     )

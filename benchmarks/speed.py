@@ -42,7 +42,7 @@ PACKAGES = {
 }
 CONTEXTS, PROMPTS, LENGTHS = (16, 512, 2048), (128, 512, 2048), (16, 64, 256, 1024)
 SLOW = 10.0
-TEXT, TEXT_TOKENS = ROOT / "docs" / "kv-cache.md", 1500
+TEXT, TEXT_TOKENS = ROOT / "benchmarks" / "texts" / "quality.txt", 1500
 FIRST_TOKEN = {
     "kvgen": ["-m", "kvgen", "generate", "-q", "-n", "1", "-t", "0", "-p", "Once upon a time,", "-m"],
     "llama.cpp": [

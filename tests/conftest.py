@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from hypothesis import settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,6 +41,13 @@ CORPUS = [
     "\n",
     "a",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where a test does not say how many examples Hypothesis tries, fast tests try fewer."""
+    settings.register_profile("fast", max_examples=12)
+    settings.register_profile("slow", max_examples=40)
+    settings.load_profile("fast" if config.option.markexpr == "not slow" else "slow")
 
 
 @pytest.fixture(scope="session")

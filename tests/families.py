@@ -165,12 +165,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 7, "no_rope_layer_interval": 2, "attention_bias": True},
     ],
     "granite": [
-        {
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
-        },
+        GRANITE_SCALES,
         ONE_KV_HEAD | {"tie_word_embeddings": True, "mlp_bias": True, "attention_multiplier": 0.1},
         THREE_HEADS | YARN | {"attention_bias": True, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
     ],
@@ -412,13 +407,7 @@ CONFIGS |= {  # mixtures of experts
         | {"mamba_expand": 3, "mamba_conv_bias": False, "num_experts_per_tok": 4},  # nothing but Mamba
     ],
     "granitemoe": [
-        {
-            "num_local_experts": 4,
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
-        },
+        GRANITE_SCALES | {"num_local_experts": 4},
         ONE_KV_HEAD | {"tie_word_embeddings": True, "num_local_experts": 5, "num_experts_per_tok": 1},
         THREE_HEADS | YARN | {"attention_bias": True, "num_local_experts": 3, "num_experts_per_tok": 3},
     ],

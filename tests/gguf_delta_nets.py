@@ -23,6 +23,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_next", _MIXTURE | ONE_KEY_HEAD | EVERY_FOURTH | {"attention_bias": True, "tie_word_embeddings": True}),
     ("qwen3_5_text", DELTA_NETS | _EVERY_SECOND | {"linear_num_value_heads": 6, "tie_word_embeddings": True}),
     ("qwen3_5_text", ONE_KEY_HEAD | EVERY_FOURTH | HALF_ROTATED | {"attention_bias": True}),
+    ("qwen3_5_text", DELTA_NETS | {"layer_types": ["full_attention", "linear_attention", "linear_attention"]}),
     ("qwen3_5_moe_text", _MIXTURE),
 ]
 
@@ -37,7 +38,11 @@ def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_ssm_group_count(config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
-    writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+    interval = config.layer_types.index("full_attention") + 1
+    writer.add_full_attention_interval(interval)
+    recurrent = [kind == "linear_attention" for kind in config.layer_types]
+    if recurrent != [(layer + 1) % interval != 0 for layer in range(len(recurrent))]:  # older files lack it
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
     if config.model_type != "qwen3_next":
         writer.add_rope_dimension_sections([1, 1, 0, 0])  # for images
 

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH
 
-from tests.families import DEEPSEEK, EXPERTS, ONE_KV_HEAD
+from tests.families import DEEPSEEK, EXPERTS, GRANITE_SCALES, ONE_KV_HEAD
 
 ARCHITECTURES = {
     "qwen3_moe": MODEL_ARCH.QWEN3MOE,
@@ -34,16 +34,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("dots1", DEEPSEEK | {"sliding_window": None, "norm_topk_prob": True, "routed_scaling_factor": 2.5}),
     ("ernie4_5_moe", {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 20, "head_dim": 12}),
-    (
-        "granitemoe",
-        {
-            "num_local_experts": 4,
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
-        },
-    ),
+    ("granitemoe", GRANITE_SCALES | {"num_local_experts": 4}),
 ]
 
 _SELECTION_BIASES = ("e_score_correction_bias", ".expert_bias")
@@ -97,8 +88,13 @@ def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     elif name.endswith(".experts.down_proj"):
         yield f"{name}.weight", array
     elif name.endswith("e_score_correction_bias"):
-        yield name.replace("moe_statics.", "").replace("_correction_bias", "_correction.bias"), array.squeeze()
+        yield name.replace("moe_statics.", "").replace("_correction_bias", "_correction.bias"), array
     elif name.endswith(".expert_bias"):
         yield f"{name}.bias", array
     else:
         yield name, array.squeeze() if "shared_expert_gate" in name else array
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor has the weights of all chosen experts of a layer."""
+    return name.endswith("_exps.weight")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -23,6 +26,7 @@ from tests import (
 from tests.families import (
     BOTH_KINDS,
     GPT2_SIZES,
+    GRANITE_SCALES,
     LINEAR,
     LLAMA3,
     NTK_ALPHA,
@@ -66,6 +70,7 @@ ARCHITECTURES = {
     "lfm2": MODEL_ARCH.LFM2,
     "mamba2": MODEL_ARCH.MAMBA2,
 }
+_RAMP = {"beta_fast": 1.0, "beta_slow": 0.05, "attention_factor": 0.1 * math.log(YARN["rope_parameters"]["factor"]) + 1}
 # What a GGUF file cannot say is fixed in llama.cpp: which layers slide or do not rotate, and some scales.
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("llama", LLAMA3 | {"head_dim": 16}),
@@ -73,6 +78,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", THREE_HEADS | {"sliding_window": None}),
     ("qwen2", LINEAR),
     ("qwen2", YARN | ONE_KV_HEAD | {"tie_word_embeddings": True}),
+    ("qwen2", {"rope_parameters": YARN["rope_parameters"] | _RAMP}),
     ("qwen3", {"head_dim": 12}),
     ("gemma", {"head_dim": 12}),
     ("gemma2", {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 9, "num_hidden_layers": 4}),
@@ -86,15 +92,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", longrope(4)),
     ("olmo2", ONE_KV_HEAD),
     ("smollm3", {"num_hidden_layers": 5}),
-    (
-        "granite",
-        {
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
-        },
-    ),
+    ("granite", GRANITE_SCALES),
     ("starcoder2", {"sliding_window": None}),
     ("stablelm", {"partial_rotary_factor": 0.25}),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
@@ -132,27 +130,28 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-ARCHITECTURES |= gguf_experts.ARCHITECTURES
-CONFIGS += gguf_experts.CONFIGS
-ARCHITECTURES |= gguf_gpt_oss.ARCHITECTURES
-CONFIGS += gguf_gpt_oss.CONFIGS
-ARCHITECTURES |= gguf_latent.ARCHITECTURES
-CONFIGS += gguf_latent.CONFIGS
-ARCHITECTURES |= gguf_delta_nets.ARCHITECTURES
-CONFIGS += gguf_delta_nets.CONFIGS
-ARCHITECTURES |= gguf_hybrids.ARCHITECTURES
-CONFIGS += gguf_hybrids.CONFIGS
-ARCHITECTURES |= gguf_jamba.ARCHITECTURES
-CONFIGS += gguf_jamba.CONFIGS
-ARCHITECTURES |= gguf_shared_keys.ARCHITECTURES
-CONFIGS += gguf_shared_keys.CONFIGS
+for _module in (gguf_experts, gguf_gpt_oss, gguf_latent, gguf_delta_nets, gguf_hybrids, gguf_jamba, gguf_shared_keys):
+    ARCHITECTURES |= _module.ARCHITECTURES
+    CONFIGS += _module.CONFIGS
 _CONVOLUTIONS = ("lfm2", "lfm2_moe")
 
 
 def write_gguf(
-    path: Path, kind: str, reference: Any, *, experts: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+    path: Path,
+    kind: str,
+    reference: Any,
+    *,
+    tokenizer: Any = None,
+    keys: Mapping[str, str | int] = MappingProxyType({}),
+    type_: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantized: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Write a model with a vocabulary of as many made-up tokens as it has. experts: the type of their weights."""
+    """Write a model.
+
+    tokenizer: a BPE of the library tokenizers; None for a vocabulary of as many made-up tokens as the model has.
+    keys: further ones of its architecture.
+    type_: of the matrices that llama.cpp quantizes, if their names are `quantized` and their rows whole blocks.
+    """
     arch = gguf_hybrids.architecture(reference.config) or ARCHITECTURES[kind]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     config = reference.config
@@ -161,25 +160,43 @@ def write_gguf(
     _write_mechanisms(writer, kind, config)
     if kind == "apertus":
         _write_slopes(writer, reference)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([chr(0x4E00 + id_) for id_ in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges([])
+    for name, value in keys.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{writer.arch}.{name}", value)
+    _write_vocabulary(writer, config.vocab_size, tokenizer)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tensors = (part for tensor in _tensors(kind, reference) for part in gguf_experts.split(*tensor))
     for name, array in tensors:
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert theirs is not None, name
         array = np.ascontiguousarray(array, dtype=np.float32)
-        if theirs.endswith("_exps.weight"):
-            writer.add_tensor(theirs, gguf.quantize(array, experts), raw_dtype=experts)
+        if _is_quantizable(theirs, array) and quantized(theirs):
+            writer.add_tensor(theirs, gguf.quantize(array, type_), raw_dtype=type_)
         else:
             writer.add_tensor(theirs, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, size: int, tokenizer: Any) -> None:
+    tokens, types = [chr(0x10000 + id_) for id_ in range(size)], [1] * size
+    tokens[2], merges = tokens[0] + tokens[1], [f"{tokens[0]} {tokens[1]}"]  # llama.cpp wants at least one
+    if tokenizer is not None:
+        tokens, types[:2] = [tokenizer.id_to_token(id_) for id_ in range(size)], [3, 3]
+        merges = [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+        writer.add_eos_token_id(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+
+
+def _is_quantizable(name: str, array: np.ndarray) -> bool:
+    """Whether llama.cpp quantizes a tensor: matrices, but no routers, convolutions, and vectors of more dimensions."""
+    kept = ("norm", "ffn_gate_inp", "conv", "ssm_a", "ssm_d", "token_types", "altup", "laurel")
+    return name.endswith(".weight") and array.ndim > 1 and array.shape[-1] % 32 == 0 and not any(map(name.count, kept))
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -242,6 +259,10 @@ def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
     if rope["rope_type"] == "llama3":
         plain = 1 / rope["rope_theta"] ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)
         writer.add_tensor("rope_freqs.weight", _llama3_factors(plain, rope))
@@ -320,15 +341,15 @@ def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
         if ".act_fn." in name:
             continue
         if interleaved and ".q_proj." in name:
-            array = _interleave(array, config.num_attention_heads)
+            array = interleave(array, config.num_attention_heads)
         elif interleaved and ".k_proj." in name:
-            array = _interleave(array, config.num_key_value_heads)
+            array = interleave(array, config.num_key_value_heads)
         elif kind in ("gemma", "gemma2", "gemma3_text", "nemotron") and name.endswith("norm.weight"):
             array = array + 1
         elif kind == "gpt2" and array.ndim == 2 and ".c_" in name:
             array = array.T
         elif kind == "mamba2":
-            name, array = gguf_recurrent.converted(name, array, config)
+            name, array = gguf_recurrent.converted(name, array, config.n_groups)
         elif gguf_delta_nets.has_delta_nets(config):
             yield from gguf_delta_nets.converted(name, array, config)
             continue
@@ -359,7 +380,7 @@ def _tensors(kind: str, reference: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}.weight", np.stack(arrays)
 
 
-def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's row order for a rotation of neighbours."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH
 
+from tests import gguf_recurrent
 from tests.families import (
     BOTH_MIXERS,
     FALCON_MULTIPLIERS,
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "nemotron_h": MODEL_ARCH.NEMOTRON_H,
     "falcon_h1": MODEL_ARCH.FALCON_H1,
 }
+_ROTATED = MAMBA2 | GRANITE_SCALES | {"layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"}
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     (
         "granitemoehybrid",
@@ -38,6 +40,9 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
         | {"layer_types": BOTH_MIXERS[::-1], "num_local_experts": 0, "shared_intermediate_size": 48}
         | {"tie_word_embeddings": True, "mamba_proj_bias": True, "attention_multiplier": 0.2},
     ),
+    ("granitemoehybrid", MAMBA2 | {"layer_types": ["linear_attention"] * 3, "num_local_experts": 4}),
+    ("granitemoehybrid", _ROTATED | {"num_local_experts": 0, "shared_intermediate_size": 48}),
+    ("granitemoehybrid", _ROTATED | {"num_local_experts": 4, "shared_intermediate_size": 28}),
     ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
     (
         "bamba",
@@ -70,7 +75,15 @@ def is_hybrid(config: Any) -> bool:
 
 def architecture(config: Any) -> MODEL_ARCH | None:
     """Another architecture for the same family."""
-    return MODEL_ARCH.NEMOTRON_H_MOE if config.model_type == "nemotron_h" and "moe" in config.layer_types else None
+    if config.model_type == "nemotron_h" and "moe" in config.layer_types:
+        return MODEL_ARCH.NEMOTRON_H_MOE
+    if _attends_everywhere(config):
+        return MODEL_ARCH.GRANITE_MOE if config.num_local_experts else MODEL_ARCH.GRANITE
+    return None
+
+
+def _attends_everywhere(config: Any) -> bool:
+    return config.model_type == "granitemoehybrid" and "linear_attention" not in config.layer_types
 
 
 def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -87,10 +100,11 @@ def write_keys(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_ssm_time_step_rank(config.mamba_n_heads)
     if config.model_type == "falcon_h1":
         return
-    is_rotated = config.model_type == "bamba"
+    is_rotated = config.model_type == "bamba" or _attends_everywhere(config)
     writer.add_rope_scaling_finetuned(is_rotated)
     if not is_rotated:
         writer.add_context_length(2**20)
+    if config.model_type == "granitemoehybrid":
         writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
 
 
@@ -129,17 +143,8 @@ def converted(name: str, array: np.ndarray, config: Any) -> Iterator[tuple[str, 
             yield name.replace("shared_mlp.input_linear", f"mlp.{folder}.{part}_proj").replace("mlp.mlp.", "mlp."), half
     elif ".shared_mlp." in name and not config.num_local_experts:
         yield name.replace("shared_mlp.output_linear", "mlp.down_proj"), array
-    elif name.endswith(".dt_bias"):
-        yield f"{name.removesuffix('.dt_bias')}.dt_proj.bias", array
-    elif name.endswith(".A_log"):
-        yield name, -np.exp(array)[:, None]
-    elif name.endswith(".D"):
-        yield name, array[:, None]
-    elif name.endswith((".mamba.norm.weight", ".mixer.norm.weight")):
-        groups = config.n_groups if config.model_type == "nemotron_h" else config.mamba_n_groups
-        yield name, array.reshape(groups, -1)
     else:
-        yield name, array.squeeze(1) if ".conv1d.weight" in name else array
+        yield gguf_recurrent.converted(name, array, getattr(config, "mamba_n_groups", None) or config.n_groups)
 
 
 def _multiplier(name: str, config: Any) -> float | np.ndarray:

@@ -22,14 +22,14 @@ def write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
 
 
-def converted(name: str, array: np.ndarray, config: Any) -> tuple[str, np.ndarray]:
-    """Return the name that llama.cpp's table knows, and the array as it is stored."""
+def converted(name: str, array: np.ndarray, groups: int) -> tuple[str, np.ndarray]:
+    """Return the name that llama.cpp's table knows, and the array as Mamba 2 stores it."""
     if name.endswith(".dt_bias"):
         return f"{name.removesuffix('.dt_bias')}.dt_proj.bias", array
     if name.endswith(".A_log"):
         return name, -np.exp(array)[:, None]
-    if name.endswith(".mixer.D"):
+    if name.endswith(".D"):
         return name, array[:, None]
-    if name.endswith(".mixer.norm.weight"):
-        return name, array.reshape(config.n_groups, -1)
-    return name, array.squeeze(1) if array.ndim == 3 else array
+    if name.endswith((".mamba.norm.weight", ".mixer.norm.weight")):
+        return name, array.reshape(groups, -1)
+    return name, array.squeeze(1) if ".conv1d.weight" in name else array

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -32,7 +33,10 @@ _TIMEOUT = 300
 _LOST = 10  # seconds of silence after which a Ctrl-C is pressed again
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", *(module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen."))])
+# Typer imports Pydantic with `_adapters`, when it first reads a command line.
+_server.set_forkserver_preload(
+    ["torch", "typer._adapters", *(module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen."))]
+)
 
 
 def run(
@@ -92,8 +96,7 @@ def run_on_terminal(
         if b"\x1b[6n" in data:  # where is the cursor?
             os.write(terminal, b"\x1b[1;1R")
         output += data
-        found = output.find(wanted.encode(), seen) if wanted else -1
-        if found >= 0:
+        while wanted and (found := output.find(wanted.encode(), seen)) >= 0:  # several may come at once
             seen = found + len(wanted.encode())
             os.write(terminal, to_type.encode())
             typed, (wanted, to_type) = to_type, next(steps, ("", ""))
@@ -134,6 +137,7 @@ class _Kvgen(ForkServerProcess):
         sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         sys.argv = ["kvgen", *self.arguments]
+        gc.freeze()  # else each collection would touch, and so copy, what the server has imported
 
         from kvgen.__main__ import main
 

@@ -81,7 +81,7 @@ def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str
 
 
 @any_model
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None)
 @given(data=st.data())
 def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CausalLM, data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=40), min_size=1, max_size=4))
@@ -106,7 +106,7 @@ def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
 
 
 @any_model
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st.DataObject) -> None:
     ids = st.lists(st.integers(0, 49), min_size=1, max_size=40)
@@ -122,7 +122,7 @@ def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st
 
 
 @any_model
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None)
 @given(first=st.lists(st.integers(0, 49), min_size=4, max_size=30), cut=st.integers(1, 3))
 def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CausalLM, first: list[int], cut: int) -> None:
     _, origin = model.forward(torch.tensor([first]))

@@ -26,6 +26,7 @@ from kvgen.model.mixers import (
     SharedAttention,
     ShortConv,
 )
+from tests.sizes import first
 
 VOCAB = 50
 TOLERANCE = 2e-5  # fp32 rounding on logits of size 10; measured below 5e-6
@@ -200,7 +201,7 @@ def edited_sequences(draw: st.DrawFn) -> list[list[int]]:
 
 
 @any_model
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(sequences=edited_sequences())
 def test_cached_logits_equal_uncached_for_any_edits(model: Decoder, sequences: list[list[int]]) -> None:
     cache = None
@@ -221,7 +222,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 @any_model
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None)
 @given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_any_split_into_calls_gives_the_logits_of_one_pass(
     model: Decoder, splits: list[int], batch: int, seed: int
@@ -253,12 +254,13 @@ def test_the_whole_sequence_again_computes_one_position() -> None:
     assert (first - again).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("length", first(1, [140, 300]))  # past two sizes of a buffer, or three
 @any_model
-def test_growth_over_many_steps_keeps_everything(model: Decoder) -> None:
-    ids = torch.randint(0, VOCAB, (1, 300), generator=torch.Generator().manual_seed(3))
+def test_growth_over_many_steps_keeps_everything(model: Decoder, length: int) -> None:
+    ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(3))
     expected = model.all_logits(ids)
     cache = None
-    for end in range(1, 301):
+    for end in range(1, length + 1):
         logits, cache = model(ids[:, :end], cache)
         assert (logits[:, 0] - expected[:, end - 1]).abs().max() < TOLERANCE
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import kvgen
 from kvgen import CheckpointError, KvgenError, NotFoundError, UnsupportedError, UsageError
 from kvgen.families.llama import split_halves
-from tests.test_parity import LLAMA3_SCALING, YARN_SCALING
+from tests.families import LINEAR, LLAMA3, YARN
+from tests.gguf_files import interleave, write_gguf
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -31,7 +30,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
-YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -61,7 +59,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
         ({"rope_parameters": {"rope_type": "linear"}}, CheckpointError, "factor is missing"),
         ({"rope_parameters": 3}, CheckpointError, "rope_parameters is 3"),
         ({"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}}, CheckpointError, "impossible values"),
-        ({"rope_parameters": YARN | {"beta_fast": 1e308}}, CheckpointError, "impossible values"),
+        ({"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 1e308}}, CheckpointError, "impossible values"),
         ({"tie_word_embeddings": True}, CheckpointError, "not a copy of the embedding"),
         ({"intermediate_size": 40}, CheckpointError, "shape"),
         ({"num_hidden_layers": 4}, CheckpointError, r"blk\.3.*missing"),
@@ -180,114 +178,33 @@ def test_damaged_folders_give_one_clear_error(tiny_llama, how: str, message: str
 # --- GGUF --------------------------------------------------------------------------------------------------------
 
 
-def join_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order for interleaved rotation, as its converter makes it."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def test_split_halves_undoes_the_converters_order() -> None:
     rows = torch.randn(24, 5)
-    joined = torch.from_numpy(join_halves(rows.numpy(), 3))
+    joined = torch.from_numpy(interleave(rows.numpy(), 3))
     assert not torch.equal(joined, rows)
     assert torch.equal(split_halves(joined, 3), rows)
     assert torch.equal(split_halves(joined[:, 0], 3), rows[:, 0])
 
 
-def write_gguf(path: Path, reference: Any, tokenizer: Any, **keys: Any) -> None:
-    """A GGUF file from a model of transformers, as llama.cpp's converter would write it."""
-    config = reference.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocab)
-    writer.add_token_types([3, 3] + [1] * (len(vocab) - 2))
-    writer.add_token_merges([" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]])
-    writer.add_eos_token_id(1)
-    for key, value in keys.items():
-        name = f"llama.{key.replace('__', '.')}"
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        else:
-            writer.add_uint32(name, value)
-    parts = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for name, parameter in reference.named_parameters():
-        stem, _, kind = name.rpartition(".")
-        array = parameter.detach().numpy()
-        if stem.startswith("model.layers."):
-            layer, _, part = stem.removeprefix("model.layers.").partition(".")
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-            if part in heads:
-                array = join_halves(array, heads[part])
-            writer.add_tensor(f"blk.{layer}.{parts[part]}.{kind}", np.ascontiguousarray(array))
-        else:
-            writer.add_tensor(f"{parts[stem]}.{kind}", array)
-    scaling = config.rope_parameters
-    if scaling["rope_type"] == "llama3":
-        plain = 1 / scaling["rope_theta"] ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-        stretched = reference.model.rotary_emb.inv_freq.numpy()
-        writer.add_tensor("rope_freqs.weight", (plain / stretched).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize(
-    ("config", "keys"),
+    "config",
     [
-        ({}, {}),
-        ({"tie_word_embeddings": True}, {}),
-        ({"head_dim": 12}, {}),
-        ({"attention_bias": True, "mlp_bias": True}, {}),
-        ({"rope_parameters": LLAMA3_SCALING, "head_dim": 64}, {}),
-        (
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
-            {"rope__scaling__type": "linear", "rope__scaling__factor": 3.0},
-        ),
-        (
-            {"rope_parameters": YARN_SCALING, "head_dim": 32},
-            {
-                "rope__scaling__type": "yarn",
-                "rope__scaling__factor": 4.0,
-                "rope__scaling__original_context_length": 64,
-            },
-        ),
+        {},
+        {"tie_word_embeddings": True},
+        {"head_dim": 12},
+        {"attention_bias": True, "mlp_bias": True},
+        LLAMA3 | {"head_dim": 64},
+        LINEAR,
+        YARN | {"head_dim": 32},
     ],
     ids=["plain", "tied", "head-size", "biases", "llama3", "linear", "yarn"],
 )
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
-    tiny_llama, tiny_tokenizer, tmp_path: Path, config: dict[str, Any], keys: dict[str, Any]
+    tiny_llama, tiny_tokenizer, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     _, reference = tiny_llama(**config)
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, reference, tiny_tokenizer, **keys)
+    write_gguf(path, "llama", reference, tokenizer=tiny_tokenizer)
     ids = torch.randint(0, 384, (1, 100), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = reference(ids).logits
@@ -300,19 +217,18 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
     ("keys", "message"),
     [
         ({"expert_count": 8, "expert_gating_func": 9}, "expert_gating_func"),
-        ({"attention__value_length": 4}, "value_length"),
-        ({"rope__scaling__type": "longrope"}, "longrope"),
+        ({"attention.value_length": 4}, "value_length"),
+        ({"rope.scaling.type": "longrope"}, "longrope"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4, "rope.scaling.yarn_attn_factor": 2}, "attn_factor"),
     ],
     ids=str,
 )
 def test_gguf_mechanisms_that_kvgen_lacks_are_refused(
-    tiny_llama, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+    tiny_llama, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     _, reference = tiny_llama()
-    monkeypatch.setattr(gguf.GGUFWriter, "add_value_length", lambda *_: None)
-    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda *_: None)
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, reference, tiny_tokenizer, **keys)
+    write_gguf(path, "llama", reference, keys=keys)
     with pytest.raises(UnsupportedError, match=message):
         kvgen.load(path)
 

@@ -132,7 +132,7 @@ def test_help_whose_reader_has_left_ends_well(words: list[str]) -> None:
     assert run_without_reader(*words) == (0, "")
 
 
-@pytest.mark.parametrize("words", [[], ["--json"]], ids=str)
+@pytest.mark.parametrize("words", first(1, [[], ["--json"]]), ids=str)
 def test_a_verdict_keeps_its_exit_code_when_the_reader_has_left(tmp_path: Path, tiny_llama, words: list[str]) -> None:
     model = tmp_path / "model.py"
     model.write_text(

@@ -66,8 +66,17 @@ def test_correct_models_raise_no_alarm(seed: int, dtype: torch.dtype) -> None:
         assert all(probe.ratio is None or probe.ratio < 3 for probe in row.probes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+IN_BF16 = ("plain", "sinks-and-soft-caps", "experts", "mamba-2", "delta-nets", "latent-attention", "shared-keys")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CONFIGS),
+        *(pytest.param(name, torch.bfloat16, marks=() if name in IN_BF16 else pytest.mark.slow) for name in CONFIGS),
+    ],
+    ids=str,
+)
 def test_every_mechanism_is_equivalent_and_only_positions_make_the_wrong_pattern_wrong(
     name: str, dtype: torch.dtype
 ) -> None:
@@ -209,7 +218,9 @@ def run_native(decoder: Any, fault: str | None, prompt: list[int] = PROMPT, spec
 
 
 @pytest.mark.parametrize("number", first(1, range(3)))
-@pytest.mark.parametrize("fault", NATIVE_FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault in FAULTS else ()) for fault in NATIVE_FAULTS]
+)
 def test_faults_that_short_texts_do_not_show_are_caught(fault: str, number: int) -> None:
     row = run_native(TINY[number], fault)
     assert row.verdict is Verdict.DIFFERENT

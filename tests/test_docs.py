@@ -6,10 +6,18 @@ import os
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kvgen.checkpoint import read_checkpoint
+from kvgen.families import base, experts
+from kvgen.families.family import GGUF_NAMES
+from tests.families import make_checkpoint
+from tests.gguf_files import write_gguf
+from tests.program import run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,8 +69,36 @@ def test_links_between_documents_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def test_the_texts_of_the_benchmarks_are_those_that_figures_were_measured_on() -> None:
+    texts = sorted((ROOT / "benchmarks" / "texts").iterdir())
+    digest = sha256(b"".join(text.read_bytes() for text in texts)).hexdigest()
+    assert digest == "6fe84c64dadfc3f7182c647d92b6e3fccf61d5a61afe4745b6696e3b2ed11a13"
+
+
+WALK_THROUGH = (ROOT / "docs" / "adding-a-family.md").read_text()
+
+
 def test_the_walk_through_a_family_shows_its_code() -> None:
-    page = (ROOT / "docs" / "adding-a-family.md").read_text()
-    code, row = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    assert code in (ROOT / "kvgen" / "families" / "olmo2.py").read_text()
-    assert row.strip() in (ROOT / "tests" / "families.py").read_text()
+    """Each block is in the file that is named last before it."""
+    *parts, _ = re.split(r"```(?:py|md)\n(.*?)```", WALK_THROUGH, flags=re.DOTALL)
+    assert len(parts) == 10
+    for number, code in enumerate(parts[1::2]):
+        named = re.findall(r"`((?:kvgen|tests|docs)/[\w/-]+\.\w+)`", "".join(parts[: 2 * number + 1 : 2]))
+        assert code.strip() in (ROOT / named[-1]).read_text(), named[-1]
+
+
+def test_the_walk_through_a_family_shows_its_fields_names_and_description(tmp_path: Path) -> None:
+    model = make_checkpoint("qwen3_moe", 0, tmp_path)
+    write_gguf(tmp_path / "tiny.gguf", "qwen3_moe", model)
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| `?([\w.]*)`? ?\| .*`[A-Z]\w+\.\w+`", WALK_THROUGH, re.MULTILINE)
+    fields, keys = ({name for name in column if name} for column in zip(*rows, strict=True))
+    assert len(rows) == 14
+    assert fields <= read_checkpoint(tmp_path).metadata.keys()
+    assert {f"qwen3moe.{key}" for key in keys} <= read_checkpoint(tmp_path / "tiny.gguf").metadata.keys()
+    homes = re.findall(r"^\| `([\w.{}]+)` \| `(\w+)` \| `([\w.]+)` \| `(HF_\w+)` \|", WALK_THROUGH, re.MULTILINE)
+    assert len(homes) == 4
+    for name, gguf_name, home, table in homes:
+        assert {**vars(base), **vars(experts)}[table][f"model.layers.{{i}}.{name}"] == f"blk.{{i}}.{home}"
+        assert GGUF_NAMES[f"blk.{{i}}.{gguf_name}"] == f"blk.{{i}}.{home}"
+    [description] = re.findall(r"```text\n(.*?)```", WALK_THROUGH, re.DOTALL)
+    assert set(description.splitlines()) <= set(run("inspect", str(tmp_path)).stdout.splitlines())

@@ -71,7 +71,7 @@ samplings = st.builds(kvgen.Sampling, temperature=st.sampled_from([0.0, 0.3, 1.0
     sampling=samplings,
     most=st.none() | st.integers(6, 90),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_drafts_give_the_same_tokens(
     models, data, kind: str, prompt: list[int], sampling: kvgen.Sampling, most: int | None
 ) -> None:

@@ -20,15 +20,16 @@ from torch import Tensor
 import kvgen
 from kvgen.checkpoint.grouped import quantized
 from kvgen.kernels.decoder import KernelDecoder
+from kvgen.kernels.lacking import lacking
 from kvgen.kernels.packed import PackedMatrix
-from kvgen.kernels.program import lacking
 from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
-from kvgen.model.ffns import MLP, MoE, Router
+from kvgen.model.ffns import MLP, MoE, Router, SparseMLP
 from kvgen.model.mixers import Attention
 from kvgen.model.moe import MoEModule, used_share
 from tests import gguf_files
 from tests.families import EXPERTS, make_checkpoint, make_model
+from tests.gguf_experts import is_expert
 
 MIXTURE = MoE(Router(8, 2, normalize=True), MLP(10), MLP(7))
 ATTENTION = Attention(2, 2, 4)
@@ -149,7 +150,7 @@ WHOLE_GROUPS = EXPERTS | {"hidden_size": 64, "moe_intermediate_size": 32, "share
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q8_0"])
 def test_quantized_experts_of_a_gguf_file_stay_as_small(type_name: str, tmp_path: Path) -> None:
     reference, kind = make_model("qwen2_moe", WHOLE_GROUPS), GGMLQuantizationType[type_name]
-    gguf_files.write_gguf(tmp_path / "m.gguf", "qwen2_moe", reference, experts=kind)
+    gguf_files.write_gguf(tmp_path / "m.gguf", "qwen2_moe", reference, type_=kind, quantized=is_expert)
     model, on_torch = (
         kvgen.load(tmp_path / "m.gguf", tokenizer="ids", kernels=kernels).model for kernels in ("on", "off")
     )
@@ -231,12 +232,11 @@ def test_equal_scores_choose_the_first_experts(tmp_path: Path) -> None:
     ("layers", "missing"),
     [
         ((MLP(16), MIXTURE, MIXTURE), None),
-        ((MIXTURE, MoE(Router(8, 3), MLP(10), MLP(7))), "layers of different sizes"),
-        ((MLP(16), MLP(17), MIXTURE), "layers of different sizes"),
+        ((MIXTURE, SparseMLP(MLP(8), 1.5), MLP(17)), "sparse MLPs"),
         ((MoE(Router(8, 2), MLP(10, activation="tanh")),), "the activation tanh"),  # type: ignore[arg-type]
     ],
 )
-def test_what_the_kernels_lack(layers: tuple[MLP | MoE, ...], missing: str | None) -> None:
+def test_what_the_kernels_lack(layers: tuple[MLP | MoE | SparseMLP, ...], missing: str | None) -> None:
     config = replace(CONFIG, layers=tuple(Layer(ATTENTION, ffn) for ffn in layers))
     assert lacking(config) == missing
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +20,7 @@ from kvgen.backends.native import NativeBackend
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.verdict import Verdict
-from kvgen.kernels.program import lacking
+from kvgen.kernels.lacking import lacking
 from kvgen.loading.load import load
 from tests import gguf_files
 from tests.families import CASES, CONFIGS, make_checkpoint, make_model
@@ -86,12 +90,13 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: st
     make_checkpoint(kind, number, tmp_path)
     model = load_model(tmp_path, kernels=kernels)
     ids = random_ids()
+    uncached = model.all_logits(ids)
     cache = None
     for length in range(1, LENGTH + 1):
         cached, cache = model(ids[:, :length], cache)
-        uncached, _ = model(ids[:, :length], None)
-        assert (cached - uncached).abs().max() < TOLERANCE
-        assert kernels == "off" or torch.equal(cached, uncached)  # the kernels sum in one order
+        expected = uncached[:, length - 1 : length]
+        assert (cached - expected).abs().max() < TOLERANCE
+        assert kernels == "off" or torch.equal(cached, expected)  # the kernels sum in one order
 
 
 @every_engine
@@ -122,8 +127,60 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
         assert (actual[:, length - 1] - expected).abs().max() < TOLERANCE
 
 
+@every_gguf_file
+def test_quantized_weights_of_a_gguf_file_mean_the_same_on_the_kernels(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The kernels take codes as they are stored, torch takes what the gguf package makes of them."""
+    reference = make_model(kind, options, seed=7)
+    gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, reference, type_=gguf.GGMLQuantizationType.Q8_0)
+    ids = random_ids()
+    logits = load_model(tmp_path / "tiny.gguf", kernels="on").all_logits(ids)
+    expected = load_model(tmp_path / "tiny.gguf", kernels="off").all_logits(ids)
+    differences = (logits - expected).abs().amax(-1)
+    # Activations have 16 bits in each group, which may change the choice of experts at a few positions.
+    assert differences.median() < 1e-3 * expected.abs().max()
+
+
+@every_engine
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "cohere2", "glm4"])
+def test_a_gguf_file_may_have_queries_keys_and_values_in_one_tensor(
+    kind: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As llama.cpp's converter writes it with --fuse-qkv."""
+    reference = make_model(kind, dict(gguf_files.CONFIGS)[kind])
+    gguf_files.write_gguf(tmp_path / "apart.gguf", kind, reference)
+    add_tensor = gguf.GGUFWriter.add_tensor
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def add_fused(writer: gguf.GGUFWriter, name: str, array: np.ndarray, **options: Any) -> None:
+        found = re.fullmatch(r"(blk\.\d+\.attn_)[qkv](\.\w+)", name)
+        if found is None:
+            return add_tensor(writer, name, array, **options)
+        rows = parts[f"{found[1]}qkv{found[2]}"]
+        rows.append(array)
+        if len(rows) == 3:
+            add_tensor(writer, f"{found[1]}qkv{found[2]}", np.concatenate(rows))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_fused)
+    gguf_files.write_gguf(tmp_path / "fused.gguf", kind, reference)
+    apart, fused = (load_model(tmp_path / f"{name}.gguf", kernels=kernels) for name in ("apart", "fused"))
+    assert parts
+    assert torch.equal(fused.all_logits(random_ids()), apart.all_logits(random_ids()))
+
+
+# `tests/test_compare.py` compares every mechanism; here are a few families that combine them.
+_COMPARED = ("deepseek_v2", "gemma3_text", "gpt2", "granitemoehybrid", "lfm2", "llama", "phi3", "qwen3_next")
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@every_case
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        pytest.param(kind, number, marks=pytest.mark.slow if number or kind not in _COMPARED else ())
+        for kind, number in CASES
+    ],
+)
 def test_compare_finds_the_cache_right_and_the_wrong_pattern_wrong(
     kind: str, number: int, dtype: str, tmp_path: Path
 ) -> None:
@@ -182,4 +239,4 @@ def test_more_layers_than_tensors_are_refused_at_once(kind: str, tmp_path: Path)
     raw = read_checkpoint(tmp_path)
     key = "n_layer" if kind == "gpt2" else "num_hidden_layers"
     with pytest.raises(CheckpointError, match="says 1000000000 layers, but holds"):
-        draw_blueprint(replace(raw, metadata={**raw.metadata, key: 10**9}))
+        draw_blueprint(raw.with_metadata({key: 10**9}))

@@ -72,6 +72,7 @@ def test_every_entry_equals_the_packages_reader(small_file: Path) -> None:
     assert_same_as_package(small_file)
 
 
+@pytest.mark.slow
 def test_every_entry_of_the_default_model_equals_the_packages_reader(smollm2_path: Path) -> None:
     assert_same_as_package(smollm2_path)
 

@@ -14,7 +14,7 @@ from kvgen import CheckpointError, UnsupportedError
 from kvgen.backends.blueprint import draw_blueprint
 from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.generation.prompt_cache import load_prompt_cache, save_prompt_cache
-from kvgen.kernels.program import lacking
+from kvgen.kernels.lacking import lacking
 from kvgen.loading.inspect import as_data, inspect
 from tests.families import make_checkpoint
 
@@ -25,7 +25,7 @@ def checkpoint(kind: str, number: int, folder: Path) -> RawCheckpoint:
 
 
 def changed(raw: RawCheckpoint, **metadata: Any) -> RawCheckpoint:
-    return replace(raw, metadata={**raw.metadata, **metadata})
+    return raw.with_metadata(metadata)
 
 
 def test_older_words_for_layers_mean_the_same(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_mixers_side_by_side_are_described(tmp_path: Path) -> None:
     assert inspection.mechanisms["attention"] == "4 heads of size 8, 2 key-value heads"
     assert as_data(inspection)["windows"] == [None] * 3
     assert inspection.config is not None
-    assert lacking(inspection.config) == "mixers in parallel, Mamba 2"
+    assert lacking(inspection.config) is None
 
 
 @pytest.mark.parametrize("kind", ["falcon_h1", "nemotron_h"])
@@ -101,4 +101,4 @@ def test_layers_of_one_part_are_described(tmp_path: Path) -> None:
     assert inspection.mechanisms["norms"] == "RMS norm before each layer"
     assert inspection.config is not None
     assert len(inspection.config.mixers) == 2
-    assert lacking(inspection.config) == "layers without a mixer, Mamba 2, layers without an MLP"
+    assert lacking(inspection.config) is None

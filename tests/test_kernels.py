@@ -29,8 +29,9 @@ from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
+from tests.program import run
 
-TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
 
 def random_blocks(type_name: str, rows: int, columns: int) -> tuple[np.ndarray, Tensor]:
@@ -43,6 +44,8 @@ def random_blocks(type_name: str, rows: int, columns: int) -> tuple[np.ndarray, 
     for at in where.get(type_name, [0, 2] if type_name.endswith("_1") else [0]):
         scales = random.normal(size=(len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if type_name == "MXFP4":
+        blocks[:, 0] = random.integers(90, 150, len(blocks))  # exponents, beyond those of fp16
     return blocks, torch.from_numpy(dequantize(blocks, kind)).view(rows, columns)
 
 
@@ -419,13 +422,12 @@ def test_a_compiler_that_fails_is_named(tiny_llama, tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    command = [sys.executable, "-m", "kvgen", "generate", "-m", str(folder), "--ids", "-p", "1 2 3", "-n", "2"]
+    command = ["generate", "-m", str(folder), "--ids", "-p", "1 2 3", "-n", "2"]
     environment = os.environ | {"CXX": str(compiler), "KVGEN_CACHE_DIR": str(tmp_path / "cache")}
-    stats = subprocess.run([*command, "--stats"], env=environment, capture_output=True, text=True, check=True).stderr
-    assert "cannot build the kernels: x.cpp:1: error: no such thing" in stats
-    refused = subprocess.run(
-        [*command, "--kernels", "on"], env=environment, capture_output=True, text=True, check=False
-    )
+    shown = run(*command, "--stats", env=environment)
+    assert shown.returncode == 0
+    assert "cannot build the kernels: x.cpp:1: error: no such thing" in shown.stderr
+    refused = run(*command, "--kernels", "on", env=environment)
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from kvgen.checkpoint import read_checkpoint
 from kvgen.checkpoint.quantization.mxfp4 import dequantize
 from kvgen.loading.inspect import inspect
 from tests.families import BETWEEN_PAIRS, make_model
+from tests.gguf_experts import is_expert
 from tests.gguf_files import write_gguf
 
 SIZES = BETWEEN_PAIRS | {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 9}
@@ -97,7 +99,7 @@ def test_a_folder_in_mxfp4_gives_the_logits_of_its_numbers(dtype: str, tmp_path:
 def test_a_gguf_file_in_mxfp4_gives_the_same_logits(tmp_path: Path) -> None:
     model = write_folders(tmp_path, SIZES)
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, "gpt_oss", model, experts=gguf.GGMLQuantizationType.MXFP4)
+    write_gguf(path, "gpt_oss", model, type_=gguf.GGMLQuantizationType.MXFP4, quantized=is_expert)
     experts = {name: tensor for name, tensor in read_checkpoint(path).tensors.items() if "_exps.weight" in name}
     assert len(experts) == 9
     assert {(tensor.type, tensor.read().dtype, len(tensor.shape)) for tensor in experts.values()} == {
@@ -106,6 +108,21 @@ def test_a_gguf_file_in_mxfp4_gives_the_same_logits(tmp_path: Path) -> None:
     actual = kvgen.load(path, tokenizer="ids", kernels="off").model.all_logits(IDS)
     folder = kvgen.load(tmp_path / "packed", tokenizer="ids", kernels="off").model
     assert torch.equal(actual, folder.all_logits(IDS))
+
+
+@pytest.mark.parametrize("name", ["packed", "tiny.gguf"])
+def test_experts_stay_as_small_on_the_kernels(name: str, tmp_path: Path) -> None:
+    model = write_folders(tmp_path, SIZES)
+    write_gguf(tmp_path / "tiny.gguf", "gpt_oss", model, type_=gguf.GGMLQuantizationType.MXFP4, quantized=is_expert)
+    packed, on_torch = (
+        kvgen.load(tmp_path / name, tokenizer="ids", kernels=kernels).model for kernels in ("on", "off")
+    )
+    for parameter, weight in packed.decoder.weights.items():
+        if parameter.endswith(("experts.gate.weight", "experts.up.weight", "experts.down.weight")):
+            assert weight.nbytes == 4.5 / 8 * math.prod(weight.shape)
+    expected = on_torch.all_logits(IDS)
+    # Activations have 16 bits in each group, which may change the choice of experts at a few positions.
+    assert (packed.all_logits(IDS) - expected).abs().amax(-1).median() < 1e-3 * expected.abs().max()
 
 
 def test_inspect_counts_numbers_and_names_the_type(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import kvgen
 from tests.conftest import CORPUS
+from tests.families import LLAMA3, YARN
 
 # Two implementations of the same fp32 arithmetic may differ by the order of their sums: about 1e-7 relative for
 # each of some hundred operations, on logits of size 10 to 30. On the machine that these were set on the default
@@ -47,20 +48,6 @@ def test_default_model_continues_as_published(smollm2: kvgen.Loaded) -> None:
     )
 
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN_SCALING = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 CONFIGS = {
     "grouped": {},
     "one-kv-head": {"num_key_value_heads": 1},
@@ -75,10 +62,10 @@ CONFIGS = {
     "large-eps": {"rms_norm_eps": 0.1},
     "large-base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
-    "llama3": {"rope_parameters": LLAMA3_SCALING},
-    "llama3-wide-heads": {"rope_parameters": LLAMA3_SCALING, "head_dim": 64},
-    "yarn": {"rope_parameters": YARN_SCALING, "head_dim": 32},
-    "yarn-scaled": {"rope_parameters": YARN_SCALING | {"attention_factor": 1.3, "beta_fast": 16.0}},
+    "llama3": LLAMA3,
+    "llama3-wide-heads": LLAMA3 | {"head_dim": 64},
+    "yarn": YARN | {"head_dim": 32},
+    "yarn-scaled": {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 1.3, "beta_fast": 16.0}},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def test_keys_of_layers_that_read_those_of_others_are_left_out(kind: str, tmp_pa
 def test_a_layer_without_an_earlier_one_of_its_kind_is_refused(tmp_path: Path) -> None:
     make_checkpoint("gemma4_text", 0, tmp_path)
     raw = read_checkpoint(tmp_path)
-    raw = replace(raw, metadata={**raw.metadata, "num_kv_shared_layers": 5})
+    raw = raw.with_metadata({"num_kv_shared_layers": 5})
     with pytest.raises(CheckpointError, match="layer 0 shares the keys of an earlier one, but none is of its kind"):
         find_family(raw).config(raw)
 

@@ -20,7 +20,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError
 from kvgen.kernels.decoder import KernelDecoder
-from kvgen.kernels.program import lacking
+from kvgen.kernels.lacking import lacking
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.moe import used_share

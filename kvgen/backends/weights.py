@@ -13,7 +13,7 @@ from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
 from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.errors import CheckpointError, UnsupportedError
-from kvgen.families.family import parts_of, split_fused, transform_of
+from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
 from kvgen.model.moe import RouterModule, StackedLinear
@@ -86,12 +86,17 @@ class WeightReader:
         if grouped is None:
             return None
         transform = transform_of(self.transforms, source)
+        if isinstance(transform, OfColumns):
+            moved = grouped.columns(transform.rows(torch.arange(grouped.shape[-1])[:, None]).squeeze(1))
+            return None if moved is None else [moved]
         rows = grouped.shape[:-1]
-        index = torch.arange(math.prod(rows), dtype=torch.float64).view(*rows, 1)
-        moved = transform(index) if transform else index
-        if moved.shape != index.shape or not torch.equal(moved.flatten().sort().values, index.flatten()):
+        numbers = torch.arange(math.prod(rows), dtype=torch.float64)
+        index = numbers.view(*rows, 1)
+        index = index.transpose(-1, -2) if self.raw.tensors[names[0]].transposed else index
+        order = transform(index) if transform else index
+        if order.shape != (*rows, 1) or not torch.equal(order.flatten().sort().values, numbers):
             return None  # the transform does more than reorder rows
-        pieces = split_fused(moved, source, self.config)
+        pieces = split_fused(order, source, self.config)
         if len(pieces) == 1 and not transform:
             return [grouped]
         return [grouped.rows(piece.squeeze(-1).long()) for piece in pieces]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,20 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Grouped:
-    """An (R, K) matrix, or E of them, in which groups of columns share a scale: weight = code * scale + minimum.
+    """An (R, K) matrix, or E of them, in which groups of columns share a scale: weight = value * scale + minimum.
 
     codes: 8 bits: int8, (..., R, K). 4 bits: uint8, (..., R, K / 2); byte i of a group of 2n columns holds column i in
         its low half and column n + i in its high half.
     scales, mins: (..., R, K / group), fp16 or fp32; mins may be None.
     group: columns per group, 16 or 32.
+    values: the value of each of the 16 codes of 4 bits; None for the codes themselves.
     """
 
     codes: Tensor
     scales: Tensor
     mins: Tensor | None
     group: int
+    values: tuple[int, ...] | None = None
 
     @property
     def bits(self) -> int:
@@ -44,13 +46,28 @@ class Grouped:
     def rows(self, index: Tensor) -> Grouped:
         """Return the rows at `index`, int64 of the shape (R) or (E, R); those of several matrices count on."""
         codes, scales = (tensor.flatten(0, -2)[index] for tensor in (self.codes, self.scales))
-        return Grouped(codes, scales, None if self.mins is None else self.mins.flatten(0, -2)[index], self.group)
+        mins = None if self.mins is None else self.mins.flatten(0, -2)[index]
+        return replace(self, codes=codes, scales=scales, mins=mins)
+
+    def columns(self, index: Tensor) -> Grouped | None:
+        """Return the columns at `index`, int64 (K); None if that divides groups."""
+        groups = index.view(-1, self.group)
+        if not torch.equal(groups - groups[:, :1], torch.arange(self.group).expand_as(groups)):
+            return None
+        starts = groups[:, 0] // self.group
+        if not torch.equal(starts * self.group, groups[:, 0]):
+            return None
+        codes = self.codes.view(*self.scales.shape, -1)[..., starts, :].flatten(-2)
+        mins = None if self.mins is None else self.mins[..., starts]
+        return replace(self, codes=codes, scales=self.scales[..., starts], mins=mins)
 
     def dequantized(self) -> Tensor:
         """Return the weights in fp32."""
         codes = self.codes.view(*self.scales.shape, -1)
         if self.bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+        if self.values is not None:
+            codes = torch.tensor(self.values, dtype=torch.int8)[codes.int()]
         weights = codes.float().mul_(self.scales.float()[..., None])
         if self.mins is not None:
             weights += self.mins.float()[..., None]
@@ -84,7 +101,7 @@ def read_blocks(type_name: str, blocks: Bytes, *rows: int) -> Grouped | None:
         None if part is None else torch.from_numpy(np.ascontiguousarray(part)).view(*rows, -1) for part in read(blocks)
     )
     assert codes is not None and scales is not None
-    return Grouped(codes, scales, mins, group)
+    return Grouped(codes, scales, mins, group, _VALUES.get(type_name))
 
 
 _Parts = tuple[NDArray[np.generic], Floats, Floats | None]
@@ -195,6 +212,27 @@ def _q3_k(blocks: Bytes) -> _Parts:
     return codes, factors, factors * np.float32(-4)
 
 
+def _iq4_nl(blocks: Bytes) -> _Parts:
+    return blocks[:, 2:], _read_fp16(blocks, 0), None
+
+
+def _iq4_xs(blocks: Bytes) -> _Parts:
+    high = np.ascontiguousarray(blocks[:, 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=-1).reshape(-1, 8)
+    return blocks[:, 8:], _multiply(_read_fp16(blocks, 0), (low | high << 4).astype(np.int8) - np.int8(32)), None
+
+
+def _mxfp4(blocks: Bytes) -> _Parts:
+    return blocks[:, 1:], powers_of_two(blocks[:, :1]), None
+
+
+def powers_of_two(exponents: Bytes) -> Floats:
+    """Return half of 2^(e - 127), the scales of doubled values: fp16 if it has them exactly, else fp32."""
+    scales: Floats = np.ldexp(np.float32(1), exponents.astype(np.int32) - 128)
+    exact = exponents.size == 0 or (exponents.min() >= 128 - 24 and exponents.max() <= 128 + 15)
+    return scales.astype(np.float16) if exact else scales
+
+
 _READERS: dict[str, tuple[int, Callable[[Bytes], _Parts]]] = {
     "Q4_0": (32, _q4_0),
     "Q4_1": (32, _q4_1),
@@ -206,4 +244,10 @@ _READERS: dict[str, tuple[int, Callable[[Bytes], _Parts]]] = {
     "Q4_K": (32, _q4_k),
     "Q5_K": (32, _q5_k),
     "Q6_K": (16, _q6_k),
+    "IQ4_NL": (32, _iq4_nl),
+    "IQ4_XS": (32, _iq4_xs),
+    "MXFP4": (32, _mxfp4),
 }
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_VALUES = {"IQ4_NL": _IQ4, "IQ4_XS": _IQ4, "MXFP4": E2M1_DOUBLED}

@@ -70,15 +70,18 @@ def _find_shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
-    """Add the tensors of one safetensors file to `tensors`. Raises CheckpointError."""
+def add_shard(tensors: dict[str, RawTensor], path: Path) -> dict[str, str]:
+    """Add the tensors of one safetensors file to `tensors`, and return its metadata. Raises CheckpointError."""
     check_file(path)
+    found = source_file(path)
     try:
         shard: Any = safe_open(path, framework="pt")  # checks the header against the file size
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     file = MappedFile(path)
+    if source_file(path) != found:  # another process has replaced it between the two ways to open it
+        return add_shard(tensors, path)
     header_size = int.from_bytes(file.data[:8], "little")
     header = json.loads(file.data[8 : 8 + header_size])
     for name, view in slices.items():
@@ -88,6 +91,8 @@ def add_shard(tensors: dict[str, RawTensor], path: Path) -> None:
         start, end = (8 + header_size + offset for offset in header[name]["data_offsets"])
         read_tensor = partial(_read_tensor, path, file, name, kind, shape, start)
         tensors[name] = RawTensor(shape, kind, end - start, read_tensor, partial(file.release, start, end - start))
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    return metadata
 
 
 def _read_tensor(path: Path, file: MappedFile, name: str, kind: str, shape: tuple[int, ...], start: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,6 +30,7 @@ class RawTensor:
     read: return the tensor; quantized types are dequantized, to fp32 or a narrower dtype that is exact.
     release: drop the file's pages from memory, once the tensor is copied.
     read_grouped: return a quantized matrix as integer codes; None for other types.
+    transposed: whether `read_grouped` returns the transpose, or that of each of several matrices.
     expands: whether the type is quantized, but has no integer codes that the kernels compute with.
     """
 
@@ -40,6 +41,7 @@ class RawTensor:
     release: Callable[[], None] = lambda: None
     read_grouped: Callable[[], Grouped | None] = lambda: None
     expands: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class RawCheckpoint:
     tensors: Mapping[str, RawTensor]
     files: tuple[SourceFile, ...] = ()
     note: str = ""
+
+    def with_metadata(self, values: Mapping[str, Any]) -> RawCheckpoint:
+        """Return it with further or other metadata."""
+        return replace(self, metadata={**self.metadata, **values})
+
+    def with_defaults(self, values: Mapping[str, Any]) -> RawCheckpoint:
+        """Return it with metadata for what it leaves out or has as null."""
+        given = {name: value for name, value in self.metadata.items() if value is not None}
+        return replace(self, metadata={**values, **given})
 
 
 def check_file(path: Path, *, max_bytes: int | None = None) -> None:

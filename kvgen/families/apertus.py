@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 
@@ -35,25 +33,18 @@ _HF_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        config = gguf_config(raw, gated=False, qk_norm="head")
         stored = [raw.metadata.get(f"xielu.{name}") for name in _NUMBERS]
     else:
         fields = fields_of(raw)
         for name, supported in (("hidden_act", "xielu"), ("post_norm", False), ("qk_norm", True)):
             fields.require(name, supported)
-        config = hf_config(
-            raw,
-            names=_HF_NAMES,
-            gated=False,
-            activation="silu",  # replaced below
-            qk_norm="head",
-            biases=flagged_biases(raw),
-        )
         stored = [[_read(raw, layer, name) for layer in range(layer_count(raw))] for name in _NUMBERS]
-    slopes = [_slopes(raw, *numbers) for numbers in zip(*stored, strict=True)]
     width = read_size(raw, "ffn_width")
-    layers = zip(config.layers, slopes, strict=True)
-    return replace(config, layers=tuple(replace(layer, ffn=MLP(width, False, slope)) for layer, slope in layers))
+    ffns = [MLP(width, False, _slopes(*numbers)) for numbers in zip(*stored, strict=True)]
+    if raw.format == "gguf":
+        return gguf_config(raw, ffns=ffns, attention={"qk_norm": "head"})
+    biases = flagged_biases(raw)
+    return hf_config(raw, names=_HF_NAMES, ffns=ffns, attention={"qk_norm": "head"}, biases=biases)
 
 
 def _read(raw: RawCheckpoint, layer: int, name: str) -> float:
@@ -63,7 +54,7 @@ def _read(raw: RawCheckpoint, layer: int, name: str) -> float:
     return float(tensor.read())
 
 
-def _slopes(raw: RawCheckpoint, positive: float, negative: float, linear: float, limit: float) -> XIELU:
+def _slopes(positive: float, negative: float, linear: float, limit: float) -> XIELU:
     """transformers' XIELUActivation: the slopes are learned before a softplus."""
     above, below = (F.softplus(torch.tensor(number, dtype=torch.float32)).item() for number in (positive, negative))
     return XIELU(above, linear + below, linear, limit)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import starmap
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -105,30 +104,45 @@ def row_count(raw: RawCheckpoint, name: str) -> int:
     return raw.tensors[name].shape[0]
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What a family sets of `Attention`, the same in all layers."""
+
+    qk_norm: QKNorm | None
+    scale: float | None
+    softcap: float | None
+    query_rotary: Rotary | None
+    value_norm: bool
+    output_gate: bool
+    sinks: bool
+
+
 def hf_config(
     raw: RawCheckpoint,
     *,
     names: NameTable = HF_NAMES,
     eps: str = "rms_norm_eps",
-    activation_field: str = "hidden_act",
     rotary_share: float = 1.0,
     tied_head: bool = False,
+    gated: bool = True,
+    activation: Activation | None = None,
+    attention: AttentionOptions | None = None,
     **mechanisms: Any,
 ) -> DecoderConfig:
     """Read the decoder config of a family from config.json.
 
-    names: the family's tensor names. eps, activation_field: names of fields. rotary_share, tied_head: defaults for
-    `partial_rotary_factor` and `tie_word_embeddings`. mechanisms: see `_decoder_config`; `rotaries` and `activation`
-    are read from the file unless given.
+    names: the family's tensor names. eps: the name of a field. rotary_share, tied_head: defaults for
+    `partial_rotary_factor` and `tie_word_embeddings`. gated, activation: of MLPs; `hidden_act` if it is None.
+    mechanisms: see `_decoder_config`; `rotaries` are read from the file and `ffns` are MLPs unless given.
     """
     fields = fields_of(raw)
     if "rotaries" not in mechanisms:
         mechanisms["rotaries"] = rotary_from_hf(fields, head_dim(raw), default_share=rotary_share)
-    if "activation" not in mechanisms:
-        mechanisms["activation"] = read_activation(fields, activation_field)
+    if mechanisms.get("ffns") is None:
+        mechanisms["ffns"] = _mlps(raw, gated, activation or read_activation(fields, "hidden_act"))
     return _decoder_config(
         raw,
         names,
+        attention,
         vocab_size=fields.count("vocab_size"),
         norm_eps=fields.number(eps),
         tied_head=has_tied_head(raw, names, default=tied_head),
@@ -137,12 +151,19 @@ def hf_config(
 
 
 def gguf_config(
-    raw: RawCheckpoint, *, names: NameTable = GGUF_NAMES, scaled_attention: bool = False, **mechanisms: Any
+    raw: RawCheckpoint,
+    *,
+    names: NameTable = GGUF_NAMES,
+    scaled_attention: bool = False,
+    gated: bool = True,
+    activation: Activation = "silu",
+    attention: AttentionOptions | None = None,
+    **mechanisms: Any,
 ) -> DecoderConfig:
     """Read the decoder config of a family from GGUF keys.
 
-    scaled_attention: whether the family reads `attention.scale` itself. mechanisms: see `_decoder_config`; `rotaries`
-    are read from the file unless given, and `activation` is SiLU.
+    scaled_attention: whether the family reads `attention.scale` itself. gated, activation: of MLPs.
+    mechanisms: see `_decoder_config`; `rotaries` are read from the file and `ffns` are MLPs unless given.
     """
     keys = fields_of(raw)
     keys.require("attention.value_length", head_dim(raw))
@@ -151,42 +172,47 @@ def gguf_config(
         keys.require("attention.scale", None)
     if "rotaries" not in mechanisms:
         mechanisms["rotaries"] = rotary_from_gguf(raw, keys, head_dim(raw))
+    if mechanisms.get("ffns") is None:
+        mechanisms["ffns"] = _mlps(raw, gated, activation)
     eps = "layer_norm_rms_epsilon" if mechanisms.get("norm", "rms") == "rms" else "layer_norm_epsilon"
     return _decoder_config(
         raw,
         names,
+        attention,
         vocab_size=row_count(raw, "token_embd.weight"),
         norm_eps=keys.number(f"attention.{eps}"),
         tied_head="output.weight" not in raw.tensors,
-        **{"activation": "silu", **mechanisms},
+        **mechanisms,
     )
+
+
+def _mlps(raw: RawCheckpoint, gated: bool, activation: Activation) -> list[MLP]:
+    """Return the MLP of each layer. Raises UnsupportedError if the file says that there are experts."""
+    fields = fields_of(raw)
+    if experts := experts_field(raw.metadata, fields.prefix):
+        raise UnsupportedError(f"{fields.path}: this is a mixture of experts ({experts}), but its family is dense")
+    return [MLP(read_size(raw, "ffn_width"), gated, activation)] * layer_count(raw)
 
 
 def _decoder_config(
     raw: RawCheckpoint,
     names: NameTable,
+    attention: AttentionOptions | None,
     *,
     rotaries: Rotary | Sequence[Rotary | None] | None,
     windows: int | Sequence[int | None] | None = None,
-    qk_norm: QKNorm | None = None,
-    attention_scale: float | None = None,
-    attention_softcap: float | None = None,
-    output_gate: bool = False,
-    sinks: bool = False,
-    gated: bool = True,
-    activation: Activation = "silu",
-    ffns: Sequence[MLP | MoE] | None = None,
+    ffns: Sequence[MLP | MoE],
     biases: frozenset[str] = frozenset(),
     **fields: Any,
 ) -> DecoderConfig:
     """Read the sizes and build the config.
 
-    rotaries, windows: one for all layers, or a list with one for each. ffns: the feed-forward layer of each layer; by
-    default an MLP, gated or not and with `activation`. biases: layers that must have a bias, besides
-    those that have one in the file. fields: further fields of DecoderConfig.
+    rotaries, windows: one for all layers, or a list with one for each. ffns: the feed-forward layer of each layer.
+    biases: layers that must have a bias, besides those that have one in the file. fields: further fields of
+    DecoderConfig.
     """
     heads, count = read_size(raw, "heads"), layer_count(raw)
-    kv_heads = read_size(raw, "kv_heads", heads)
+    kv_heads, size = read_size(raw, "kv_heads", heads), head_dim(raw)
     path = fields_of(raw).path
     if heads % kv_heads:
         raise CheckpointError(f"{path}: {heads} heads cannot share {kv_heads} key-value heads")
@@ -194,21 +220,10 @@ def _decoder_config(
     windows = windows if isinstance(windows, Sequence) else [windows] * count
     if len(rotaries) != count or len(windows) != count:
         raise CheckpointError(f"{path}: its lists of layers do not have one entry for each of {count} layers")
-    if ffns is None:
-        if experts := experts_field(raw.metadata, fields_of(raw).prefix):
-            raise UnsupportedError(f"{path}: this is a mixture of experts ({experts}), but its family is dense")
-        ffns = [MLP(read_size(raw, "ffn_width"), gated, activation)] * count
-    attention = Attention(
-        heads,
-        kv_heads,
-        head_dim(raw),
-        qk_norm=qk_norm,
-        scale=attention_scale,
-        softcap=attention_softcap,
-        output_gate=output_gate,
-        sinks=sinks,
-    )
-    mixers = [replace(attention, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True)]
+    mixers = [
+        Attention(heads, kv_heads, size, rotary, window, **(attention or {}))
+        for rotary, window in zip(rotaries, windows, strict=True)
+    ]
     return DecoderConfig(
         context_length=read_size(raw, "context_length"),
         dim=read_size(raw, "dim"),

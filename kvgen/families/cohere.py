@@ -15,19 +15,14 @@ from kvgen.model.config import DecoderConfig
 
 PARALLEL: dict[str, Any] = {"norm": "layer", "norms": frozenset({"attn_norm"}), "parallel": True}
 _LOGIT_SCALE = 0.0625  # transformers' default
-_HF_NAMES = {
-    **HF_NAMES,
-    **HF_QK_NORM_NAMES,
-}
+_HF_NAMES = {**HF_NAMES, **HF_QK_NORM_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
-        has_qk_norm = "blk.0.attn_q_norm.weight" in raw.tensors
-        return gguf_config(
-            raw, **PARALLEL, logit_scale=fields.number("logit_scale"), qk_norm="each-head" if has_qk_norm else None
-        )
+        scale, has_norm = fields.number("logit_scale"), "blk.0.attn_q_norm.weight" in raw.tensors
+        return gguf_config(raw, **PARALLEL, logit_scale=scale, attention={"qk_norm": "each-head" if has_norm else None})
     return hf_config(
         raw,
         **PARALLEL,
@@ -35,7 +30,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         eps="layer_norm_eps",
         tied_head=True,
         logit_scale=logit_scale(raw),
-        qk_norm="each-head" if fields.flag("use_qk_norm", False) else None,
+        attention={"qk_norm": "each-head" if fields.flag("use_qk_norm", False) else None},
         biases=flagged_biases(raw),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
@@ -25,7 +24,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         rotary = rotary_from_gguf(raw, fields, head_dim(raw))
         rotaries = [None if window is None else rotary for window in windows]
         return gguf_config(raw, **mechanisms, rotaries=rotaries, logit_scale=fields.number("logit_scale"))
-    raw = replace(raw, metadata={**raw.metadata, "head_dim": None})  # transformers ignores it
+    raw = raw.with_metadata({"head_dim": None})  # transformers ignores it
     rotary = rotary_from_hf(fields_of(raw), head_dim(raw))
     return hf_config(
         raw,

@@ -12,7 +12,7 @@ from kvgen.model.config import DecoderConfig
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
-        return gguf_config(raw, qk_norm="head", ffns=read_gguf_ffns(raw))
+        return gguf_config(raw, attention={"qk_norm": "head"}, ffns=read_gguf_ffns(raw))
     last = fields.whole("max_window_layers", 62)
     has_windows = fields.get("sliding_window") is not None
     return hf_config(
@@ -20,7 +20,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         names=HF_NAMES_WITH_QK_NORM,
         ffns=read_hf_ffns(raw),
         windows=sliding_windows(raw, lambda layer: has_windows and layer >= last),
-        qk_norm="head",
+        attention={"qk_norm": "head"},
         biases=flagged_biases(raw),
     )
 

@@ -46,7 +46,8 @@ def _read_ffns(raw: RawCheckpoint) -> list[MLP | MoE]:
     return hf_ffns(raw, router, shared=shared, sparse=lambda i: first <= i <= last and (i + 1) % step == 0)
 
 
-def hf_transforms(config: DecoderConfig) -> Transforms:
+def transforms(config: DecoderConfig) -> Transforms:
+    """The bias for choosing is a matrix of one row, in GGUF files too."""
     return {**gguf_transforms(config), "ffn.router.selection": as_vector}
 
 
@@ -55,7 +56,7 @@ FAMILY = Family(
     "ernie4_5-moe",
     read_config,
     _HF_NAMES,
-    gguf_transforms=gguf_transforms,
-    hf_transforms=hf_transforms,
+    gguf_transforms=transforms,
+    hf_transforms=transforms,
     ignores=lambda name, config: name.startswith("model.mtp_"),  # predict further tokens,
 )

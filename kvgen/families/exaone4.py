@@ -23,7 +23,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         "norms": NORMS,
         "windows": windows,
         "rotaries": [rotary if window or everywhere else None for window in windows],
-        "qk_norm": "head",
+        "attention": {"qk_norm": "head"},
     }
     return gguf_config(raw, **shared) if is_gguf else hf_config(raw, **shared, names=POST_NORM_NAMES)
 

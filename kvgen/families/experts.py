@@ -15,14 +15,22 @@ from kvgen.families.family import NameTable
 from kvgen.families.fields import Fields
 from kvgen.model.ffns import MLP, Combination, MoE, Router, Scores
 
+
+def expert_names(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> NameTable:
+    """Return transformers' tensor names, which begin with `prefix`: one tensor for each expert, or all in one."""
+    return {
+        f"{prefix}.{{j}}.{gate}": "blk.{i}.ffn.experts.gate",
+        f"{prefix}.{{j}}.{up}": "blk.{i}.ffn.experts.up",
+        f"{prefix}.{{j}}.{down}": "blk.{i}.ffn.experts.down",
+        f"{prefix}.gate_up_proj": "blk.{i}.ffn.experts.gate_up.weight",
+        f"{prefix}.down_proj": "blk.{i}.ffn.experts.down.weight",
+    }
+
+
 HF_EXPERT_NAMES: NameTable = {
     "model.layers.{i}.mlp.gate": "blk.{i}.ffn.router",
     "model.layers.{i}.mlp.gate.e_score_correction_bias": "blk.{i}.ffn.router.selection.bias",
-    "model.layers.{i}.mlp.experts.{j}.gate_proj": "blk.{i}.ffn.experts.gate",
-    "model.layers.{i}.mlp.experts.{j}.up_proj": "blk.{i}.ffn.experts.up",
-    "model.layers.{i}.mlp.experts.{j}.down_proj": "blk.{i}.ffn.experts.down",
-    "model.layers.{i}.mlp.experts.gate_up_proj": "blk.{i}.ffn.experts.gate_up.weight",
-    "model.layers.{i}.mlp.experts.down_proj": "blk.{i}.ffn.experts.down.weight",
+    **expert_names("model.layers.{i}.mlp.experts"),
     "model.layers.{i}.mlp.shared_experts.gate_proj": "blk.{i}.ffn.shared.gate",
     "model.layers.{i}.mlp.shared_experts.up_proj": "blk.{i}.ffn.shared.up",
     "model.layers.{i}.mlp.shared_experts.down_proj": "blk.{i}.ffn.shared.down",
@@ -31,7 +39,7 @@ HF_EXPERT_NAMES: NameTable = {
     "model.layers.{i}.mlp.shared_expert.down_proj": "blk.{i}.ffn.shared.down",
     "model.layers.{i}.mlp.shared_expert_gate": "blk.{i}.ffn.shared_gate",
 }
-"""Tensor names of experts in transformers: one tensor for each, or all in one."""
+"""Tensor names that most mixtures of experts share in transformers."""
 
 _GATING: dict[int, Scores] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}  # llama.cpp's numbers
 

@@ -65,6 +65,16 @@ _FUSED = {
 }
 
 
+@dataclass(frozen=True)
+class OfColumns:
+    """Changes the columns of a matrix as `rows` does rows."""
+
+    rows: Transform
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        return self.rows(matrix.T.contiguous()).T.contiguous()
+
+
 def _no_transforms(config: DecoderConfig) -> Transforms:
     return {}
 

@@ -12,6 +12,7 @@ from kvgen.families.base import (
     gguf_config,
     head_dim,
     hf_config,
+    read_activation,
     read_size,
     sliding_windows,
 )
@@ -34,25 +35,24 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         "norms": NORMS,
         "windows": sliding_windows(raw, lambda layer: layer % 2 == 0),
         "embedding_scale": embedding_scale(raw),
+        "activation": "gelu_tanh" if raw.format == "gguf" else read_activation(fields, "hidden_activation"),
     }
     if raw.format == "gguf":
+        scale, softcap = gguf_attention_scale(raw, layers_27b=46), fields.number("attn_logit_softcapping", 50.0)
         return gguf_config(
             raw,
             **shared,
-            activation="gelu_tanh",
-            attention_scale=gguf_attention_scale(raw, layers_27b=46),
-            attention_softcap=fields.number("attn_logit_softcapping", 50.0),
+            attention={"scale": scale, "softcap": softcap},
             logit_softcap=fields.number("final_logit_softcapping", 30.0),
         )
     fields.require("use_bidirectional_attention", False)
+    scale, cap = fields.number("query_pre_attn_scalar") ** -0.5, fields.optional_number("attn_logit_softcapping")
     return hf_config(
         raw,
         **shared,
         names=SANDWICH_NAMES,
-        activation_field="hidden_activation",
         tied_head=True,
-        attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
-        attention_softcap=fields.optional_number("attn_logit_softcapping"),
+        attention={"scale": scale, "softcap": cap},
         logit_softcap=fields.optional_number("final_logit_softcapping"),
         biases=flagged_biases(raw),
     )

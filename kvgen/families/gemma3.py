@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
@@ -13,6 +12,7 @@ from kvgen.families.base import (
     gguf_config,
     head_dim,
     hf_config,
+    read_activation,
     sliding_windows,
 )
 from kvgen.families.family import Family
@@ -35,16 +35,12 @@ _DEFAULTS: dict[str, Any] = {  # of transformers' Gemma3TextConfig; config.json 
     "rms_norm_eps": 1e-6,
     "query_pre_attn_scalar": 256,
 }
-_HF_NAMES = {
-    **SANDWICH_NAMES,
-    **HF_QK_NORM_NAMES,
-}
+_HF_NAMES = {**SANDWICH_NAMES, **HF_QK_NORM_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "hf":
-        given = {name: value for name, value in raw.metadata.items() if value is not None}
-        raw = replace(raw, metadata={**_DEFAULTS, **given})
+        raw = raw.with_defaults(_DEFAULTS)
     fields = fields_of(raw)
     pattern = fields.count("sliding_window_pattern", _PATTERN)
     windows = sliding_windows(raw, lambda layer: (layer + 1) % pattern != 0)
@@ -53,22 +49,21 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         "norms": NORMS,
         "windows": windows,
         "rotaries": [global_rotary if window is None else local_rotary for window in windows],
-        "qk_norm": "head",
         "embedding_scale": embedding_scale(raw),
         "logit_softcap": fields.optional_number("final_logit_softcapping"),
     }
     if raw.format == "gguf":
         scale = gguf_attention_scale(raw, layers_27b=62)
-        return gguf_config(raw, **shared, activation="gelu_tanh", attention_scale=scale)
+        return gguf_config(raw, **shared, activation="gelu_tanh", attention={"qk_norm": "head", "scale": scale})
     fields.require("use_bidirectional_attention", False)
     fields.require("attn_logit_softcapping", None)
     return hf_config(
         raw,
         **shared,
         names=_HF_NAMES,
-        activation_field="hidden_activation",
+        activation=read_activation(fields, "hidden_activation"),
         tied_head=True,
-        attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
+        attention={"qk_norm": "head", "scale": fields.number("query_pre_attn_scalar") ** -0.5},
         biases=flagged_biases(raw),
     )
 

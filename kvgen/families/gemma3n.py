@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import (
-    HF_QK_NORM_NAMES,
     fields_of,
     flagged_biases,
     gguf_config,
@@ -26,14 +24,14 @@ from kvgen.families.base import (
     row_count,
     sliding_windows,
 )
-from kvgen.families.family import GGUF_NAMES, Family, NameTable, Transforms
+from kvgen.families.family import Family, NameTable, Transforms
 from kvgen.families.fields import Fields
 from kvgen.families.gemma import embedding_scale
-from kvgen.families.gemma2 import NORMS, SANDWICH_NAMES
+from kvgen.families.gemma2 import NORMS
 from kvgen.families.gemma3 import gguf_rotaries, hf_rotaries
 from kvgen.families.shared_keys import (
-    GGUF_LAYER_INPUT_NAMES,
-    HF_LAYER_INPUT_NAMES,
+    GGUF_NAMES_WITH_INPUTS,
+    HF_NAMES_WITH_INPUTS,
     each_layer,
     gguf_layer_inputs,
     has_no_keys,
@@ -41,7 +39,6 @@ from kvgen.families.shared_keys import (
 )
 from kvgen.model.config import AltUp, DecoderConfig, LayerInputs
 from kvgen.model.ffns import MLP, Activation, SparseMLP
-from kvgen.model.mixers import Attention
 
 _PATTERN = 5  # every fifth layer has no window
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95
@@ -63,9 +60,7 @@ _DEFAULTS: dict[str, Any] = {  # of transformers' Gemma3nTextConfig
     "laurel_rank": 64,
 }
 _HF_NAMES: NameTable = {
-    **SANDWICH_NAMES,
-    **HF_QK_NORM_NAMES,
-    **HF_LAYER_INPUT_NAMES,
+    **HF_NAMES_WITH_INPUTS,
     "model.altup_projections.{i}": "streams.split",
     "model.altup_unembed_projections.{i}": "streams.merge",
     "model.layers.{i}.altup.correction_coefs": "blk.{i}.altup.correct",
@@ -78,8 +73,7 @@ _HF_NAMES: NameTable = {
     "model.layers.{i}.laurel.post_laurel_norm": "blk.{i}.laurel.norm",
 }
 _GGUF_NAMES: NameTable = {
-    **GGUF_NAMES,
-    **GGUF_LAYER_INPUT_NAMES,
+    **GGUF_NAMES_WITH_INPUTS,
     "altup_proj": "streams.split",
     "altup_unembd_proj": "streams.merge",
     "blk.{i}.altup_correct_coef": "blk.{i}.altup.correct",
@@ -98,15 +92,13 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 
 
 def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
-    given = {name: value for name, value in raw.metadata.items() if value is not None}
-    raw = replace(raw, metadata={**_DEFAULTS, **given})
+    raw = raw.with_defaults(_DEFAULTS)
     fields = fields_of(raw)
     activation = read_activation(fields, "hidden_activation")
     inputs = fields.count("hidden_size_per_layer_input"), fields.count("vocab_size_per_layer_input")
     config = hf_config(
         raw,
         names=_HF_NAMES,
-        activation_field="hidden_activation",
         tied_head=True,
         biases=flagged_biases(raw),
         layer_inputs=LayerInputs(*inputs, activation),
@@ -116,7 +108,7 @@ def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
         ffns=_ffns(fields, "intermediate_size", _sparsities(fields, layer_count(raw)), activation),
         **_mechanisms(raw),
     )
-    return with_shared_keys(_with_value_norms(config), fields.whole("num_kv_shared_layers"), fields.path)
+    return with_shared_keys(config, fields.whole("num_kv_shared_layers"), fields.path)
 
 
 def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
@@ -134,7 +126,7 @@ def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
         ffns=_ffns(keys, "feed_forward_length", deviations, "gelu_tanh"),
         **_mechanisms(raw),
     )
-    return with_shared_keys(_with_value_norms(config), keys.whole("attention.shared_kv_layers"), keys.path)
+    return with_shared_keys(config, keys.whole("attention.shared_kv_layers"), keys.path)
 
 
 def _mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
@@ -144,8 +136,7 @@ def _mechanisms(raw: RawCheckpoint) -> dict[str, Any]:
         "norms": NORMS,
         "windows": windows,
         "rotaries": [global_rotary if window is None else local_rotary for window in windows],
-        "qk_norm": "head",
-        "attention_scale": 1.0,
+        "attention": {"qk_norm": "head", "scale": 1.0, "value_norm": True},
         "embedding_scale": embedding_scale(raw),
     }
 
@@ -177,14 +168,6 @@ def _altup(fields: Fields, count: str, active: str, output_scale: bool) -> AltUp
     if not streams[1] < streams[0] or streams[0] == 1:
         raise CheckpointError(f"{fields.path}: cannot compute stream {streams[1]} of {streams[0]}")
     return AltUp(*streams, output_scale)
-
-
-def _with_value_norms(config: DecoderConfig) -> DecoderConfig:
-    layers = []
-    for layer in config.layers:
-        assert isinstance(layer.mixer, Attention)
-        layers.append(replace(layer, mixer=replace(layer.mixer, value_norm=True)))
-    return replace(config, layers=tuple(layers))
 
 
 def hf_transforms(config: DecoderConfig) -> Transforms:

@@ -12,7 +12,6 @@ from typing import Any
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.base import (
-    HF_QK_NORM_NAMES,
     fields_of,
     flagged_biases,
     gguf_config,
@@ -22,14 +21,14 @@ from kvgen.families.base import (
     sliding_windows,
 )
 from kvgen.families.experts import check_router
-from kvgen.families.family import GGUF_NAMES, Family, NameTable
+from kvgen.families.family import Family, NameTable
 from kvgen.families.fields import Fields
 from kvgen.families.gemma import embedding_scale
-from kvgen.families.gemma2 import NORMS, SANDWICH_NAMES
+from kvgen.families.gemma2 import NORMS
 from kvgen.families.rope import plain_rotary, rotary_from_gguf, rotary_from_hf
 from kvgen.families.shared_keys import (
-    GGUF_LAYER_INPUT_NAMES,
-    HF_LAYER_INPUT_NAMES,
+    GGUF_NAMES_WITH_INPUTS,
+    HF_NAMES_WITH_INPUTS,
     each_layer,
     gguf_layer_inputs,
     has_no_keys,
@@ -59,13 +58,8 @@ _DEFAULTS: dict[str, Any] = {  # of transformers' Gemma4TextConfig
     "hidden_size_per_layer_input": 256,
     "rope_parameters": _ROTARIES,
 }
-_HF_NAMES: NameTable = {
-    **SANDWICH_NAMES,
-    **HF_QK_NORM_NAMES,
-    **HF_LAYER_INPUT_NAMES,
-    "model.layers.{i}.layer_scalar": "blk.{i}.scale",
-}
-_GGUF_NAMES: NameTable = {**GGUF_NAMES, **GGUF_LAYER_INPUT_NAMES, "blk.{i}.layer_output_scale.weight": "blk.{i}.scale"}
+_HF_NAMES: NameTable = {**HF_NAMES_WITH_INPUTS, "model.layers.{i}.layer_scalar": "blk.{i}.scale"}
+_GGUF_NAMES: NameTable = {**GGUF_NAMES_WITH_INPUTS, "blk.{i}.layer_output_scale.weight": "blk.{i}.scale"}
 _HF_EXPERT_NAMES: NameTable = {
     **_HF_NAMES,
     "model.layers.{i}.pre_feedforward_layernorm": "blk.{i}.ffn.mlp_norm",
@@ -109,8 +103,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 
 
 def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
-    given = {name: value for name, value in raw.metadata.items() if value is not None}
-    raw = replace(raw, metadata={**_DEFAULTS, **given})
+    raw = raw.with_defaults(_DEFAULTS)
     fields, count = fields_of(raw), layer_count(raw)
     fields.require("use_bidirectional_attention", "vision")  # between the tokens of an image, of which there are none
     windows = sliding_windows(raw, lambda layer: (layer + 1) % _PATTERN != 0)
@@ -124,7 +117,6 @@ def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
     config = hf_config(
         raw,
         names=_HF_NAMES if router is None else _HF_EXPERT_NAMES,
-        activation_field="hidden_activation",
         tied_head=True,
         biases=flagged_biases(raw),
         windows=windows,
@@ -159,7 +151,7 @@ def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
     local_rotary = plain_rotary(keys, local, keys.number("rope.freq_base_swa", _LOCAL_BASE))
     rotaries = [replace(global_rotary, inverse_frequencies=turned) if w is None else local_rotary for w in windows]
     config = gguf_config(
-        replace(raw, metadata={**raw.metadata, f"{keys.prefix}attention.head_count_kv": sizes.kv_heads[0]}),
+        raw.with_metadata({f"{keys.prefix}attention.head_count_kv": sizes.kv_heads[0]}),
         names=_GGUF_NAMES if router is None else _GGUF_EXPERT_NAMES,
         windows=windows,
         rotaries=rotaries,
@@ -176,8 +168,7 @@ def _read_gguf(raw: RawCheckpoint) -> DecoderConfig:
 def _mechanisms(raw: RawCheckpoint, router: Router | None) -> dict[str, Any]:
     return {
         "norms": NORMS if router is None else NORMS - {"ffn_norm"},
-        "qk_norm": "head",
-        "attention_scale": 1.0,
+        "attention": {"qk_norm": "head", "scale": 1.0, "value_norm": True},
         "embedding_scale": embedding_scale(raw),
         "logit_softcap": fields_of(raw).optional_number("final_logit_softcapping"),
     }
@@ -190,7 +181,7 @@ def _with_sizes(config: DecoderConfig, sizes: _Sizes, as_values: Sequence[bool],
         assert isinstance(layer.mixer, Attention)
         if layer.mixer.heads % heads:
             raise CheckpointError(f"{fields.path}: {layer.mixer.heads} heads cannot share {heads} key-value heads")
-        mixer = replace(layer.mixer, kv_heads=heads, head_dim=size, keys_as_values=keys, value_norm=True)
+        mixer = replace(layer.mixer, kv_heads=heads, head_dim=size, keys_as_values=keys)
         layers.append(replace(layer, mixer=mixer))
     return replace(config, layers=tuple(layers))
 

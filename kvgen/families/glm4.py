@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, fields_of, gguf_config, hf_config
-from kvgen.families.family import GGUF_NAMES, Family, Transform, split_halves
+from kvgen.families.family import GGUF_NAMES, Family, Transform
 from kvgen.families.gemma2 import NORMS
+from kvgen.families.llama import gguf_transforms
 from kvgen.model.config import DecoderConfig
 
 _HF_NAMES = {
@@ -31,12 +31,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
 
 def transforms(config: DecoderConfig) -> dict[str, Transform]:
     """Rotation is interleaved in both formats."""
-    attention = config.attention
-    rotated = 2 * len(config.rotaries[0].inverse_frequencies)
-    return {
-        "attn.q": partial(split_halves, heads=attention.heads, rotated=rotated),
-        "attn.k": partial(split_halves, heads=attention.kv_heads, rotated=rotated),
-    }
+    return gguf_transforms(config, rotated=2 * len(config.rotaries[0].inverse_frequencies))
 
 
 FAMILY = Family(

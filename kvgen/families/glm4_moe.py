@@ -10,25 +10,21 @@ from kvgen.families.fields import Fields
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MoE, Router
 
-HF_NAMES_WITH_QK_NORM = {
-    **HF_NAMES,
-    **HF_EXPERT_NAMES,
-    **HF_QK_NORM_NAMES,
-}
+HF_NAMES_WITH_QK_NORM = {**HF_NAMES, **HF_EXPERT_NAMES, **HF_QK_NORM_NAMES}
 _GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
-        qk_norm = "head" if "blk.0.attn_q_norm.weight" in raw.tensors else None
-        return gguf_config(raw, names=_GGUF_NAMES, qk_norm=qk_norm, ffns=read_gguf_ffns(raw))
+        has_norm, ffns = "blk.0.attn_q_norm.weight" in raw.tensors, read_gguf_ffns(raw)
+        return gguf_config(raw, names=_GGUF_NAMES, ffns=ffns, attention={"qk_norm": "head" if has_norm else None})
     return hf_config(
         raw,
         names=HF_NAMES_WITH_QK_NORM,
         rotary_share=0.5,
         ffns=read_hf_ffns(raw),
-        qk_norm="head" if fields.flag("use_qk_norm", False) else None,
+        attention={"qk_norm": "head" if fields.flag("use_qk_norm", False) else None},
         biases=flagged_biases(raw) - {"attn.output"},
     )
 

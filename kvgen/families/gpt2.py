@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, BLOCK_NORMS, PLAIN_MLP, fields_of, gguf_config, hf_config, read_size
+from kvgen.families.base import ATTENTION, BLOCK_NORMS, PLAIN_MLP, fields_of, gguf_config, hf_config, read_activation
 from kvgen.families.family import Family, Transform, transposed
 from kvgen.model.config import DecoderConfig
 
@@ -40,21 +39,21 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         "gated": False,
         "biases": ATTENTION | PLAIN_MLP | BLOCK_NORMS,
     }
-    if raw.format == "gguf":
-        positions = read_size(raw, "context_length")
-        return gguf_config(raw, **mechanisms, activation="gelu_tanh", learned_positions=positions)
     fields = fields_of(raw)
+    if raw.format == "gguf":
+        positions = fields.count("context_length")
+        return gguf_config(raw, **mechanisms, activation="gelu_tanh", learned_positions=positions)
     fields.require("scale_attn_weights", True)
     fields.require("scale_attn_by_inverse_layer_idx", False)
     fields.require("add_cross_attention", False)
     sizes = {usual: fields.get(name) for usual, name in _SIZES.items()} | {"num_key_value_heads": None}
     sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * fields.count("n_embd")
     return hf_config(
-        replace(raw, metadata={**raw.metadata, **sizes}),
+        raw.with_metadata(sizes),
         **mechanisms,
         names=_HF_NAMES,
         eps="layer_norm_epsilon",
-        activation_field="activation_function",
+        activation=read_activation(fields, "activation_function"),
         tied_head=True,
         learned_positions=fields.count("n_positions"),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     base = fields.get("rope_theta") or fields.get("rotary_emb_base")
     changes = {"rope_theta": base, "num_key_value_heads": None}  # every head has its own keys, whatever the file says
     return hf_config(
-        replace(raw, metadata={**raw.metadata, **changes}),
+        raw.with_metadata(changes),
         **mechanisms,
         names=_HF_NAMES,
         eps="layer_norm_eps",

@@ -32,7 +32,7 @@ _GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     windows = sliding_windows(raw, lambda layer: layer % 2 == 0)
-    mechanisms: dict[str, Any] = {"windows": windows, "sinks": True}
+    mechanisms: dict[str, Any] = {"windows": windows, "attention": {"sinks": True}}
     return _read_gguf(raw, mechanisms) if raw.format == "gguf" else _read_hf(raw, mechanisms)
 
 

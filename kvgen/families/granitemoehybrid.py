@@ -12,7 +12,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import UnsupportedError
 from kvgen.families.base import HF_NAMES, fields_of, flagged_biases, gguf_config, hf_config, layer_count
 from kvgen.families.experts import gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family
+from kvgen.families.family import GGUF_NAMES, Family, Transforms
 from kvgen.families.fields import Fields
 from kvgen.families.granite import read_scales
 from kvgen.families.granitemoe import EXPERT_NAMES
@@ -101,6 +101,11 @@ def _dense(raw: RawCheckpoint) -> Family | None:
     return replace(FAMILY, hf_names=_DENSE_HF_NAMES) if _is_dense(raw) else None
 
 
+def _gguf_transforms(config: DecoderConfig) -> Transforms:
+    rotations = gguf_transforms(config) if config.attentions else {}
+    return {**gguf_mamba2_transforms(config), **rotations}
+
+
 FAMILY = Family(
     "granitemoehybrid",
     "granitehybrid",
@@ -108,6 +113,6 @@ FAMILY = Family(
     _HF_NAMES,
     gguf_names=_GGUF_NAMES,
     hf_transforms=hf_mamba2_transforms,
-    gguf_transforms=lambda config: {**gguf_mamba2_transforms(config), **gguf_transforms(config)},
+    gguf_transforms=_gguf_transforms,
     variant=_dense,
 )

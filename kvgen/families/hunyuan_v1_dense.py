@@ -19,9 +19,9 @@ _HF_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        return gguf_config(raw, qk_norm="rotated-head")
+        return gguf_config(raw, attention={"qk_norm": "rotated-head"})
     rotary, biases = _read_rotary(raw), flagged_biases(raw)
-    return hf_config(raw, names=_HF_NAMES, rotaries=rotary, qk_norm="rotated-head", biases=biases)
+    return hf_config(raw, names=_HF_NAMES, rotaries=rotary, attention={"qk_norm": "rotated-head"}, biases=biases)
 
 
 def _read_rotary(raw: RawCheckpoint) -> Rotary:

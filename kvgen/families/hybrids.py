@@ -117,9 +117,10 @@ def hf_mamba2_biases(fields: Fields) -> frozenset[str]:
     return frozenset(projections | ({"attn.conv"} if fields.flag("mamba_conv_bias", True) else set()))
 
 
-def read_layer_kinds(fields: Fields, count: int, kinds: Iterable[str], default: list[str] | None = None) -> list[str]:
-    """Read `layers_block_type` or `layer_types`. Raises CheckpointError unless it has one of `kinds` for each layer."""
-    name = "layers_block_type" if fields.get("layers_block_type") is not None else "layer_types"
+def read_layer_kinds(
+    fields: Fields, count: int, kinds: Iterable[str], default: list[str] | None = None, name: str = "layer_types"
+) -> list[str]:
+    """Read the field `name`. Raises CheckpointError unless it has one of `kinds` for each of `count` layers."""
     found, kinds = default if fields.get(name) is None else fields.get(name), list(kinds)
     if not isinstance(found, list) or len(found) != count or not all(kind in kinds for kind in found):
         raise CheckpointError(f"{fields.path}: {name} must have one of {', '.join(kinds)} for each of {count} layers")
@@ -136,8 +137,7 @@ def read_sizes(raw: RawCheckpoint, name: str) -> tuple[RawCheckpoint, list[bool]
     sizes = sizes[:count] if isinstance(sizes, list) else [sizes] * count
     if len(sizes) != count or not all(type(size) is int for size in sizes) or len({*sizes} - {0}) > 1:
         raise CheckpointError(f"{keys.path}: {keys.prefix}{name} must be 0 or one number for each layer")
-    metadata = {**raw.metadata, f"{keys.prefix}{name}": max(sizes) or None}
-    return replace(raw, metadata=metadata), [size != 0 for size in sizes]
+    return raw.with_metadata({f"{keys.prefix}{name}": max(sizes) or None}), [size != 0 for size in sizes]
 
 
 def with_recurrences(config: DecoderConfig, mixer: Mixer, attends: Sequence[bool]) -> DecoderConfig:

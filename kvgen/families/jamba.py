@@ -8,7 +8,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.bamba import HF_NAMES_AROUND_MAMBA
 from kvgen.families.base import fields_of, gguf_config, hf_config, layer_count, read_size
-from kvgen.families.experts import gguf_ffns, hf_ffns
+from kvgen.families.experts import expert_names, gguf_ffns, hf_ffns
 from kvgen.families.family import GGUF_NAMES, Family, NameTable
 from kvgen.families.fields import Fields
 from kvgen.families.hybrids import hf_mamba2_biases, hf_mamba2_transforms, read_sizes, with_recurrences
@@ -19,11 +19,7 @@ from kvgen.model.mixers import Mamba
 _HF_NAMES: NameTable = {
     **HF_NAMES_AROUND_MAMBA,
     "model.layers.{i}.feed_forward.router": "blk.{i}.ffn.router",
-    "model.layers.{i}.feed_forward.experts.{j}.gate_proj": "blk.{i}.ffn.experts.gate",
-    "model.layers.{i}.feed_forward.experts.{j}.up_proj": "blk.{i}.ffn.experts.up",
-    "model.layers.{i}.feed_forward.experts.{j}.down_proj": "blk.{i}.ffn.experts.down",
-    "model.layers.{i}.feed_forward.experts.gate_up_proj": "blk.{i}.ffn.experts.gate_up.weight",
-    "model.layers.{i}.feed_forward.experts.down_proj": "blk.{i}.ffn.experts.down.weight",
+    **expert_names("model.layers.{i}.feed_forward.experts"),
     "model.layers.{i}.mamba.in_proj": "blk.{i}.attn.in_proj",
     "model.layers.{i}.mamba.conv1d": "blk.{i}.attn.conv",
     "model.layers.{i}.mamba.x_proj": "blk.{i}.attn.x_proj",

@@ -109,7 +109,7 @@ def gguf_latent_config(raw: RawCheckpoint, ffns: Sequence[MLP | MoE]) -> Decoder
     )
     plain = {"key_length": key_length, "value_length": key_length, "head_count_kv": heads}
     sizes = {f"{keys.prefix}attention.{name}": size for name, size in plain.items()}
-    raw = replace(raw, metadata={**raw.metadata, **sizes})
+    raw = raw.with_metadata(sizes)
     return _with_mixer(gguf_config(raw, names=GGUF_LATENT_NAMES, rotaries=rotary, ffns=ffns), mixer, yarn)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
@@ -48,7 +47,7 @@ GGUF_CONV_NAMES = {
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         return read_gguf(raw)
-    return read_hf(with_values(raw, {"intermediate_size": _mlp_width(fields_of(raw))}), HF_NAMES)
+    return read_hf(raw.with_metadata({"intermediate_size": _mlp_width(fields_of(raw))}), HF_NAMES)
 
 
 def read_hf(raw: RawCheckpoint, names: NameTable, **mechanisms: Any) -> DecoderConfig:
@@ -61,11 +60,11 @@ def read_hf(raw: RawCheckpoint, names: NameTable, **mechanisms: Any) -> DecoderC
         fields.require(name, True)
     tied = fields.flag("tie_embedding", fields.flag("tie_word_embeddings", True))
     config = hf_config(
-        with_values(raw, {"tie_word_embeddings": tied}),
+        raw.with_metadata({"tie_word_embeddings": tied}),
         names=names,
         eps="norm_eps",
         activation="silu",
-        qk_norm="head",
+        attention={"qk_norm": "head"},
         rotaries=rotary_from_hf(fields, head_dim(raw), default_base=1e6),
         biases=_CONV if fields.flag("conv_bias", False) else frozenset(),
         **mechanisms,
@@ -76,12 +75,8 @@ def read_hf(raw: RawCheckpoint, names: NameTable, **mechanisms: Any) -> DecoderC
 def read_gguf(raw: RawCheckpoint, **mechanisms: Any) -> DecoderConfig:
     """A layer without key-value heads is a convolution. mechanisms: see `gguf_config`."""
     raw, attends = read_sizes(raw, "attention.head_count_kv")
-    config = gguf_config(raw, names=GGUF_CONV_NAMES, qk_norm="head", **mechanisms)
+    config = gguf_config(raw, names=GGUF_CONV_NAMES, attention={"qk_norm": "head"}, **mechanisms)
     return with_recurrences(config, ShortConv(config.dim, fields_of(raw).count("shortconv.l_cache")), attends)
-
-
-def with_values(raw: RawCheckpoint, values: dict[str, Any]) -> RawCheckpoint:
-    return replace(raw, metadata={**raw.metadata, **values})
 
 
 def _mlp_width(fields: Fields) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import fields_of
-from kvgen.families.experts import gguf_ffns, hf_ffns
+from kvgen.families.experts import expert_names, gguf_ffns, hf_ffns
 from kvgen.families.family import Family
-from kvgen.families.lfm2 import GGUF_CONV_NAMES, HF_NAMES, hf_transforms, read_gguf, read_hf, with_values
+from kvgen.families.lfm2 import GGUF_CONV_NAMES, HF_NAMES, hf_transforms, read_gguf, read_hf
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import Router
 
@@ -14,11 +14,7 @@ _HF_NAMES = {
     **HF_NAMES,
     "model.layers.{i}.feed_forward.gate": "blk.{i}.ffn.router",
     "model.layers.{i}.feed_forward.expert_bias": "blk.{i}.ffn.router.selection.bias",
-    "model.layers.{i}.feed_forward.experts.{j}.w1": "blk.{i}.ffn.experts.gate",
-    "model.layers.{i}.feed_forward.experts.{j}.w2": "blk.{i}.ffn.experts.down",
-    "model.layers.{i}.feed_forward.experts.{j}.w3": "blk.{i}.ffn.experts.up",
-    "model.layers.{i}.feed_forward.experts.gate_up_proj": "blk.{i}.ffn.experts.gate_up.weight",
-    "model.layers.{i}.feed_forward.experts.down_proj": "blk.{i}.ffn.experts.down.weight",
+    **expert_names("model.layers.{i}.feed_forward.experts", "w1", "w3", "w2"),
 }
 
 
@@ -36,7 +32,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         selection_bias=fields.flag("use_expert_bias", True),
     )
     dense = fields.whole("num_dense_layers", 2)
-    raw = with_values(raw, {"hidden_act": "silu"})  # fixed in transformers
+    raw = raw.with_metadata({"hidden_act": "silu"})  # fixed in transformers
     return read_hf(raw, _HF_NAMES, ffns=hf_ffns(raw, router, sparse=lambda layer: layer >= dense))
 
 

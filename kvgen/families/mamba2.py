@@ -22,7 +22,7 @@ from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.mixers import Mamba2
 
 _PROJECTIONS = frozenset({"attn.in_proj", "attn.out_proj"})
-_HF_NAMES = {
+HF_NAMES = {
     "backbone.embeddings": "token_embd",
     "backbone.norm_f": "output_norm",
     "lm_head": "output",
@@ -47,7 +47,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     )
     if mixer.inner != int(fields.number("expand", 2) * read_size(raw, "dim")):
         raise CheckpointError(f"{fields.path}: num_heads times head_dim is not expand times hidden_size")
-    biases = (_PROJECTIONS if fields.flag("use_bias", False) else frozenset()) | stored_biases(raw, _HF_NAMES)
+    biases = (_PROJECTIONS if fields.flag("use_bias", False) else frozenset()) | stored_biases(raw, HF_NAMES)
     if fields.flag("use_conv_bias", True):
         biases |= {"attn.conv"}
     return _config(
@@ -56,7 +56,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         vocab_size=fields.count("vocab_size"),
         context_length=None,
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        tied_head=has_tied_head(raw, _HF_NAMES, default=False),
+        tied_head=has_tied_head(raw, HF_NAMES, default=False),
         biases=biases,
     )
 
@@ -82,7 +82,7 @@ FAMILY = Family(
     "mamba2",
     "mamba2",
     read_config,
-    _HF_NAMES,
+    HF_NAMES,
     gguf_names=_GGUF_NAMES,
     hf_transforms=hf_mamba2_transforms,
     gguf_transforms=gguf_mamba2_transforms,

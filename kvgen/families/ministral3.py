@@ -17,15 +17,14 @@ from kvgen.model.mixers import Rotary
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
-        config = gguf_config(raw, rotaries=_gguf_rotary(raw))
-        beta, name = fields.optional_number("attention.temperature_scale"), "rope.scaling.original_context_length"
-    else:
-        windows = fields.optional_count("sliding_window")
-        rotary = rotary_from_hf(fields, head_dim(raw))
-        config = hf_config(raw, windows=windows, rotaries=rotary)
-        fields = fields.section("rope_parameters") or Fields({}, fields.path)
-        beta, name = fields.optional_number("llama_4_scaling_beta"), "original_max_position_embeddings"
-    return config if beta is None else _with_growth(config, beta, fields.count(name))
+        rotary = _gguf_rotary(raw)
+        queries = _growing(rotary, fields, "attention.temperature_scale", "rope.scaling.original_context_length")
+        return gguf_config(raw, rotaries=rotary, attention={"query_rotary": queries})
+    rotary = rotary_from_hf(fields, head_dim(raw))
+    rope = fields.section("rope_parameters") or Fields({}, fields.path)
+    queries = _growing(rotary, rope, "llama_4_scaling_beta", "original_max_position_embeddings")
+    windows = fields.optional_count("sliding_window")
+    return hf_config(raw, windows=windows, rotaries=rotary, attention={"query_rotary": queries})
 
 
 def _gguf_rotary(raw: RawCheckpoint) -> Rotary:
@@ -38,11 +37,11 @@ def _gguf_rotary(raw: RawCheckpoint) -> Rotary:
     return replace(rotary, scale=rotary.scale / yarn_scale(keys.number("rope.scaling.factor"), mscale))
 
 
-def _with_growth(config: DecoderConfig, growth: float, length: int) -> DecoderConfig:
-    """Scale queries by 1 + growth * ln(1 + floor(position / length)), transformers' `get_llama_4_attn_scale`."""
-    rotary = replace(config.rotaries[0], growth=growth, growth_length=length)
-    mixer = replace(config.attention, query_rotary=rotary)  # all layers are alike
-    return replace(config, layers=tuple(replace(layer, mixer=mixer) for layer in config.layers))
+def _growing(rotary: Rotary, fields: Fields, growth: str, length: str) -> Rotary | None:
+    """Return the rotary of queries, if they grow (transformers' `get_llama_4_attn_scale`). growth, length: fields."""
+    if fields.get(growth) is None:
+        return None
+    return replace(rotary, growth=fields.number(growth), growth_length=fields.count(length))
 
 
 FAMILY = Family("ministral3", "mistral3", read_config, HF_NAMES, gguf_transforms=gguf_transforms)

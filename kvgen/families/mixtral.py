@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, fields_of, hf_config
-from kvgen.families.experts import hf_ffns
+from kvgen.families.experts import HF_EXPERT_NAMES, expert_names, hf_ffns
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import Router
 
 _HF_NAMES = {
     **HF_NAMES,
+    **HF_EXPERT_NAMES,
     "model.layers.{i}.block_sparse_moe.gate": "blk.{i}.ffn.router",
-    "model.layers.{i}.block_sparse_moe.experts.{j}.w1": "blk.{i}.ffn.experts.gate",
-    "model.layers.{i}.block_sparse_moe.experts.{j}.w3": "blk.{i}.ffn.experts.up",
-    "model.layers.{i}.block_sparse_moe.experts.{j}.w2": "blk.{i}.ffn.experts.down",
-    "model.layers.{i}.mlp.gate": "blk.{i}.ffn.router",
-    "model.layers.{i}.mlp.experts.gate_up_proj": "blk.{i}.ffn.experts.gate_up.weight",
-    "model.layers.{i}.mlp.experts.down_proj": "blk.{i}.ffn.experts.down.weight",
+    **expert_names("model.layers.{i}.block_sparse_moe.experts", "w1", "w3", "w2"),
 }
 
 

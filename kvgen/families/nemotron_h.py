@@ -17,11 +17,11 @@ from kvgen.families.hybrids import (
     gguf_mamba2_names,
     gguf_mamba2_transforms,
     hf_mamba2_transforms,
-    mamba2_names,
     read_gguf_mamba2,
     read_layer_kinds,
     read_sizes,
 )
+from kvgen.families.mamba2 import HF_NAMES as HF_MAMBA2_NAMES
 from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.ffns import MLP, MoE
 from kvgen.model.mixers import Mamba2
@@ -30,11 +30,7 @@ _LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "ml
 _NORMS = frozenset({"attn_norm"})
 _MLP_BIASES = PLAIN_MLP | {"ffn.shared.up", "ffn.shared.down", "ffn.latent_down", "ffn.latent_up"}
 _HF_NAMES = {
-    "backbone.embeddings": "token_embd",
-    "backbone.norm_f": "output_norm",
-    "lm_head": "output",
-    "backbone.layers.{i}.norm": "blk.{i}.attn_norm",
-    **mamba2_names("backbone.layers.{i}.mixer"),
+    **HF_MAMBA2_NAMES,
     "backbone.layers.{i}.mixer.q_proj": "blk.{i}.attn.q",
     "backbone.layers.{i}.mixer.k_proj": "blk.{i}.attn.k",
     "backbone.layers.{i}.mixer.v_proj": "blk.{i}.attn.v",
@@ -73,7 +69,7 @@ def _read_hf(raw: RawCheckpoint) -> DecoderConfig:
         "head_dim": fields.count("head_dim", fields.count("attention_head_dim", 128)),
         "norm_topk_prob": fields.flag("norm_topk_prob", True),
     }
-    raw = replace(raw, metadata={**raw.metadata, **named})
+    raw = raw.with_metadata(named)
     config = hf_config(
         raw,
         names=_HF_NAMES,
@@ -97,7 +93,8 @@ def _read_kinds(raw: RawCheckpoint, fields: Fields) -> list[str]:
         fields = Fields({"layers_block_type": [_LETTERS.get(letter) for letter in pattern]}, fields.path)
     found = fields.get("layers_block_type")
     stated = fields_of(raw).get("num_hidden_layers") is not None or not isinstance(found, list)
-    kinds = read_layer_kinds(fields, layer_count(raw) if stated else len(found), [*ATTENDS, "moe", "mlp"])
+    count, name = layer_count(raw) if stated else len(found), "layer_types" if found is None else "layers_block_type"
+    kinds = read_layer_kinds(fields, count, [*ATTENDS, "moe", "mlp"], name=name)
     return [{"attention": "full_attention", "mamba": "linear_attention"}.get(kind, kind) for kind in kinds]
 
 

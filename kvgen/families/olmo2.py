@@ -42,8 +42,8 @@ POST_NORM_NAMES = {
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        return gguf_config(raw, norms=NORMS, qk_norm="all", **_gguf_windows(raw))
-    return hf_config(raw, names=POST_NORM_NAMES, norms=NORMS, qk_norm="all", biases=flagged_biases(raw))
+        return gguf_config(raw, norms=NORMS, attention={"qk_norm": "all"}, **_gguf_windows(raw))
+    return hf_config(raw, names=POST_NORM_NAMES, norms=NORMS, attention={"qk_norm": "all"}, biases=flagged_biases(raw))
 
 
 FAMILY = Family("olmo2", "olmo2", read_config, POST_NORM_NAMES)

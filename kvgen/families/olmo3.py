@@ -21,7 +21,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         raw,
         names=POST_NORM_NAMES,
         norms=NORMS,
-        qk_norm="all",
+        attention={"qk_norm": "all"},
         windows=windows,
         rotaries=[whole if window is None else local for window in windows],
         biases=flagged_biases(raw),

@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import ATTENTION, PLAIN_MLP, fields_of, gguf_config, hf_config
+from kvgen.families.base import ATTENTION, HF_NAMES, PLAIN_MLP, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
 
 _BIASES = ATTENTION | PLAIN_MLP | {"attn_norm", "output_norm", "output"}
 _HF_NAMES = {
-    "model.embed_tokens": "token_embd",
+    **HF_NAMES,
     "model.final_layernorm": "output_norm",
-    "lm_head": "output",
-    "model.layers.{i}.input_layernorm": "blk.{i}.attn_norm",
-    "model.layers.{i}.self_attn.q_proj": "blk.{i}.attn.q",
-    "model.layers.{i}.self_attn.k_proj": "blk.{i}.attn.k",
-    "model.layers.{i}.self_attn.v_proj": "blk.{i}.attn.v",
     "model.layers.{i}.self_attn.q_layernorm": "blk.{i}.attn.q_norm",
     "model.layers.{i}.self_attn.k_layernorm": "blk.{i}.attn.k_norm",
     "model.layers.{i}.self_attn.dense": "blk.{i}.attn.output",
@@ -43,7 +38,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         names=_HF_NAMES,
         eps="layer_norm_eps",
         rotary_share=fields.number("partial_rotary_factor", 0.5),
-        qk_norm="head" if has_qk_norm else None,
+        attention={"qk_norm": "head" if has_qk_norm else None},
         biases=_BIASES | ({"attn.q_norm", "attn.k_norm"} if has_qk_norm else set()),
     )
 

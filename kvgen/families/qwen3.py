@@ -8,16 +8,14 @@ from kvgen.families.family import Family
 from kvgen.families.qwen2 import read_windows
 from kvgen.model.config import DecoderConfig
 
-_HF_NAMES = {
-    **HF_NAMES,
-    **HF_QK_NORM_NAMES,
-}
+_HF_NAMES = {**HF_NAMES, **HF_QK_NORM_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        return gguf_config(raw, qk_norm="head")
-    return hf_config(raw, names=_HF_NAMES, windows=read_windows(raw), qk_norm="head", biases=flagged_biases(raw))
+        return gguf_config(raw, attention={"qk_norm": "head"})
+    windows, biases = read_windows(raw), flagged_biases(raw)
+    return hf_config(raw, names=_HF_NAMES, windows=windows, attention={"qk_norm": "head"}, biases=biases)
 
 
 FAMILY = Family("qwen3", "qwen3", read_config, _HF_NAMES)

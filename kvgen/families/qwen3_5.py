@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvgen.families.family import Family, Transforms, predicts_ahead
+from kvgen.families.family import Family, OfColumns, Transforms, predicts_ahead
 from kvgen.families.qwen3_next import (
     GGUF_NAMES_WITH_DELTA_NETS,
     HF_NAMES_WITH_DELTA_NETS,
@@ -28,7 +28,7 @@ def gguf_transforms(config: DecoderConfig) -> Transforms:
             ("attn.gate", "attn.a", "attn.b", "attn.A", "attn.dt"), partial(_by_key_head, net=net)
         )
         transforms |= dict.fromkeys(("attn.in_proj", "attn.conv"), partial(_values_by_key_head, net=net))
-        transforms["attn.out_proj"] = partial(_columns_by_key_head, net=net)
+        transforms["attn.out_proj"] = OfColumns(partial(_by_key_head, net=net))
     return transforms
 
 
@@ -41,10 +41,6 @@ def _by_key_head(rows: Tensor, net: DeltaNet) -> Tensor:
 def _values_by_key_head(rows: Tensor, net: DeltaNet) -> Tensor:
     """Reorder the values of queries, keys and values."""
     return torch.cat((rows[: 2 * net.keys], _by_key_head(rows[2 * net.keys :], net)))
-
-
-def _columns_by_key_head(matrix: Tensor, net: DeltaNet) -> Tensor:
-    return _by_key_head(matrix.T.contiguous(), net).T.contiguous()
 
 
 FAMILY = Family(

@@ -5,18 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvgen.checkpoint import RawCheckpoint
+from kvgen.families import qwen3_5
 from kvgen.families.base import fields_of
 from kvgen.families.experts import hf_ffns
-from kvgen.families.family import Family, predicts_ahead
-from kvgen.families.qwen3_5 import gguf_transforms
 from kvgen.families.qwen3_moe import read_router
-from kvgen.families.qwen3_next import (
-    GGUF_NAMES_WITH_DELTA_NETS,
-    HF_NAMES_WITH_DELTA_NETS,
-    hf_transforms,
-    read_gguf_ffns,
-    read_hybrid,
-)
+from kvgen.families.qwen3_next import read_gguf_ffns, read_hybrid
 from kvgen.model.config import DecoderConfig
 
 
@@ -31,13 +24,4 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     return read_hybrid(raw, hf_ffns(raw, router, shared=shared, shared_gate=True))
 
 
-FAMILY = Family(
-    "qwen3_5_moe_text",
-    "qwen35moe",
-    read_config,
-    HF_NAMES_WITH_DELTA_NETS,
-    gguf_names=GGUF_NAMES_WITH_DELTA_NETS,
-    hf_transforms=hf_transforms,
-    gguf_transforms=gguf_transforms,
-    ignores=predicts_ahead,
-)
+FAMILY = replace(qwen3_5.FAMILY, hf_model_type="qwen3_5_moe_text", gguf_architecture="qwen35moe", config=read_config)

@@ -13,20 +13,17 @@ from kvgen.families.fields import Fields
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import Router
 
-_HF_NAMES = {
-    **HF_NAMES,
-    **HF_EXPERT_NAMES,
-    **HF_QK_NORM_NAMES,
-}
+_HF_NAMES = {**HF_NAMES, **HF_EXPERT_NAMES, **HF_QK_NORM_NAMES}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
-        return gguf_config(raw, qk_norm="head", ffns=gguf_ffns(raw, normalize=True))
+        return gguf_config(raw, attention={"qk_norm": "head"}, ffns=gguf_ffns(raw, normalize=True))
     window = fields.count("sliding_window") if fields.flag("use_sliding_window", False) else None
     ffns = hf_ffns(raw, read_router(fields), sparse=is_sparse(fields))
-    return hf_config(raw, names=_HF_NAMES, ffns=ffns, windows=window, qk_norm="head", biases=flagged_biases(raw))
+    biases = flagged_biases(raw)
+    return hf_config(raw, names=_HF_NAMES, attention={"qk_norm": "head"}, windows=window, ffns=ffns, biases=biases)
 
 
 def read_router(fields: Fields) -> Router:

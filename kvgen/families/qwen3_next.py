@@ -73,7 +73,7 @@ def read_gguf_ffns(raw: RawCheckpoint) -> list[MLP | MoE]:
 def read_hybrid(raw: RawCheckpoint, ffns: Sequence[MLP | MoE] | None = None) -> DecoderConfig:
     """Read a config of delta nets and attention. ffns: the feed-forward layer of each layer; None for MLPs."""
     fields = fields_of(raw)
-    shared: dict[str, Any] = {"qk_norm": "head", "output_gate": True, "ffns": ffns}
+    shared: dict[str, Any] = {"attention": {"qk_norm": "head", "output_gate": True}, "ffns": ffns}
     if raw.format == "gguf":
         config = gguf_config(raw, names=GGUF_NAMES_WITH_DELTA_NETS, **shared)
         net = _read_gguf_net(fields)
@@ -111,6 +111,12 @@ def _read_gguf_net(keys: Fields) -> DeltaNet:
 
 def _attends(fields: Fields, count: int) -> list[bool]:
     """Return whether a layer is attention, for each."""
+    name = "attention.recurrent_layers"  # of GGUF files; layers that predict further tokens follow
+    recurrent = fields.get(name)
+    if isinstance(recurrent, list) and len(recurrent) >= count and all(type(flag) is bool for flag in recurrent):
+        return [not flag for flag in recurrent[:count]]
+    if recurrent is not None:
+        raise CheckpointError(f"{fields.path}: {fields.prefix}{name} must have true or false for each layer")
     if fields.get("layer_types") is None:
         interval = fields.count("full_attention_interval", _INTERVAL)
         return [(layer + 1) % interval == 0 for layer in range(count)]

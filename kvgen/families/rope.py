@@ -98,8 +98,7 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int, *, whole_p
     """
     dim = _check_dim(keys, keys.count("rope.dimension_count", head_dim), head_dim)
     base = _check_base(keys, f"{keys.prefix}rope.freq_base", keys.number("rope.freq_base", 10000.0))
-    for name, supported in (("beta_fast", 32.0), ("beta_slow", 1.0), ("ext_factor", 1.0)):
-        keys.require(f"rope.scaling.yarn_{name}", supported)
+    keys.require("rope.scaling.yarn_ext_factor", 1.0)
     short, long = (_stored_factors(raw, f"rope_factors_{length}.weight", dim // 2) for length in ("short", "long"))
     if short is not None and long is not None:
         trained = keys.count("rope.scaling.original_context_length")
@@ -117,13 +116,26 @@ def rotary_from_gguf(raw: RawCheckpoint, keys: Fields, head_dim: int, *, whole_p
     if scheme == "linear":
         return _rotary(frequencies / keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)))
     if scheme == "yarn":
-        factor = keys.number("rope.scaling.factor")
-        trained = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
-        frequencies = yarn_frequencies(
-            base, dim, factor=factor, trained_context=trained, fast=32.0, slow=1.0, whole_pairs=whole_pairs
-        )
-        return _rotary(frequencies, yarn_scale(factor))
+        return _gguf_yarn(keys, base, dim, whole_pairs)
     raise UnsupportedError(f"{raw.path}: {keys.prefix}rope.scaling.type {scheme!r} is not supported")
+
+
+def _gguf_yarn(keys: Fields, base: float, dim: int, whole_pairs: bool) -> Rotary:
+    factor, name = keys.number("rope.scaling.factor"), "rope.scaling.yarn_attn_factor"
+    frequencies = yarn_frequencies(
+        base,
+        dim,
+        factor=factor,
+        trained_context=keys.count("rope.scaling.original_context_length", keys.count("context_length")),
+        fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        whole_pairs=whole_pairs,
+    )
+    scale = yarn_scale(factor)
+    # Converted from `attention_factor`, which replaces the scale, or `attn_factor`, which multiplies it.
+    if not math.isclose(keys.number(name, scale), scale, rel_tol=1e-5):
+        raise UnsupportedError(f"{keys.path}: {keys.prefix}{name} is {keys.get(name)}; kvgen supports {scale:.6g}")
+    return _rotary(frequencies, scale)
 
 
 def plain_rotary(fields: Fields, head_dim: int, base: float) -> Rotary:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
-from kvgen.families.base import fields_of, row_count
-from kvgen.families.family import NameTable
+from kvgen.families.base import HF_QK_NORM_NAMES, fields_of, row_count
+from kvgen.families.family import GGUF_NAMES, NameTable
 from kvgen.families.fields import Fields
+from kvgen.families.gemma2 import SANDWICH_NAMES
 from kvgen.model.config import DecoderConfig, LayerInputs
 from kvgen.model.mixers import Attention, SharedAttention
 
-HF_LAYER_INPUT_NAMES: NameTable = {
+HF_NAMES_WITH_INPUTS: NameTable = {
+    **SANDWICH_NAMES,
+    **HF_QK_NORM_NAMES,
     "model.embed_tokens_per_layer": "inputs.token_embd",
     "model.per_layer_model_projection": "inputs.projection",
     "model.per_layer_projection_norm": "inputs.norm",
@@ -22,7 +25,8 @@ HF_LAYER_INPUT_NAMES: NameTable = {
     "model.layers.{i}.per_layer_projection": "blk.{i}.inputs.projection",
     "model.layers.{i}.post_per_layer_input_norm": "blk.{i}.inputs.norm",
 }
-GGUF_LAYER_INPUT_NAMES: NameTable = {
+GGUF_NAMES_WITH_INPUTS: NameTable = {
+    **GGUF_NAMES,
     "per_layer_token_embd": "inputs.token_embd",
     "per_layer_model_proj": "inputs.projection",
     "per_layer_proj_norm": "inputs.norm",

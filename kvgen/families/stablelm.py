@@ -35,7 +35,7 @@ def _norms(parallel: bool, has_qk_norm: bool) -> dict[str, Any]:
         "norms": norms,
         "parallel": parallel,
         "biases": BLOCK_NORMS & (norms | {"output_norm"}),
-        "qk_norm": "each-head" if has_qk_norm else None,
+        "attention": {"qk_norm": "each-head" if has_qk_norm else None},
     }
 
 

@@ -236,16 +236,19 @@ template <class T> void append_to_cache(const Op &op, const Run &run, Shared &sh
     });
 }
 
-// dst = attention of queries (src) to the cache, after appending keys (other) and values (third) to it.
+// dst = attention of queries (src) to the cache, after appending keys (other) and values (third) to it. op.vector: the
+// scores of sinks, (heads,), or null.
 template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
     int dims = op.width, group = op.heads / op.kv_heads, padded = padded_width(op);
     plan(op, run, shared);
     append_to_cache<T>(op, run, shared);
     auto finish = [&](const Task &task, const Partial &part, int r) {
         size_t row = run.sequences[task.sequence].row + task.t0 + r / group;
-        float *to = run.slots[op.dst] + row * run.widths[op.dst] + (task.kv_head * group + r % group) * dims;
+        int head = task.kv_head * group + r % group;
+        float *to = run.slots[op.dst] + row * run.widths[op.dst] + head * dims;
         const float *out = part.out + size_t(r) * padded;
-        for (int d = 0; d < dims; d++) to[d] = out[d] / part.total[r];
+        float sink = op.vector ? std::exp(op.vector[head] - part.max[r]) : 0.0f, total = part.total[r] + sink;
+        for (int d = 0; d < dims; d++) to[d] = out[d] / total;
     };
     auto merge_row = [&](const Partial &sum, const Partial &next, int r) {
         merge(sum.max + r, sum.total + r, sum.out + size_t(r) * padded, next.max[r], next.total[r],

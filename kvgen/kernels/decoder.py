@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kvgen.errors import UsageError
 from kvgen.kernels import structs
+from kvgen.kernels.blocks import BlockWriter, write_head
 from kvgen.kernels.build import library
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.program import ProgramBuilder
-from kvgen.kernels.slots import Slot, slot_widths
+from kvgen.kernels.slots import Buffer, Slot
 from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM
 from kvgen.model.config import DecoderConfig
@@ -55,14 +56,19 @@ class KernelDecoder(CausalLM):
         self.rotaries = [RotaryTables(rotary) for rotary in config.rotaries]
         self._library = library()
         self._layers: WeakKeyDictionary[KVCache, tuple[Sequence[KeyValues], list[_LayerArray]]] = WeakKeyDictionary()
-        body, head = ProgramBuilder(config, weights), ProgramBuilder(config, weights)
+        self._attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
+        slots: dict[Slot, int] = {}
+        body, head = (ProgramBuilder(config, weights, slots) for _ in range(2))
+        blocks = BlockWriter(body)
         for i in range(len(config.layers)):
-            body.block(i)
-        head.head()
-        self._routers = body.routers  # the operations point to them
+            blocks.write_block(i)
+        write_head(head)
+        self._kept = body.kept  # the operations point to it
         self._body, self._head = ((structs.Op * len(part.ops))(*part.ops) for part in (body, head))
-        self._widths = (ctypes.c_int32 * len(Slot))(*slot_widths(config))
-        self._slots = (ctypes.c_void_p * len(Slot))()
+        self._widths = (ctypes.c_int32 * len(slots))(*(slot.width for slot in slots))
+        self._buffers = [slot.buffer for slot in slots]
+        self._sizes = {buffer: max(slot.width for slot in slots if slot.buffer == buffer) for buffer in self._buffers}
+        self._slots = (ctypes.c_void_p * len(slots))()
         self._scratch = torch.empty(0)
 
     def extend(self, spans: Sequence[Span]) -> Tensor:
@@ -73,9 +79,10 @@ class KernelDecoder(CausalLM):
         sequences: list[structs.Sequence] = []
         row = 0
         for span in spans:
-            for layers in self._reserve(span):
-                sequences.append(structs.Sequence(layers, span.cache.length, row, span.new.shape[1]))
-                row += span.new.shape[1]
+            past, new = span.cache.length, span.new.shape[1]
+            for layers, (states, ends) in zip(self._reserve(span), _reserve_states(span), strict=True):
+                sequences.append(structs.Sequence(layers, states, ends, past, row, new, len(ends)))
+                row += new
         self._run(self._body, x, None, sequences, tables)
         for span in spans:
             span.cache.advance(span.new)
@@ -109,12 +116,11 @@ class KernelDecoder(CausalLM):
 
     def _layer_array(self, reserved: Sequence[KeyValues], row: int) -> _LayerArray:
         layers = (structs.Layer * len(reserved))()
-        for i, (buffers, layer) in enumerate(zip(reserved, self.config.layers, strict=True)):
+        for i, (buffers, mixer) in enumerate(zip(reserved, self._attentions, strict=True)):
             keys, values = buffers.keys, buffers.values
-            assert isinstance(layer.mixer, Attention)
             layers[i] = structs.Layer(
                 *(keys[row].data_ptr(), values[row].data_ptr(), keys.stride(1), values.stride(1)),
-                *(buffers.first, layer.mixer.window or 0, _STORED_TYPES[keys.dtype]),
+                *(buffers.first, mixer.window or 0, _STORED_TYPES[keys.dtype]),
             )
         return layers
 
@@ -127,15 +133,19 @@ class KernelDecoder(CausalLM):
         tables: Sequence[structs.Table] = (),
     ) -> None:
         rows = len(x)
-        needed = rows * sum(self._widths[Slot.NORMED : Slot.LOGITS])
+        sizes = {buffer: size for buffer, size in self._sizes.items() if buffer not in (Buffer.X, Buffer.LOGITS)}
+        needed = rows * sum(sizes.values())
         with _LOCK:
             if not needed <= self._scratch.numel() <= 4 * needed:  # release the memory of long prompts
                 self._scratch = torch.empty(needed)
-            self._slots[Slot.X], at = x.data_ptr(), self._scratch.data_ptr()
-            for slot in range(Slot.NORMED, Slot.LOGITS):
-                self._slots[slot] = at
-                at += rows * self._widths[slot] * 4
-            self._slots[Slot.LOGITS] = None if logits is None else logits.data_ptr()
+            memory: dict[Buffer, int | None] = {Buffer.X: x.data_ptr()}
+            memory[Buffer.LOGITS] = None if logits is None else logits.data_ptr()
+            at = self._scratch.data_ptr()
+            for scratch, size in sizes.items():
+                memory[scratch] = at
+                at += rows * size * 4
+            for slot, buffer in enumerate(self._buffers):
+                self._slots[slot] = memory[buffer]
             run = structs.Run(
                 ops=ops,
                 slots=self._slots,
@@ -147,3 +157,14 @@ class KernelDecoder(CausalLM):
                 sequence_count=len(sequences),
             )
             self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())
+
+
+def _reserve_states(span: Span) -> list[tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int32]]]:
+    """Make room for the states of recurrent mixers; return what `structs.Sequence` has of them, for each batch row."""
+    batch, new = span.new.shape
+    ends, states = span.cache.reserve_states(new)
+    parts = [part for pieces in states for piece in pieces for part in (*piece, None)[: structs.STATE_PARTS]]
+    starts = [0 if part is None else part.data_ptr() for part in parts]
+    strides = [0 if part is None else part.nbytes // batch for part in parts]
+    rows = ([at + row * stride for at, stride in zip(starts, strides, strict=True)] for row in range(batch))
+    return [((ctypes.c_void_p * len(parts))(*row), (ctypes.c_int32 * len(ends))(*ends)) for row in rows]

@@ -67,7 +67,8 @@ void route_row(const Router &router, const float *logits, int32_t *experts, floa
     if (router.scores == SOFTMAX_OF_CHOSEN) softmax(weights, active);
     float total = 0;
     for (int a = 0; a < active; a++) total += weights[a];
-    float factor = router.normalize ? router.scale / std::max(total, router.smallest_sum) : router.scale;
+    total = std::max(total + router.added_to_sum, router.smallest_sum);
+    float factor = router.normalize ? router.scale / total : router.scale;
     for (int a = 0; a < active; a++) weights[a] *= factor;
 }
 

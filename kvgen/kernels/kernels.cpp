@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "recurrence.h"
 
 namespace {
 
@@ -69,17 +70,24 @@ float xielu(float x, const Op &op) {
     return bend + op.softcap * x;
 }
 
-// dst = act(src) * other, or act(src). mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU, 4 ReLU squared, 5 xIELU
+float clamped_swiglu(float gate, float up, const Op &op) {
+    gate = std::min(gate, op.eps), up = std::clamp(up, -op.eps, op.eps);
+    return gate * sigmoid_of(splat(op.scale * gate))[0] * (up + 1);
+}
+
+// dst = act(src) * other, or act(src); src from op.column. mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU,
+// 4 ReLU squared, 5 xIELU, 6 sigmoid, 7 clamped SwiGLU of both
 void activate(const Op &op, const Run &run, Shared &shared) {
-    size_t size = size_t(run.rows) * run.widths[op.src];
-    const float *x = run.slots[op.src], *up = op.other < 0 ? nullptr : run.slots[op.other];
-    float *y = run.slots[op.dst];
-    int blocks = int((size + 255) / 256);
-    shared.threads->each(blocks, 16 * 256, [&](int block) { // 16: exponentials are slow
-        size_t i = size_t(block) * 256, end = std::min(size, i + 256);
-        for (; op.mode == 0 && i + 16 <= end; i += 16) {
+    int width = run.widths[op.dst], blocks = (width + 255) / 256;
+    shared.threads->each(run.rows * blocks, 16 * std::min(width, 256), [&](int block) { // 16: exponentials are slow
+        size_t row = block / blocks;
+        int i = block % blocks * 256, end = std::min(width, i + 256);
+        const float *x = run.slots[op.src] + row * run.widths[op.src] + op.column;
+        const float *up = op.other < 0 ? nullptr : run.slots[op.other] + row * width;
+        float *y = run.slots[op.dst] + row * width;
+        for (; (op.mode == 0 || op.mode == 6) && i + 16 <= end; i += 16) {
             f32x16 v = load<f32x16>(x + i);
-            v = v / (exp_of(-v) + 1.0f);
+            v = op.mode == 0 ? v / (exp_of(-v) + 1.0f) : sigmoid_of(v);
             store(y + i, up ? v * load<f32x16>(up + i) : v);
         }
         for (; i < end; i++) {
@@ -88,20 +96,22 @@ void activate(const Op &op, const Run &run, Shared &shared) {
             else if (op.mode == 1) v = gelu(v);
             else if (op.mode == 2) v = gelu_tanh(v);
             else if (op.mode == 5) v = xielu(v, op);
+            else if (op.mode == 6) v = sigmoid_of(splat(v))[0];
+            else if (op.mode == 7) v = clamped_swiglu(v, up[i], op);
             else if (v = std::max(v, 0.0f); op.mode == 4) v *= v;
-            y[i] = up ? v * up[i] : v;
+            y[i] = up && op.mode != 7 ? v * up[i] : v;
         }
     });
 }
 
-// dst += scale * src, times the sigmoid of the row's number in `other`, if there is one
+// dst = scale * src, or dst += it; times the sigmoid of the row's number in `other`, if there is one
 void add(const Op &op, const Run &run, Shared &shared) {
     size_t width = run.widths[op.src];
     shared.threads->each(run.rows, width, [&](int r) {
         const float *x = run.slots[op.src] + r * width;
         float *y = run.slots[op.dst] + r * width;
         float scale = op.other < 0 ? op.scale : op.scale * sigmoid_of(splat(run.slots[op.other][r]))[0];
-        for (size_t i = 0; i < width; i++) y[i] += scale * x[i];
+        for (size_t i = 0; i < width; i++) y[i] = (op.flags & ACCUMULATE ? y[i] : 0.0f) + scale * x[i];
     });
 }
 
@@ -147,6 +157,9 @@ void kvgen_run(const Run *run, int threads) {
         case ACTIVATE: activate(op, *run, shared); break;
         case ROUTE: route(op, *run, shared); break;
         case COMBINE: combine(op, *run, shared); break;
+        case CONVOLVE: convolve(op, *run, shared); break;
+        case SCAN: scan(op, *run, shared); break;
+        case DELTA: delta(op, *run, shared); break;
         default: add(op, *run, shared);
         }
     }

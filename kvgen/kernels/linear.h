@@ -48,6 +48,11 @@ template <int PAIRS> struct Codes4 { // [group][word][row], 8 columns in a word
         return (word >> (4 * (p % 4))) & 0x000f000f;
     }
 };
+template <int PAIRS> struct Coded4 { // as Codes4, of a table
+    Codes4<PAIRS> codes;
+    i16x32 table;
+    i32x16 pair(int g, int p, int half) const { return look_up(table, codes.pair(g, p, half)); }
+};
 template <int PAIRS> struct Codes8 { // [group][pair][row][2]
     const int8_t *at;
     i32x16 pair(int g, int p, int half) const {
@@ -172,6 +177,7 @@ void unpack_row(const Weight &w, int64_t row, float *to) {
                     const uint32_t *words = (const uint32_t *)w.codes + start / 8;
                     uint32_t word = words[(size_t(g) * (pairs / 4) + p / 4) * PANEL + lane];
                     code = word >> (4 * (p % 4) + 16 * half) & 15;
+                    if (w.kind == CODED4) code = w.values[code];
                 }
                 to[g * w.group + column_of(Kind(w.kind), w.group, p, half)] = float(code) * scale + min;
             }
@@ -186,6 +192,9 @@ void linear_panel(const Weight &w, int panel, const float *x, const int32_t *row
         const uint32_t *at = (const uint32_t *)w.codes + numbers / 8;
         if (w.group == 32) linear_codes<16>(w, Codes4<16>{at}, panel, shared, first, count, out);
         else linear_codes<8>(w, Codes4<8>{at}, panel, shared, first, count, out);
+    } else if (w.kind == CODED4) {
+        Codes4<16> codes{(const uint32_t *)w.codes + numbers / 8};
+        linear_codes<16>(w, Coded4<16>{codes, load<i16x32>(w.values)}, panel, shared, first, count, out);
     } else if (w.kind == INT8) {
         const int8_t *at = (const int8_t *)w.codes + numbers;
         if (w.group == 32) linear_codes<16>(w, Codes8<16>{at}, panel, shared, first, count, out);

@@ -14,7 +14,7 @@ from kvgen.kernels.build import library
 from kvgen.kernels.structs import Weight
 
 PANEL = 32
-_INT4, _INT8 = 3, 4
+_INT4, _INT8, _CODED4 = 3, 4, 5
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -27,10 +27,14 @@ class PackedMatrix:
         if isinstance(matrix, Grouped):
             self.tensors = _pack_groups(matrix)
             kind, group, wide = (_INT4 if matrix.bits == 4 else _INT8), matrix.group, self.tensors[1].itemsize == 4
+            kind = _CODED4 if matrix.values is not None else kind
         else:
             self.tensors = [_interleave(matrix if matrix.dtype in _FLOATS else matrix.float())]
             kind, group, wide = _FLOATS[self.tensors[0].dtype], 0, False
-        self.weight = Weight(kind, *self.shape[-2:], group, wide, *(tensor.data_ptr() for tensor in self.tensors))
+        pointers = [tensor.data_ptr() for tensor in self.tensors]
+        self.weight = Weight(kind, *self.shape[-2:], group, wide, *pointers)
+        if isinstance(matrix, Grouped) and matrix.values is not None:
+            self.weight.values = (ctypes.c_int16 * 32)(*matrix.values, *matrix.values)
 
     @property
     def nbytes(self) -> int:

@@ -14,47 +14,61 @@ constexpr int TOKENS = 120; // input rows per panel of a weight: few enough for 
 constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
 constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
 
-enum Kind { F32, BF16, F16, INT4, INT8 };
+enum Kind { F32, BF16, F16, INT4, INT8, CODED4 };
 
 struct Weight { // or one for each expert, each of whole panels
     int32_t kind, rows, cols, group; // group: columns that share a scale, 16 or 32
     int32_t wide;                    // scales are fp32, not fp16
     const void *codes, *scales, *mins;
+    int16_t values[32]; // of CODED4: what its 16 codes stand for, twice
 };
 
-enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD, ROUTE, COMBINE };
+enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD, ROUTE, COMBINE, CONVOLVE, SCAN, DELTA };
 enum Flag { ACCUMULATE = 1, SAME_INPUT = 2, ROUTED = 4, GATHER = 8 };
 enum Scores { SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID };
 
 struct Router { // chooses experts for each row; see `Router` in kvgen/model/ffns.py
     int32_t experts, active, scores, normalize, groups, active_groups, group_top;
-    float smallest_sum, scale;
+    float smallest_sum, added_to_sum, scale;
     const float *selection; // added to scores to choose, (experts,), or null
+};
+
+struct Recurrence { // sizes and weights of Mamba2 (groups are key heads) or DeltaNet; see kvgen/model/mixers.py
+    int32_t heads, value_dim, key_heads, key_dim;
+    float dt_min, dt_max;
+    const float *dt, *A, *D; // (heads,) each; D may be null
 };
 
 struct Op {
     int32_t kind, src, dst, other, third; // slots, used as the kind requires
-    int32_t mode, width, heads, kv_heads, layer, flags;
+    int32_t mode, width, heads, kv_heads, flags;
+    int32_t layer;  // of the cache, among those of its kind: attention or recurrent
+    int32_t column; // the first that is read of a slot
     float eps, scale, softcap, slope;
     const Weight *weight;
     const float *vector, *bias;
     int64_t vector_size;
     const Router *router;
+    const Recurrence *recurrence;
 };
 
 enum Stored { STORED_F32, STORED_BF16, STORED_INT8 };
 
-struct Layer { // cache of one sequence, (H_kv, capacity, row); entry 0 is position `first`
+struct Layer { // keys and values of one sequence, (H_kv, capacity, row); entry 0 is position `first`
     char *keys, *values;
     int64_t key_head, value_head; // strides, in numbers
     int64_t first, window;        // window: positions that a query attends to; 0 for all
     int32_t stored;
 };
 
+constexpr int STATE_PARTS = 2; // tensors of a recurrent mixer's state, at most
+
 struct Sequence { // its new positions are rows [row, row + tokens) of every buffer
     const Layer *layers;
-    int64_t past; // positions already in the cache
-    int32_t row, tokens;
+    float *const *states; // of recurrent mixers, (mixers, pieces + 1, STATE_PARTS): before the pass, after each piece
+    const int32_t *ends;  // of pieces: how many of the new positions are before it
+    int64_t past;         // positions already in the cache
+    int32_t row, tokens, pieces;
 };
 
 struct Table { // rotary cosines and sines, (rows, rotated)

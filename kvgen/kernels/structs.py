@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int16, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any
+
+STATE_PARTS = 2
+"""Tensors of a recurrent mixer's state, at most."""
 
 
 class OpKind(IntEnum):
@@ -17,6 +20,9 @@ class OpKind(IntEnum):
     ADD = 5
     ROUTE = 6
     COMBINE = 7
+    CONVOLVE = 8
+    SCAN = 9
+    DELTA = 10
 
 
 def _fields(names: str, type_: Any) -> list[tuple[str, Any]]:
@@ -24,25 +30,38 @@ def _fields(names: str, type_: Any) -> list[tuple[str, Any]]:
 
 
 class Weight(ctypes.Structure):
-    _fields_ = (*_fields("kind rows cols group wide", c_int32), *_fields("codes scales mins", c_void_p))
+    _fields_ = (
+        *_fields("kind rows cols group wide", c_int32),
+        *_fields("codes scales mins", c_void_p),
+        ("values", c_int16 * 32),
+    )
 
 
 class Router(ctypes.Structure):
     _fields_ = (
         *_fields("experts active scores normalize groups active_groups group_top", c_int32),
-        *_fields("smallest_sum scale", c_float),
+        *_fields("smallest_sum added_to_sum scale", c_float),
         ("selection", c_void_p),
+    )
+
+
+class Recurrence(ctypes.Structure):
+    _fields_ = (
+        *_fields("heads value_dim key_heads key_dim", c_int32),
+        *_fields("dt_min dt_max", c_float),
+        *_fields("dt A D", c_void_p),
     )
 
 
 class Op(ctypes.Structure):
     _fields_ = (
-        *_fields("kind src dst other third mode width heads kv_heads layer flags", c_int32),
+        *_fields("kind src dst other third mode width heads kv_heads flags layer column", c_int32),
         *_fields("eps scale softcap slope", c_float),
         ("weight", POINTER(Weight)),
         *_fields("vector bias", c_void_p),
         ("vector_size", c_int64),
         ("router", POINTER(Router)),
+        ("recurrence", POINTER(Recurrence)),
     )
 
 
@@ -55,7 +74,13 @@ class Layer(ctypes.Structure):
 
 
 class Sequence(ctypes.Structure):
-    _fields_ = (("layers", POINTER(Layer)), ("past", c_int64), *_fields("row tokens", c_int32))
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("states", POINTER(c_void_p)),
+        ("ends", POINTER(c_int32)),
+        ("past", c_int64),
+        *_fields("row tokens pieces", c_int32),
+    )
 
 
 class Table(ctypes.Structure):

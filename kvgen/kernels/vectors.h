@@ -77,6 +77,15 @@ i32x16 dot2(i32x16 acc, i32x16 w, i32x16 x) {
 #endif
 }
 
+// Replaces numbers from 0 to 15 by those of a table that has them twice.
+i32x16 look_up(i16x32 table, i32x16 pairs) {
+#if defined(__AVX512BW__)
+    return (i32x16)_mm512_permutexvar_epi16((__m512i)pairs, (__m512i)table);
+#else
+    return (i32x16)__builtin_shuffle(table, (i16x32)pairs);
+#endif
+}
+
 float sum(f32x16 v) {
     float total = 0;
     for (int i = 0; i < 16; i++) total += v[i];

@@ -14,7 +14,7 @@ from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
-from kvgen.kernels.program import lacking
+from kvgen.kernels.lacking import lacking
 from kvgen.loading.mechanisms import attentions, mechanisms
 from kvgen.model.cache import cache_bytes, position_bytes, snapshot_bytes
 from kvgen.model.config import DecoderConfig

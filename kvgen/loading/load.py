@@ -105,18 +105,25 @@ def load(
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
-    device, available = _choose_device(device), available_memory()
+    device = _choose_device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
-    changes = None if adapter is None else read_adapter(adapter)
     options = _compute_options(raw, _choose_dtype(dtype, device, raw), device, kernels, quantize, kv_dtype)
+    return _load_checkpoint(raw, options, tokenizer, adapter)
+
+
+def _load_checkpoint(
+    raw: RawCheckpoint, options: ComputeOptions, tokenizer: str | Path | None, adapter: str | Path | None
+) -> Loaded:
+    available = available_memory()
+    changes = None if adapter is None else read_adapter(adapter)
+    if changes is not None and raw.format == "x-transformers":
+        raise UsageError(f"{raw.path} runs in the x-transformers library, which takes no adapter")
     model: Backend
     config: Any
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # read the vocabulary while the weights are read
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         if raw.format == "x-transformers":
-            if changes is not None:
-                raise UsageError(f"{raw.path} runs in the x-transformers library, which takes no adapter")
-            model, config = load_xtransformers(raw, options.dtype, device), raw.metadata
+            model, config = load_xtransformers(raw, options.dtype, options.device), raw.metadata
         else:
             model = native = load_native(raw, options, pool, changes)
             config = native.decoder.config

@@ -101,7 +101,7 @@ class Sinks(nn.Module):
 
 
 class AttentionModule(QueryModule):
-    """The module of `config.Attention`. It appends the new keys and values to each span's cache."""
+    """The module of `mixers.Attention`. It appends the new keys and values to each span's cache."""
 
     def __init__(self, spec: Attention, config: DecoderConfig, state: int, name: str = "attn") -> None:
         super().__init__(spec, config, state, name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvgen.errors import CacheError
 from kvgen.model.config import DecoderConfig
 from kvgen.model.mixers import Attention, LatentAttention, Mixer, Recurrent
-from kvgen.model.recurrent import Core, Parts, RecurrentState, max_snapshots, snapshot_count
+from kvgen.model.recurrent import Core, Parts, RecurrentState, max_snapshots, snapshot_count, snapshot_ends
 from kvgen.model.states import (
     MIN_CAPACITY,
     FullState,
@@ -161,8 +161,19 @@ class KVCache:
         states = [state for state in self.states if isinstance(state, FullState)]
         reserved = tuple(state.reserve(self.length, count, self.capacity, self.max_length) for state in states)
         self._reserved = () if any(state.moving for state in states) else reserved
-        self._reserved_end = min(buffers.end for buffers in reserved)
+        self._reserved_end = min((buffers.end for buffers in reserved), default=0)
         return reserved
+
+    def reserve_states(self, count: int) -> tuple[list[int], list[list[Parts]]]:
+        """Make room for the states of all recurrent layers in a pass over `count` positions; the caller fills it in.
+
+        Returns after how many of them there is one, and for each layer the state before them, to read, and those.
+        """
+        states = [state for state in self.states if isinstance(state, RecurrentState)]
+        if not states:
+            return [], []
+        ends = snapshot_ends(self.length, self.length + count, self.wanted)
+        return [end - self.length for end in ends], [state.reserve(self.length, ends, self.wanted) for state in states]
 
     def advance(self, ids: Tensor) -> None:
         """Count the positions that every layer has stored. ids: their tokens, (B, T) int64."""

@@ -59,7 +59,7 @@ FFNS: dict[type, type[nn.Module]] = {
 
 
 class ParallelModule(nn.ModuleList):
-    """The module of `config.Parallel`."""
+    """The module of `mixers.Parallel`."""
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: (rows, dim). Returns (rows, dim)."""

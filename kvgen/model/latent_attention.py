@@ -12,7 +12,7 @@ from kvgen.model.spans import Pass, Span
 
 
 class LatentAttentionModule(nn.Module):
-    """The module of `config.LatentAttention` (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+    """The module of `mixers.LatentAttention` (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
     With the latent c of a position, head h has the key K_h c and the value V_h c, which are linear in c. So q . K_h c
     is (K_h^T q) . c, and the weighted sum of values is V_h times that of latents: queries and outputs are projected

@@ -93,13 +93,13 @@ def make_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 
 def xielu(x: Tensor, spec: XIELU) -> Tensor:
-    """See `config.XIELU`."""
+    """See `ffns.XIELU`."""
     below = spec.negative * (torch.expm1(x.clamp(max=spec.limit)) - x)
     return torch.where(x > 0, spec.positive * x * x, below) + spec.linear * x
 
 
 class MLPModule(nn.Module):
-    """The module of `config.MLP`. name: its own, inside a block, for `DecoderConfig.biases`."""
+    """The module of `ffns.MLP`. name: its own, inside a block, for `DecoderConfig.biases`."""
 
     def __init__(self, spec: MLP, config: DecoderConfig, name: str = "ffn") -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def combine(spec: MLP, gate: Tensor | None, up: Tensor) -> Tensor:
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, spec: ClampedSwiGLU) -> Tensor:
-    """See `config.ClampedSwiGLU`."""
+    """See `ffns.ClampedSwiGLU`."""
     gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
     return gate * torch.sigmoid(spec.alpha * gate) * (up + 1)
 

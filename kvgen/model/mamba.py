@@ -18,7 +18,7 @@ _CHUNK = 8  # positions whose states are in memory at once
 
 
 class MambaModule(nn.Module):
-    """The module of `config.Mamba`: out_proj(ssm(silu(conv(x))) * silu(z)).
+    """The module of `mixers.Mamba`: out_proj(ssm(silu(conv(x))) * silu(z)).
 
     dt, B and C are projections of the convolved x, each with a norm (arXiv:2403.19887, section 3). The state is
     the last inputs of the convolution, and the state of the channels, (D, N).

@@ -17,7 +17,7 @@ _CHUNK = 64  # positions; within a chunk they are multiplied with each other, fr
 
 
 class Mamba2Module(nn.Module):
-    """The module of `config.Mamba2`: out_proj(norm(ssm(silu(conv(x, B, C)), dt) * silu(z))).
+    """The module of `mixers.Mamba2`: out_proj(norm(ssm(silu(conv(x, B, C)), dt) * silu(z))).
 
     Or out_proj(norm(ssm(...)) * silu(z)), or without a norm. The state is the last inputs of the convolution, and the
     state of the heads, (H, D, N).

@@ -14,7 +14,7 @@ from kvgen.model.moe import ExpertsModule, RouterModule
 
 
 class MLPAndExpertsModule(nn.Module):
-    """The module of `config.MLPAndExperts`: norm(mlp(norm(x))) + norm(experts(norm(x))), each norm its own.
+    """The module of `ffns.MLPAndExperts`: norm(mlp(norm(x))) + norm(experts(norm(x))), each norm its own.
 
     The router reads x itself, so the block has no `ffn_norm`.
     """

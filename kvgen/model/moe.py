@@ -14,7 +14,7 @@ from kvgen.model.layers import Linear, MLPModule, combine
 
 
 class RouterModule(nn.Module):
-    """The module of `config.Router`. It computes in float32 or wider, whatever the dtype of the model."""
+    """The module of `ffns.Router`. It computes in float32 or wider, whatever the dtype of the model."""
 
     def __init__(self, spec: Router, config: DecoderConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class ExpertsModule(nn.Module):
 
 
 class MoEModule(nn.Module):
-    """The module of `config.MoE`."""
+    """The module of `ffns.MoE`."""
 
     def __init__(self, spec: MoE, config: DecoderConfig) -> None:
         super().__init__()

@@ -102,6 +102,15 @@ class RecurrentState:
         self._pending = length, written, frozenset(wanted & written.keys())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
+    def reserve(self, length: int, ends: Iterable[int], wanted: Set[int]) -> list[Parts]:
+        """Make room for the states after `ends`, `snapshot_ends` of a pass, which the caller writes.
+
+        Returns the state after the first `length` positions, to read, and those.
+        """
+        written = {end: tuple(torch.empty_like(part) for part in self.empty) for end in ends}
+        self._pending = length, written, frozenset(wanted & written.keys())
+        return [self._after(length), *written.values()]
+
     def commit(self) -> None:
         if self._pending is None:
             return

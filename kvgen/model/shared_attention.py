@@ -11,7 +11,7 @@ from kvgen.model.spans import Pass, Span
 
 
 class SharedAttentionModule(QueryModule):
-    """The module of `config.SharedAttention`: it reads what an earlier layer has appended to each span's cache."""
+    """The module of `mixers.SharedAttention`: it reads what an earlier layer has appended to each span's cache."""
 
     def __init__(self, spec: SharedAttention, config: DecoderConfig, name: str = "attn") -> None:
         super().__init__(spec.attention, config, spec.state, name)

@@ -13,7 +13,7 @@ from kvgen.model.spans import Pass
 
 
 class ShortConvModule(nn.Module):
-    """The module of `config.ShortConv`: (b, c, x) = in_proj(x); out_proj(c * conv(b * x)).
+    """The module of `mixers.ShortConv`: (b, c, x) = in_proj(x); out_proj(c * conv(b * x)).
 
     The state is the last width - 1 inputs of the convolution. Sums are in one order, however a text is split.
     """

@@ -12,7 +12,7 @@ from kvgen.model.layers import MLPModule, combine
 
 
 class SparseMLPModule(MLPModule):
-    """The module of `config.SparseMLP`.
+    """The module of `ffns.SparseMLP`.
 
     Gates become relu(gate - cutoff) before the activation. If they were distributed normally, those above mean +
     deviations * standard deviation would be a fixed share of them: a top-k without sorting.

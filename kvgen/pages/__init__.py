@@ -24,9 +24,8 @@ def render_benchmark(report: dict[str, Any]) -> str:
     for way in ("uncached", "cached"):
         axes.plot(lengths, [1000 * row[way] for row in report["growth"]], marker="o", label=way)
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per token")
-    if lengths:
-        axes.legend()
-    return _render("bench.html", {**report, "plot": _svg(axes)})
+    axes.legend()
+    return _render("bench.html", {**report, "plot": _svg(axes) if lengths else ""})
 
 
 def render_comparison(report: dict[str, Any]) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvgen.checkpoint.grouped import E2M1_DOUBLED, Grouped, powers_of_two
 from kvgen.checkpoint.quantization.settings import Settings
 from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 
 _BLOCK_BYTES = 16
 _CHUNK = 1 << 14  # blocks that are converted at a time, so that temporary tensors fit into the CPU cache
-_DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.bfloat16)
+_DOUBLED = torch.tensor(E2M1_DOUBLED, dtype=torch.bfloat16)
 _SCALES = (2.0 ** torch.arange(-128, 128, dtype=torch.float64)).bfloat16()  # half of 2^(e - 127), of doubled numbers
 
 
@@ -71,8 +72,24 @@ def _assembled(folder: Path, name: str, tensors: dict[str, RawTensor]) -> RawTen
         numbers = dequantize(blocks.read().view(-1, _BLOCK_BYTES), scales.read().flatten(), halves=False)
         return numbers.view(experts, rows, columns).transpose(1, 2)
 
+    def read_grouped() -> Grouped:
+        numbers = blocks.read()
+        low, high = numbers & 15, numbers >> 4  # numbers 2i and 2i + 1 of a block
+        codes = torch.stack((low, high), dim=-1).flatten(-2)  # (E, R, K / 32, 32)
+        halves = codes[..., :_BLOCK_BYTES] | codes[..., _BLOCK_BYTES:] << 4
+        powers = torch.from_numpy(powers_of_two(scales.read().numpy()))
+        return Grouped(halves.flatten(-2), powers, None, 2 * _BLOCK_BYTES, E2M1_DOUBLED)
+
     def release() -> None:
         blocks.release()
         scales.release()
 
-    return RawTensor((experts, columns, rows), "MXFP4", blocks.nbytes + scales.nbytes, read_tensor, release)
+    return RawTensor(
+        (experts, columns, rows),
+        "MXFP4",
+        blocks.nbytes + scales.nbytes,
+        read_tensor,
+        release,
+        read_grouped,
+        transposed=True,
+    )

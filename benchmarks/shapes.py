@@ -53,13 +53,15 @@ SHAPES: Mapping[str, tuple[Model, dict[str, Any]]] = {
         ("granitemoehybrid", transformers.GraniteMoeHybridConfig, transformers.GraniteMoeHybridForCausalLM),
         {"vocab_size": 100352, "hidden_size": 768, "num_hidden_layers": 32, "num_attention_heads": 12, KV_HEADS: 4}
         | {"mamba_n_heads": 48, "mamba_d_head": 32, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2}
-        | {"shared_intermediate_size": 2048, "num_local_experts": 0, "position_embedding_type": "nope"}
+        | {"shared_intermediate_size": 2048, "intermediate_size": 2048, "num_local_experts": 0}
+        | {"num_experts_per_tok": 0, "position_embedding_type": "nope", "tie_word_embeddings": True}
         | {"layer_types": attending(32, lambda i: i in (10, 13, 17, 27), "linear_attention")},
     ),
     "Granite-3.1-1B-A400M": (
         ("granitemoe", transformers.GraniteMoeConfig, transformers.GraniteMoeForCausalLM),
         {"vocab_size": 49155, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24}
-        | {"num_attention_heads": 16, KV_HEADS: 8, "num_local_experts": 32, "num_experts_per_tok": 8},
+        | {"num_attention_heads": 16, KV_HEADS: 8, "num_local_experts": 32, "num_experts_per_tok": 8}
+        | {"tie_word_embeddings": True},
     ),
 }
 

@@ -12,6 +12,8 @@ from typing import BinaryIO
 import psutil
 from platformdirs import user_cache_path
 
+from kvgen.errors import UsageError
+
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -60,8 +62,16 @@ def _read(file: Path) -> str:
 
 def cache_dir() -> Path:
     """Return $KVGEN_CACHE_DIR or the user's cache folder; kvgen writes nowhere else by itself."""
-    chosen = os.environ.get("KVGEN_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else user_cache_path("kvgen", appauthor=False)
+    return path_of_variable("KVGEN_CACHE_DIR") or user_cache_path("kvgen", appauthor=False)
+
+
+def path_of_variable(name: str) -> Path | None:
+    """Return the path in an environment variable; None if it is unset or empty. Raises UsageError for `~nobody`."""
+    chosen = os.environ.get(name)
+    try:
+        return Path(chosen).expanduser() if chosen else None
+    except RuntimeError:
+        raise UsageError(f"{name} is {chosen!r}: there is no such user") from None
 
 
 @contextmanager

@@ -76,6 +76,16 @@ def test_on_a_pipe_json_and_page(tiny_llama, tmp_path: Path) -> None:
     assert "\x1b" not in table
 
 
+def test_a_page_without_a_plot_has_the_tables(tiny_llama, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    sizes = ["--prompts", "8", "--contexts", ",", "--lengths", ","]
+    result = run("-m", str(tiny_llama()[0]), *sizes, "--repeat", "1", "--html", str(page))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "<td>8</td>" in page.read_text()
+    assert "<svg" not in page.read_text()
+    assert 'name="viewport"' in page.read_text()
+
+
 @pytest.mark.parametrize("value", ["x", "0", "-3", "1.5"])
 def test_lengths_that_are_none_are_refused(value: str) -> None:
     result = run("--contexts", value)

@@ -209,25 +209,28 @@ def test_text_that_is_not_utf8_is_refused(tiny, tmp_path: Path) -> None:
     assert "not UTF-8 text (byte 3)" in result.stderr
 
 
-def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny) -> None:
+def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny, tmp_path: Path) -> None:
     blank = run(*tiny, "--lines", "--json", input="one\n\n  \ntwo\n\n")
     assert (blank.returncode, blank.stderr) == (0, "")
     assert [json.loads(line)["prompt"] for line in blank.stdout.splitlines()] == ["one", "two"]
-    lines = f"one\n{'abc ' * 600}\ntwo\n".encode() + b"caf\xe9\nthree"
-    found = subprocess.run([*KVGEN, *tiny, "--lines", "--json"], input=lines, capture_output=True, timeout=120)
+    lines = tmp_path / "lines"
+    lines.write_bytes(f"one\n{'abc ' * 600}\ntwo\n".encode() + b"caf\xe9\nthree")
+    with lines.open() as file:
+        found = run(*tiny, "--lines", "--json", stdin=file.fileno())
     assert found.returncode == 1
-    assert found.stderr == b"kvgen: error: 2 of 5 lines could not be completed\n"
+    assert found.stderr == "kvgen: error: 2 of 5 lines could not be completed\n"
     values = [json.loads(line) for line in found.stdout.splitlines()]
     assert [value["prompt"][:5] for value in values] == ["one", "abc a", "two", "caf\ufffd", "three"]
     errors = [value["error"] for value in values if "error" in value]
     assert errors[0].startswith("stdin, line 2: the prompt has ")
     assert errors[1] == "stdin, line 4: not UTF-8 text (byte 3)"
-    text = subprocess.run([*KVGEN, *tiny, "--lines"], input=lines, capture_output=True, timeout=120)
+    with lines.open() as file:
+        text = run(*tiny, "--lines", stdin=file.fileno())
     assert text.returncode == 1
-    assert [line.partition(b" line ")[0] for line in text.stderr.splitlines()] == [
-        b"kvgen: error: stdin,",
-        b"kvgen: error: stdin,",
-        b"kvgen: error: 2 of 5 lines could not be completed",
+    assert [line.partition(" line ")[0] for line in text.stderr.splitlines()] == [
+        "kvgen: error: stdin,",
+        "kvgen: error: stdin,",
+        "kvgen: error: 2 of 5 lines could not be completed",
     ]
 
 
@@ -429,6 +432,36 @@ def test_a_closed_stdout_is_one_line(tiny) -> None:
     assert result.stderr == "kvgen: error: stdout is closed: there is nowhere to write to\n"
 
 
+def test_a_stdout_that_is_open_to_read_only_is_one_line(tiny) -> None:
+    with Path(os.devnull).open() as unwritable:
+        result = subprocess.run([*KVGEN, *tiny, "-p", "x"], stdout=unwritable, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "stdout cannot be written" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--prompt-cache", "--tokenizer", "--adapter"])
+def test_a_path_that_the_system_refuses_is_one_line(tiny, option: str) -> None:
+    result = run(*tiny, "-p", "x", option, 300 * "x")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"kvgen: error: {300 * 'x'}: cannot be used (File name too long)\n"
+
+
+@pytest.mark.parametrize("variable", ["KVGEN_CACHE_DIR", "KVGEN_CONFIG"])
+def test_a_variable_that_names_no_user_is_one_line(variable: str) -> None:
+    result = run("models", env={**os.environ, variable: "~nobody-of-this-name/x"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"kvgen: error: {variable} is '~nobody-of-this-name/x': there is no such user\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_that_is_not_utf8_reaches_a_pipe_as_it_is(smollm2_path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "\udcff.gguf"
+    link.symlink_to(smollm2_path)
+    result = subprocess.run([*KVGEN, "inspect", str(link)], capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert b"/\xff.gguf" in result.stdout
+
+
 def test_results_reach_a_file_when_stdout_is_closed(tiny, tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a"}\n')
@@ -472,6 +505,13 @@ def test_ctrl_c_is_heard_while_it_starts(smollm2_path: Path, delay: float) -> No
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------
+
+
+def test_a_script_finds_all_texts_of_one_write(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("def make():\n    input('one two three')\n")
+    arguments = ("generate", "-m", f"{tmp_path}/model.py:make", "--tokenizer", "bytes", "-p", "x")
+    code, _ = run_on_terminal(*arguments, script=[("one", ""), ("two", ""), ("three", "\r")])
+    assert code == 2
 
 
 def test_a_terminal_without_a_prompt_is_wrong_usage(tiny) -> None:

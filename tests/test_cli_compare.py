@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.families import make_checkpoint
-from tests.program import run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal
 
 MODEL_FILE = f"""
 import sys
@@ -191,6 +192,43 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(co
     result = run(command, "-m", "/no/such/model", "--html", str(tmp_path / "none" / "x.html"))
     assert (result.returncode, result.stdout) == (1, "")
     assert "there is no folder" in result.stderr
+
+
+def test_a_full_disk_leaves_no_half_of_a_page_and_the_old_one(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    page = tmp_path / "report.html"
+    page.write_text("the old one")
+    command = " ".join([*KVGEN, "compare", "-m", str(folder), "-n", "2", "--html", str(page)])
+    limited = subprocess.run(["bash", "-c", f"ulimit -f 8; trap '' XFSZ; {command}"], capture_output=True, text=True)
+    assert limited.returncode == 1
+    assert limited.stderr == f"kvgen: error: --html {page}: cannot be written (File too large)\n"
+    assert page.read_text() == "the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "tiny"]
+
+
+def test_a_page_has_no_control_characters_and_goes_to_a_pipe_or_through_a_link(tiny_llama, tmp_path: Path) -> None:
+    folder, _ = tiny_llama()
+    link, target = tmp_path / "link.html", tmp_path / "target.html"
+    link.symlink_to(target)
+    arguments = ["compare", "-m", str(folder), "-n", "2", "-p", "a\x1b[31m\u202eb"]
+    assert run(*arguments, "--html", str(link)).returncode == 0
+    assert link.is_symlink()
+    assert "a\\x1b[31m\\u202eb" in target.read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", target.read_text())
+    piped = subprocess.run([*KVGEN, *arguments, "--html", "/dev/stdout"], capture_output=True, text=True, timeout=60)
+    assert piped.stdout.startswith(target.read_text()[:500])
+
+
+def test_a_narrow_terminal_folds_tables_and_keeps_completions_whole(tiny_llama) -> None:
+    folder, _ = tiny_llama()
+    arguments = ["compare", "-m", str(folder), "-n", "6", "-q", "-p"]
+    shown = [run_on_terminal(*arguments, "abc", environment={"COLUMNS": columns})[1] for columns in ("20", "200")]
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", output) for output in shown]
+    assert "\u2026" not in plain[0]
+    rows = re.compile(r"^(?:uncached|full-sequence)  +(?!equi)(.*)\r$", re.MULTILINE)
+    completions = [rows.findall(output) for output in plain]
+    assert completions[0] == completions[1]
+    assert len(completions[0]) == 2
 
 
 def test_help_shows_examples_and_exit_codes() -> None:

@@ -55,6 +55,14 @@ def test_the_file_and_the_environment_are_shown(environment: dict[str, str]) -> 
     assert text.stderr == ""
 
 
+@pytest.mark.parametrize("value", ["2020-01-01", "nan", "[1, 12:00:00]", "{a = 1}"])
+def test_a_value_that_no_option_has_is_refused(environment: dict[str, str], value: str) -> None:
+    Path(environment["KVGEN_CONFIG"]).write_text(f"[batch]\ntemperature = {value}\n")
+    result = run("config", "--json", env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "config.toml, [batch]: 'temperature' is no text, finite number" in result.stderr
+
+
 def test_an_empty_name_of_the_file_counts_as_none_and_a_device_is_refused(environment: dict[str, str]) -> None:
     folder = {"XDG_CONFIG_HOME": str(Path(environment["KVGEN_CONFIG"]).parent)}
     assert run("config", env={**environment, **folder, "KVGEN_CONFIG": ""}).returncode == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import signal
 import subprocess
 import sys
 
@@ -39,3 +42,16 @@ def test_one_that_python_drops_comes_again() -> None:
 def test_nor_is_the_second_of_two_lost() -> None:
     ended = _ends_with("ending_softly, ", _SOFTLY)
     assert (ended.stdout, ended.stderr) == ("interrupted\n", "")
+
+
+def test_sigterm_shows_the_cursor_that_a_progress_bar_hides() -> None:
+    terminal, theirs = pty.openpty()
+    program = (
+        "import signal; from kvgen.cli.interrupts import raise_interrupts; raise_interrupts(); "
+        "signal.raise_signal(signal.SIGTERM)"
+    )
+    environment = {**os.environ, "TERM": "xterm"}
+    ended = subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env=environment, timeout=30)
+    assert ended.returncode == -signal.SIGTERM
+    os.set_blocking(terminal, False)
+    assert b"\x1b[?25h" in os.read(terminal, 1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -174,6 +175,17 @@ def test_pull_offline_is_one_line(caches: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.returncode == 1
     assert "KVGEN_OFFLINE" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("models", "pull", "smollm2"), ("inspect", "smollm2")])
+def test_ctrl_c_during_a_download_shows_the_cursor_and_leaves_nothing(caches: Path, command: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        environment = {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index, "TERM": "xterm"}
+        code, output = program.run_on_terminal(*command, interrupt_after="SmolLM2", environment=environment)
+    assert code == 130
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
+    assert list((caches / "kvgen" / "models").glob(".fetch-*")) == []
 
 
 def test_what_killed_downloads_left_is_swept(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

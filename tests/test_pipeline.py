@@ -192,7 +192,8 @@ def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path: Path, monke
 def test_each_row_gives_a_line_in_order(tiny: list[str], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows", 20)
     tiny = [*tiny, "--seed", "1"]
-    piped = subprocess.run([*KVGEN, *tiny], stdin=rows.open(), capture_output=True, text=True, timeout=300)
+    with rows.open() as file:
+        piped = run(*tiny, stdin=file.fileno())
     assert piped.returncode == 0
     assert piped.stderr == ""
     found = results_of(piped.stdout)
@@ -473,6 +474,41 @@ def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:
     assert 1 <= len(results_of(out.read_text())) < 30
     assert run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1").returncode == 0
     assert [value["index"] for value in results_of(out.read_text())] == list(range(30))
+
+
+def test_a_pipe_with_a_name_gets_all_rows_and_is_left_when_its_reader_leaves(tiny: list[str], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    few, many = write_rows(tmp_path / "few", 3), write_rows(tmp_path / "many", 400)
+    with subprocess.Popen([*KVGEN, *tiny, str(few), "-o", str(pipe)]) as process:
+        with pytest.raises(subprocess.TimeoutExpired):  # no reader yet
+            process.wait(8)
+        assert len(results_of(pipe.read_text())) == 3
+        assert process.wait(60) == 0
+    with subprocess.Popen([*KVGEN, *tiny, str(many), "-o", str(pipe)], stderr=subprocess.PIPE, text=True) as process:
+        with pipe.open() as reader:
+            reader.readline()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, f"kvgen: error: {pipe}: cannot be written (Broken pipe)\n")
+
+
+def test_there_is_nothing_to_resume_in_what_is_no_file(tiny: list[str], tmp_path: Path) -> None:
+    result = run(*tiny, str(write_rows(tmp_path / "rows", 1)), "-o", os.devnull, "--resume")
+    assert result.returncode == 2
+    assert result.stderr == f"kvgen: error: --resume needs a file with results, and {os.devnull} is none\n"
+
+
+def test_the_record_lies_beside_the_file_that_a_link_leads_to(tiny: list[str], tmp_path: Path) -> None:
+    rows, out, link = write_rows(tmp_path / "rows", 3), tmp_path / "out", tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(out)
+    assert run(*tiny, str(rows), "-o", str(link)).returncode == 0
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+    assert "nothing to do" in run(*tiny, str(rows), "-o", str(out), "--resume").stderr
+
+
+def test_a_dash_is_stdout(tiny: list[str], tmp_path: Path) -> None:
+    assert len(results_of(run(*tiny, str(write_rows(tmp_path / "rows", 3)), "-o", "-").stdout)) == 3
 
 
 def test_a_reader_that_leaves_is_told_of_in_a_line(tiny: list[str], tmp_path: Path) -> None:

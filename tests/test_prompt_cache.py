@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import kvgen
 from kvgen import CacheError, CheckpointError, KvgenError, UsageError
 from kvgen.checkpoint import digest
+from kvgen.checkpoint.mapped import MappedFile
 from kvgen.generation.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
 from tests.program import run
@@ -164,6 +165,34 @@ def test_damage_is_noticed(tiny_llama, tmp_path: Path, name: str) -> None:
     for read in (lambda: load_prompt_cache(path, loaded), lambda: describe_prompt_cache(path)):
         with pytest.raises(CacheError, match=r"x\.cache: "):
             read()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_one_or_the_other(
+    tiny_llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = kvgen.load(tiny_llama()[0])
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    ids = torch.randint(2, 300, (1, 30))
+    other = saved(loaded, ids, tmp_path / "other.cache")
+
+    def replaced(file: Path) -> MappedFile:
+        if other.exists():  # as by another process that saves its cache
+            other.replace(path)
+        return MappedFile(file)
+
+    monkeypatch.setattr("kvgen.checkpoint.hf.MappedFile", replaced)
+    assert load_prompt_cache(path, loaded).tokens.equal(ids)
+
+
+def test_digests_that_are_damaged_are_computed_again(tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KVGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "_SETTLED", 0)
+    loaded = kvgen.load(tiny_llama()[0])
+    path = saved(loaded, torch.randint(2, 300, (1, 20)), tmp_path / "x.cache")
+    for content in (b"", b"\xff", b"[]", b"3", b"[" * 100_000):
+        for entry in (tmp_path / "cache" / "digests").iterdir():
+            entry.write_bytes(content)
+        load_prompt_cache(path, loaded)
 
 
 FORGERIES = {

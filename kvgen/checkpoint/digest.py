@@ -51,7 +51,7 @@ def _cached_digest(file: SourceFile) -> str:
     changed = read_stat(file.path).st_ctime_ns  # unlike mtime, a program cannot set it
     stamp = [*file.stamp, changed]
     entry = cache_dir() / "digests" / hashlib.sha256(os.fsencode(file.path)).hexdigest()[:32]
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         value = json.loads(entry.read_bytes())
         if value["file"] == stamp:
             return str(value["sha256"])

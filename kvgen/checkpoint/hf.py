@@ -77,10 +77,12 @@ def add_shard(tensors: dict[str, RawTensor], path: Path) -> dict[str, str]:
     try:
         shard: Any = safe_open(path, framework="pt")  # checks the header against the file size
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: of torch, which opens the file again
+        if source_file(path) != found:
+            return add_shard(tensors, path)
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     file = MappedFile(path)
-    if source_file(path) != found:  # another process has replaced it between the two ways to open it
+    if source_file(path) != found:  # another process has replaced it meanwhile
         return add_shard(tensors, path)
     header_size = int.from_bytes(file.data[:8], "little")
     header = json.loads(file.data[8 : 8 + header_size])

@@ -41,7 +41,8 @@ def batch(
         Path | None, Argument(metavar="FILE", help="JSONL file with the rows; - is stdin.", show_default="stdin")
     ] = None,
     output: Annotated[
-        Path | None, _option("--output", "-o", metavar="FILE", help="File for results.", show_default="stdout")
+        Path | None,
+        _option("--output", "-o", metavar="FILE", help="File for results; - is stdout.", show_default="stdout"),
     ] = None,
     resume: Annotated[bool, _option("--resume", help="Complete the rows that are not in --output yet.")] = False,
     retry_errors: Annotated[
@@ -82,6 +83,7 @@ def batch(
     FILE.run.json.
     """
     reading.check(conversations=True)
+    output = None if output == Path("-") else output
     if resume and output is None:
         raise UsageError("--resume needs --output FILE")
     if retry_errors and not resume:

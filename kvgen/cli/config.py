@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -21,6 +22,7 @@ from rich.text import Text
 from kvgen.cli import options
 from kvgen.cli.render import escape_controls, print_note, terminal, write_json
 from kvgen.errors import KvgenError, NotFoundError, UsageError
+from kvgen.system import path_of_variable
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class Setting:
 
 def config_path() -> Path:
     """Return $KVGEN_CONFIG, or config.toml in the user's configuration folder."""
-    chosen = os.environ.get("KVGEN_CONFIG")
-    return Path(chosen).expanduser() if chosen else user_config_path("kvgen", appauthor=False) / "config.toml"
+    return path_of_variable("KVGEN_CONFIG") or user_config_path("kvgen", appauthor=False) / "config.toml"
 
 
 def apply_settings(context: typer.Context, profile: str | None) -> None:
@@ -109,6 +110,8 @@ def _read_table(table: Mapping[str, Any], commands: Mapping[str, Collection[str]
         if name not in known:
             owner = f"kvgen {command}" if command else "any command"
             raise UsageError(f"{source}: {key!r} is not an option of {owner}")
+        if not all(_is_plain(item) for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"{source}: {key!r} is no text, finite number, true or false, nor a list of them")
         return Setting(name, value, command, source)
 
     general, special = [], []
@@ -120,6 +123,10 @@ def _read_table(table: Mapping[str, Any], commands: Mapping[str, Collection[str]
         else:
             special += [setting(k, v, key, commands[key], f"{source}, [{key}]") for k, v in value.items()]
     return general + special
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def config(context: typer.Context, *, json: options.Json = False) -> None:

@@ -18,6 +18,7 @@ from kvgen.cli.render import escape_controls
 from kvgen.errors import KvgenError
 
 EXIT_INTERRUPTED = 130
+_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)  # full, lost, or open to read only
 
 
 def print_error(message: str) -> None:
@@ -43,7 +44,7 @@ def exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterato
         yield
     except KvgenError as error:
         if show_traceback:
-            typer.echo(escape_controls("".join(traceback.format_exception(error.__cause__ or error))), err=True)
+            _print_traceback(error.__cause__ or error)
         print_error(str(error))
         raise Exit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):  # Abort: a question was not answered
@@ -55,15 +56,27 @@ def exit_codes(reader_left: int = 0, *, show_traceback: bool = False) -> Iterato
         _discard_stdout()
         raise Exit(reader_left) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
+        if error.filename is not None:  # a folder that may not be searched, a name that is too long
+            if show_traceback:
+                _print_traceback(error)
+            print_error(f"{error.filename}: cannot be used ({error.strerror})")
+            raise Exit(1) from None
+        if error.errno not in _UNWRITABLE:
             raise
         _discard_stdout()
         print_error(f"stdout cannot be written ({error.strerror})")
         raise Exit(1) from None
 
 
+def _print_traceback(error: BaseException) -> None:
+    typer.echo(escape_controls("".join(traceback.format_exception(error))), err=True)
+
+
 def prepare_stdout() -> None:
-    """Write UTF-8 to files and pipes whatever the locale; on a terminal, escape what its encoding lacks."""
+    """Write UTF-8 to files and pipes whatever the locale; on a terminal, escape what its encoding lacks.
+
+    File names that are not UTF-8 reach files and pipes as they are.
+    """
     if sys.stdout is None:
         _occupy(1)
         sys.stdout = _ClosedWriter()
@@ -71,7 +84,7 @@ def prepare_stdout() -> None:
         if sys.stdout.isatty():
             sys.stdout.reconfigure(errors="backslashreplace")
         else:
-            sys.stdout.reconfigure(encoding="utf-8")
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 class _ClosedWriter(io.TextIOBase):

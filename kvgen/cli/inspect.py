@@ -8,6 +8,7 @@ from typer import Argument
 
 from kvgen.cli import options
 from kvgen.cli.errors import exiting_with
+from kvgen.cli.interrupts import raise_interrupts
 from kvgen.cli.render import download_progress, format_bytes, write_json
 from kvgen.cli.tables import print_facts
 
@@ -31,6 +32,7 @@ def inspect(
     from kvgen.loading.inspect import as_data
     from kvgen.loading.inspect import inspect as inspect_checkpoint
 
+    raise_interrupts()
     with download_progress(quiet=quiet) as progress:
         inspection = inspect_checkpoint(model, adapter=adapter, progress=progress)
     with exiting_with(1 if inspection.backend is None or inspection.vocabulary is None else 0):

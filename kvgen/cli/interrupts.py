@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C."""
+"""Handling of Ctrl-C, and of SIGTERM on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
+
+from kvgen.cli.render import terminal
 
 _RETRY_DELAY = 0.01  # seconds
 
@@ -19,10 +21,25 @@ def raise_interrupts() -> None:
     """Make Ctrl-C raise KeyboardInterrupt; see `kvgen.__main__` for what it does before.
 
     Python drops an exception raised in a destructor or a weak-reference callback. A dropped KeyboardInterrupt is raised
-    again a moment later.
+    again a moment later. SIGTERM ends the program as ever, but shows the cursor again, which progress bars hide.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = _raise_again
+    if _on_terminals():
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _on_terminals() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+
+
+def _end(number: int, frame: types.FrameType | None) -> None:
+    try:
+        for stream in _on_terminals():
+            terminal(stream).show_cursor()
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 def _raise_again(dropped: Any) -> None:

@@ -14,6 +14,7 @@ from typer import Argument, Exit, Option
 
 from kvgen.cli import options
 from kvgen.cli.commands import Command, Group
+from kvgen.cli.interrupts import raise_interrupts
 from kvgen.cli.render import download_progress, escape_controls, format_bytes, print_note, terminal, write_json
 from kvgen.errors import UsageError
 
@@ -67,6 +68,7 @@ def pull(name: _Name, quiet: options.Quiet = False) -> None:
 
     if name not in CATALOGUE and name.count("/") != 1:
         raise UsageError(f"{name!r} is neither in the catalogue ({', '.join(CATALOGUE)}) nor a hub id owner/name")
+    raise_interrupts()
     with download_progress(quiet=quiet) as progress:
         path = resolve(name, progress=progress)
     sys.stdout.write(f"{escape_controls(str(path))}\n")

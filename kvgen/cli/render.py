@@ -19,6 +19,7 @@ from rich.text import Text
 
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress as ProgressCallback
+from kvgen.system import atomic_file
 
 if TYPE_CHECKING:
     from kvgen.contract import Backend
@@ -125,16 +126,29 @@ def check_page(path: Path) -> None:
         raise UnsupportedError("--html needs matplotlib: pip install 'kvgen[report]'")
     if not path.parent.is_dir():
         raise KvgenError(f"--html {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    places = [path] if path.exists() else []
+    if not _is_device(path):
+        places.append(path.resolve().parent)
+    if path.is_dir() or not all(os.access(place, os.W_OK) for place in places):
         raise KvgenError(f"--html {path}: cannot be written")
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write the page for --html. Raises KvgenError."""
+    """Write the page for --html: whole or not at all, unless to a pipe or a device. Raises KvgenError."""
+    data = escape_controls(page).encode("utf-8", "backslashreplace")
     try:
-        path.write_text(page, encoding="utf-8")
+        if _is_device(path):
+            path.write_bytes(data)
+            return
+        with atomic_file(path.resolve()) as file:
+            file.write(data)
     except OSError as error:
         raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether there is something else than a file: a pipe, a terminal, /dev/null."""
+    return path.exists() and not path.is_file()
 
 
 @contextmanager

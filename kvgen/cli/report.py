@@ -114,7 +114,7 @@ def _print_texts(console: Console, patterns: list[dict[str, Any]]) -> None:
             line = Text(f"{'' if number else pattern['pattern']:<{_LABEL_WIDTH}}", "bold")
             cut = max(0, len(same) - position)
             line.append(part[:cut], "not bold").append(part[cut:], _BAD)
-            console.print(line, no_wrap=True)
+            console.print(line, soft_wrap=True)
             position += len(part)
     console.print()
 

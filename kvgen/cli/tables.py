@@ -31,10 +31,13 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def number_table(titles: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 0) -> Table:
-    """Return a table whose first `left` columns are left-aligned and the others right-aligned. Nothing wraps."""
+    """Return a table whose first `left` columns are left-aligned and the others right-aligned.
+
+    On a narrow terminal, cells are folded, since a number without its last digits would be another one.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index < left else "right", no_wrap=True)
+        table.add_column(title, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

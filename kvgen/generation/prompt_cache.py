@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvgen.backends.native import NativeBackend
@@ -140,13 +139,13 @@ def _native(model: Backend) -> NativeBackend:
 
 
 class _LazyTensors(UserDict[str, Any]):
-    """Tensors of a file, read on access; only those of the layer read last stay in memory."""
+    """Tensors of a file, read on access; only those of the layer read last stay in memory. metadata: of the file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._read: list[RawTensor] = []
         self._layer = ""
-        add_shard(self.data, path)
+        self.metadata = add_shard(self.data, path)
 
     def __getitem__(self, name: str) -> Tensor:
         layer = name.rpartition(".")[2]
@@ -178,10 +177,9 @@ def _read(path: Path) -> tuple[dict[str, str], Mapping[str, Tensor]]:
     """Read metadata and tensors; check the format and the checksum."""
     try:
         tensors = _LazyTensors(path)
-        file: Any = safe_open(path, framework="pt")
-        metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError, CheckpointError) as error:
+    except CheckpointError as error:
         raise CacheError(f"{path}: not a readable prompt cache ({error})") from error
+    metadata = tensors.metadata
     if metadata.get("kvgen-prompt-cache") != _FORMAT:
         raise CacheError(f"{path}: not a prompt cache of this version of kvgen")
     if not {"identity", "model", "numerics", "variant", "sha256"} <= metadata.keys() or "tokens" not in tensors:

@@ -53,19 +53,20 @@ class ResultsFile:
         Raises UsageError if the file has content and not `resume`, is not a results file, or is in use by another
         process, KvgenError if it cannot be written.
         """
-        self.path = path
+        self.path, self._target = path, path.resolve()
         self.done: dict[int, str] = {}
         self.failed = 0
         self.record: Record | None = None
         try:
             self._open()
             if not self._lines.is_regular:
+                if resume:
+                    raise UsageError(f"--resume needs a file with results, and {path} is none")
                 return
-            target = path.resolve()
-            self._lock = FileLock(target.with_name(f".{target.name}.lock"))
+            self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"))
             self._lock.acquire(blocking=False)
             os.ftruncate(self._file, self._scan(resume))
-            self.record = read_record(path) if self.done else None
+            self.record = read_record(self._target) if self.done else None
             if retry_errors and self.failed:
                 self._drop_errors()
         except Timeout:
@@ -74,7 +75,9 @@ class ResultsFile:
             raise KvgenError(f"{path}: cannot be written ({error.strerror})") from error
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # A pipe that is open for reading too would not end when its reader leaves, nor wait for one.
+        access = os.O_WRONLY if self.path.is_fifo() else os.O_RDWR
+        self._file = os.open(self.path, access | os.O_CREAT | os.O_APPEND, 0o666)
         self._lines = Lines(self._file)
 
     def _scan(self, resume: bool) -> int:
@@ -100,9 +103,8 @@ class ResultsFile:
 
     def _drop_errors(self) -> None:
         """Replace the file, atomically, by one without the lines of rows that failed."""
-        target = self.path.resolve()
-        with open(self._file, "rb", closefd=False) as file, atomic_file(target) as copy:
-            shutil.copymode(target, copy.name)
+        with open(self._file, "rb", closefd=False) as file, atomic_file(self._target) as copy:
+            shutil.copymode(self._target, copy.name)
             file.seek(0)
             for line in file:
                 value = json.loads(line)
@@ -123,23 +125,23 @@ class ResultsFile:
             return
         if self.done:
             if self.record is None:
-                missing = f"the run record {record_path(self.path).name}, which --resume needs, is missing"
+                missing = f"the run record {record_path(self._target).name}, which --resume needs, is missing"
                 raise UsageError(f"{self.path}: {missing}: restore it, or name another file")
             if found := differences(record, self.record):
                 raise UsageError(f"{self.path}: made with other settings: {found}; use the same, or name another file")
             return
         try:
-            write_record(self.path, record)
+            write_record(self._target, record)
         except OSError as error:
-            raise KvgenError(f"{record_path(self.path)}: cannot be written ({error.strerror})") from error
+            raise KvgenError(f"{record_path(self._target)}: cannot be written ({error.strerror})") from error
 
     def write(self, value: dict[str, Any]) -> None:
         """Write a line. Raises KvgenError if that fails; the file then ends with the previous line."""
         try:
             self._lines.write(value)
         except OSError as error:
-            reason = f"cannot be written ({error.strerror}); earlier results are complete, continue with --resume"
-            raise KvgenError(f"{self.path}: {reason}") from error
+            hint = "; earlier results are complete, continue with --resume" if self._lines.is_regular else ""
+            raise KvgenError(f"{self.path}: cannot be written ({error.strerror}){hint}") from error
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # some files cannot be synced

@@ -138,19 +138,10 @@ def test_an_adapter_changes_a_gguf_file_alike(name: str, tmp_path: Path) -> None
     assert (loaded.all_logits(ids) - expected_logits(model, tmp_path / "adapter", ids)).abs().max() < TOLERANCE
 
 
-def test_quantized_weights_are_dequantized_where_the_adapter_changes_them(tmp_path: Path, monkeypatch: Any) -> None:
+def test_quantized_weights_are_dequantized_where_the_adapter_changes_them(tmp_path: Path) -> None:
     model = make_model("llama", {})
     kind = gguf.GGMLQuantizationType.Q8_0
-    add_tensor = gguf.GGUFWriter.add_tensor
-
-    def add(writer: gguf.GGUFWriter, name: str, array: Any) -> None:
-        is_matrix = array.ndim == 2 and array.shape[1] % 32 == 0
-        add_tensor(writer, name, gguf.quantize(array, kind), raw_dtype=kind) if is_matrix else add_tensor(
-            writer, name, array
-        )
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add)
-    gguf_files.write_gguf(tmp_path / "model.gguf", "llama", model)
+    gguf_files.write_gguf(tmp_path / "model.gguf", "llama", model, type_=kind)
     for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
             packed = gguf.quantize(parameter.detach().numpy(), kind)

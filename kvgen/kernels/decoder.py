@@ -67,7 +67,8 @@ class KernelDecoder(CausalLM):
         self._body, self._head = ((structs.Op * len(part.ops))(*part.ops) for part in (body, head))
         self._widths = (ctypes.c_int32 * len(slots))(*(slot.width for slot in slots))
         self._buffers = [slot.buffer for slot in slots]
-        self._sizes = {buffer: max(slot.width for slot in slots if slot.buffer == buffer) for buffer in self._buffers}
+        scratch = dict.fromkeys(buffer for buffer in self._buffers if buffer not in (Buffer.X, Buffer.LOGITS))
+        self._sizes = {buffer: max(slot.width for slot in slots if slot.buffer == buffer) for buffer in scratch}
         self._slots = (ctypes.c_void_p * len(slots))()
         self._scratch = torch.empty(0)
 
@@ -133,15 +134,14 @@ class KernelDecoder(CausalLM):
         tables: Sequence[structs.Table] = (),
     ) -> None:
         rows = len(x)
-        sizes = {buffer: size for buffer, size in self._sizes.items() if buffer not in (Buffer.X, Buffer.LOGITS)}
-        needed = rows * sum(sizes.values())
+        needed = rows * sum(self._sizes.values())
         with _LOCK:
             if not needed <= self._scratch.numel() <= 4 * needed:  # release the memory of long prompts
                 self._scratch = torch.empty(needed)
             memory: dict[Buffer, int | None] = {Buffer.X: x.data_ptr()}
             memory[Buffer.LOGITS] = None if logits is None else logits.data_ptr()
             at = self._scratch.data_ptr()
-            for scratch, size in sizes.items():
+            for scratch, size in self._sizes.items():
                 memory[scratch] = at
                 at += rows * size * 4
             for slot, buffer in enumerate(self._buffers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,11 @@ def test_experts_are_stacked(name: str, tmp_path: Path) -> None:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     expected = reference_logits(make_quantized(tmp_path, GROUPED[name], "qwen3_moe", **options))
     assert (logits_of(tmp_path, kernels="off")[0] - expected).abs().max() < 1e-4
-    assert (logits_of(tmp_path, kernels="on")[0] - expected).abs().max() < 1e-3 * expected.abs().max()
+    on_kernels, model = logits_of(tmp_path, kernels="on")
+    assert (on_kernels - expected).abs().max() < 1e-3 * expected.abs().max()
+    for part in ("gate", "up", "down"):
+        weight = model.decoder.weights[f"blk.0.ffn.experts.{part}.weight"]
+        assert weight.nbytes <= 6 / 8 * math.prod(weight.shape)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
-from kvgen.checkpoint.grouped import Grouped, quantized
+from kvgen.checkpoint.grouped import Grouped, quantized, stacked
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of
 from kvgen.kernels.packed import PackedMatrix
@@ -78,11 +78,15 @@ class WeightReader:
     def _read_integers(self, source: str) -> list[Grouped] | None:
         """Read quantized weights as stored; None if they are not, or cannot or should not be kept."""
         names = self.sources[source]
-        if self.options.quantize == "none" or not self.options.kernels or len(names) > 1:
+        if self.options.quantize == "none" or not self.options.kernels:
             return None
         if not self.matrices.issuperset(parts_of(source)) or self._is_changed(source):
             return None
         grouped = self.raw.tensors[names[0]].read_grouped()
+        if grouped is not None and self._is_stacked(source, grouped.shape):
+            rest = [self.raw.tensors[name].read_grouped() for name in names[1:]]
+            whole = [part for part in (grouped, *rest) if part is not None]
+            grouped = stacked(whole) if len(whole) == len(names) else None
         if grouped is None:
             return None
         transform = transform_of(self.transforms, source)
@@ -101,14 +105,18 @@ class WeightReader:
             return [grouped]
         return [grouped.rows(piece.squeeze(-1).long()) for piece in pieces]
 
+    def _is_stacked(self, source: str, shape: Sequence[int]) -> bool:
+        """Whether a source consists of several tensors of this shape, or of one of a single expert."""
+        alone = ".experts." in source and len(shape) < len(self.shapes[parts_of(source)[0]])
+        return alone or len(self.sources[source]) > 1
+
     def _is_changed(self, source: str) -> bool:
         return not self.changes.keys().isdisjoint(parts_of(source))
 
     def _read_floats(self, source: str) -> list[Tensor]:
         names = self.sources[source]
         tensor = self._read_float(names[0])
-        lone = ".experts." in source and tensor.ndim < len(self.shapes[parts_of(source)[0]])  # of a single expert
-        if len(names) > 1 or lone:  # one after another, so that only one of them is in memory twice
+        if self._is_stacked(source, tensor.shape):  # one after another, so that only one of them is in memory twice
             dtype = tensor.dtype if self.options.kernels else self.options.dtype
             stacked = tensor.new_empty((len(names), *tensor.shape), dtype=dtype)
             for i, name in enumerate(names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,18 @@ class Grouped:
         if self.mins is not None:
             weights += self.mins.float()[..., None]
         return weights.view(self.shape)
+
+
+def stacked(matrices: Sequence[Grouped]) -> Grouped | None:
+    """Make E matrices of the same shape one of E. None if their codes are not of one kind."""
+    first = matrices[0]
+    if any((part.bits, part.group, part.values) != (first.bits, first.group, first.values) for part in matrices):
+        return None
+    codes, scales = torch.stack([part.codes for part in matrices]), torch.stack([part.scales for part in matrices])
+    mins = None
+    if any(part.mins is not None for part in matrices):
+        mins = torch.stack([torch.zeros_like(part.scales) if part.mins is None else part.mins for part in matrices])
+    return replace(first, codes=codes, scales=scales, mins=mins)
 
 
 def quantized(weights: Tensor, bits: int) -> Grouped:

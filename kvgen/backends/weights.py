@@ -82,11 +82,7 @@ class WeightReader:
             return None
         if not self.matrices.issuperset(parts_of(source)) or self._is_changed(source):
             return None
-        grouped = self.raw.tensors[names[0]].read_grouped()
-        if grouped is not None and self._is_stacked(source, grouped.shape):
-            rest = [self.raw.tensors[name].read_grouped() for name in names[1:]]
-            whole = [part for part in (grouped, *rest) if part is not None]
-            grouped = stacked(whole) if len(whole) == len(names) else None
+        grouped = self._read_grouped(source)
         if grouped is None:
             return None
         transform = transform_of(self.transforms, source)
@@ -105,6 +101,16 @@ class WeightReader:
             return [grouped]
         return [grouped.rows(piece.squeeze(-1).long()) for piece in pieces]
 
+    def _read_grouped(self, source: str) -> Grouped | None:
+        """Read the codes of a source as they are stored; None if one of its tensors has none."""
+        names = self.sources[source]
+        first = self.raw.tensors[names[0]].read_grouped()
+        if first is None or not self._is_stacked(source, first.shape):
+            return first
+        rest = [self.raw.tensors[name].read_grouped() for name in names[1:]]
+        whole = [first, *(part for part in rest if part is not None)]
+        return stacked(whole) if len(whole) == len(names) else None
+
     def _is_stacked(self, source: str, shape: Sequence[int]) -> bool:
         """Whether a source consists of several tensors of this shape, or of one of a single expert."""
         alone = ".experts." in source and len(shape) < len(self.shapes[parts_of(source)[0]])
@@ -118,11 +124,11 @@ class WeightReader:
         tensor = self._read_float(names[0])
         if self._is_stacked(source, tensor.shape):  # one after another, so that only one of them is in memory twice
             dtype = tensor.dtype if self.options.kernels else self.options.dtype
-            stacked = tensor.new_empty((len(names), *tensor.shape), dtype=dtype)
+            whole = tensor.new_empty((len(names), *tensor.shape), dtype=dtype)
             for i, name in enumerate(names):
-                stacked[i] = self._read_float(name)
+                whole[i] = self._read_float(name)
                 self.raw.tensors[name].release()
-            tensor = stacked
+            tensor = whole
         transform = transform_of(self.transforms, source)
         return split_fused(transform(tensor) if transform else tensor, source, self.config)
 

@@ -82,9 +82,13 @@ def smollm2_reference(smollm2_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def smollm2_reference_tokenizer(smollm2_path: Path) -> Any:
+    """The file's tokenizer in transformers, whose GGUF reader forgets that the model's tokenizer.json splits digits."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(**_in_transformers(smollm2_path))
+    tokenizer = AutoTokenizer.from_pretrained(**_in_transformers(smollm2_path))
+    splits = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    return tokenizer
 
 
 def _in_transformers(path: Path) -> dict[str, str]:

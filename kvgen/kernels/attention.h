@@ -132,10 +132,9 @@ void exponentiate(const Op &op, float *score, int64_t start, int low, int end, i
         store(score + j, s);
         maxima = larger(maxima, s);
     }
-    float peak = largest(maxima);
+    float peak = largest(maxima), base = peak == -INFINITY ? 0 : peak; // -inf: all masked
     for (int j = low / 16 * 16; j < end; j += 16) {
-        f32x16 s = load<f32x16>(score + j), p = peak == -INFINITY ? f32x16{} : exp_of(s - peak);
-        p = choose(s == s, p, s); // keep NaN, which comparisons lose
+        f32x16 p = exp_of(load<f32x16>(score + j) - base);
         store(score + j, p);
         sums += p;
     }

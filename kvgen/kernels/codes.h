@@ -8,27 +8,27 @@ namespace {
 // Whether activations of 8 bits are multiplied as bytes. Else they are multiplied as 16 bits: the same exact sums.
 bool uses_bytes(const Run &run, const Weight &w) { return run.activation_bits == 8 && (HAS_DOT4 || w.kind == INT4); }
 
-// Codes of a panel. WORDS: words in a group. A word stands for columns 4 w to 4 w + 3 (side 0, c), and for those that are
-// half a group further (side 1, d). `quad`: one byte for each of these columns, for 16 of the rows. Activations of a word
-// are the pairs (c0, c2), (d0, d2), (c1, c3), (d1, d3) of 16 bits, or the bytes c0 to c3 and d0 to d3.
-template <int WORDS> struct Codes4 { // [group][word][row]: bytes whose halves are the sides
+// Codes of a panel. A word w of a group stands for its columns c, 4 w to 4 w + 3 (side 0), and those half a group
+// further, d (side 1). `quad` has a byte for each of the four, for 16 of the rows. Word w counts from the first group.
+// Activations of a word are pairs of 16 bits, (c0, c2), (d0, d2), (c1, c3), (d1, d3), or the bytes c0 to c3, d0 to d3.
+struct Codes4 { // [word][row]: bytes whose halves are the sides
     static constexpr int ZERO = 0;   // the code of 0
     const int32_t *at;
-    INLINED i32x16 quad(int g, int w, int side, int half) const {
-        return load<i32x16>(at + (g * WORDS + w) * PANEL + half * 16) >> 4 * side & 0x0f0f0f0f;
+    INLINED i32x16 quad(size_t w, int side, int half) const {
+        return load<i32x16>(at + w * PANEL + half * 16) >> 4 * side & 0x0f0f0f0f;
     }
 };
-template <int WORDS> struct Coded4 { // as Codes4, of a table
+struct Coded4 { // as Codes4, of a table
     static constexpr int ZERO = 128;
-    Codes4<WORDS> codes;
+    Codes4 codes;
     const uint8_t *table;
-    INLINED i32x16 quad(int g, int w, int side, int half) const { return look_up(table, codes.quad(g, w, side, half)); }
+    INLINED i32x16 quad(size_t w, int side, int half) const { return look_up(table, codes.quad(w, side, half)); }
 };
-template <int WORDS> struct Codes8 { // [group][word][side][row]
+struct Codes8 { // [word][side][row]
     static constexpr int ZERO = 128;
     const int32_t *at;
-    INLINED i32x16 quad(int g, int w, int side, int half) const {
-        return load<i32x16>(at + ((g * WORDS + w) * 2 + side) * PANEL + half * 16);
+    INLINED i32x16 quad(size_t w, int side, int half) const {
+        return load<i32x16>(at + (w * 2 + side) * PANEL + half * 16);
     }
 };
 
@@ -45,21 +45,23 @@ struct Scales { // [group][row]
     }
 };
 
-// The exact sums of group g for N input rows and HALVES halves of a panel.
-template <int N, int HALVES, int WORDS, bool BYTES, class C>
-INLINED inline void sum_group(C codes, int g, int first_half, int groups, Rounded x, i32x16 (&whole)[N][HALVES]) {
+// The exact sums of words [begin, end) of `all` words, for N input rows and HALVES halves of a panel.
+template <int N, int HALVES, bool BYTES, class C>
+INLINED inline void sum_words(C codes, size_t begin, size_t end, size_t all, int first_half, const int32_t *numbers,
+                              i32x16 (&whole)[N][HALVES]) {
     constexpr int NUMBERS = BYTES ? 2 : 4; // of a word
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int h = 0; h < HALVES; h++) whole[n][h] = i32x16{};
-    NO_UNROLL for (int w = 0; w < WORDS; w++)
-        UNROLL for (int i = 0; i < NUMBERS; i++) {
+    NO_UNROLL for (size_t first = begin; first < end; first += 2)
+        UNROLL for (int i = 0; i < 2 * NUMBERS; i++) {
+            size_t w = first + i / NUMBERS;
             i32x16 w_codes[HALVES];
             UNROLL for (int h = 0; h < HALVES; h++) {
-                i32x16 quad = codes.quad(g, w, i % 2, first_half + h);
-                w_codes[h] = BYTES ? quad : i / 2 ? high_bytes(quad) : low_bytes(quad);
+                i32x16 quad = codes.quad(w, i % 2, first_half + h);
+                w_codes[h] = BYTES ? quad : i / 2 % 2 ? high_bytes(quad) : low_bytes(quad);
             }
             UNROLL for (int n = 0; n < N; n++) {
-                int32_t number = x.numbers[((size_t(n) * groups + g) * WORDS + w) * NUMBERS + i];
+                int32_t number = numbers[(n * all + first) * NUMBERS + i];
                 UNROLL for (int h = 0; h < HALVES; h++)
                     EACH_PART {
                         i32_lanes &sum = whole[n][h].part[p], c = w_codes[h].part[p];
@@ -73,16 +75,17 @@ INLINED inline void sum_group(C codes, int g, int first_half, int groups, Rounde
                 EACH_PART whole[n][h].part[p] = dot4_total(whole[n][h].part[p]);
 }
 
-template <int N, int HALVES, int WORDS, bool BYTES, class C>
-void multiply_half(C codes, Scales scales, Scales mins, int first_half, int groups, Rounded x, float *out) {
+template <int N, int HALVES, bool BYTES, class C>
+void multiply_half(C codes, Scales scales, Scales mins, int first_half, size_t groups, int words, Rounded x,
+                   float *out) {
     f32x16 acc[N][HALVES] = {};
-    for (int g = 0; g < groups; g++) {
+    for (size_t g = 0; g < groups; g++) {
         i32x16 whole[N][HALVES];
-        sum_group<N, HALVES, WORDS, BYTES>(codes, g, first_half, groups, x, whole);
+        sum_words<N, HALVES, BYTES>(codes, g * words, (g + 1) * words, groups * words, first_half, x.numbers, whole);
         UNROLL for (int h = 0; h < HALVES; h++) {
             f32x16 scale = scales.of(g, first_half + h), min = mins.at ? mins.of(g, first_half + h) : f32x16{};
             UNROLL for (int n = 0; n < N; n++) {
-                size_t at = size_t(n) * groups + g;
+                size_t at = n * groups + g;
                 i32x16 sum = C::ZERO ? whole[n][h] - C::ZERO * x.totals[at] : whole[n][h];
                 acc[n][h] = fma(to_float(sum), scale * x.scales[at], acc[n][h]);
                 if (mins.at) acc[n][h] = fma(min, x.sums[at], acc[n][h]);
@@ -94,30 +97,25 @@ void multiply_half(C codes, Scales scales, Scales mins, int first_half, int grou
 }
 
 // A panel for `count` input rows from `first`: out is (count, PANEL).
-template <int WORDS, bool BYTES, class C>
+template <bool BYTES, class C>
 void multiply_codes(const Weight &w, C codes, int panel, Shared &shared, int first, int count, float *out) {
-    int groups = w.cols / w.group;
+    int groups = w.cols / w.group, words = w.group / 8;
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
     each_tile(count, [&](int t, auto n) {
         constexpr int HALVES = halves_of(n);
-        Rounded x = shared.rounded.from(size_t(first + t) * groups, BYTES ? 2 * WORDS : 4 * WORDS);
+        Rounded x = shared.rounded.from(size_t(first + t) * groups, BYTES ? 2 * words : 4 * words);
         for (int half = 0; half < 2; half += HALVES)
-            multiply_half<n, HALVES, WORDS, BYTES>(codes, scales, mins, half, groups, x, out + t * PANEL);
+            multiply_half<n, HALVES, BYTES>(codes, scales, mins, half, groups, words, x, out + t * PANEL);
     });
 }
 
 template <bool BYTES>
 void multiply_panel(const Weight &w, int panel, Shared &shared, int first, int count, float *out) {
     const int32_t *at = (const int32_t *)w.codes + size_t(panel) * w.cols * PANEL / (w.kind == INT8 ? 4 : 8);
-    auto run = [&](auto words) {
-        constexpr int WORDS = words;
-        if (w.kind == INT4) multiply_codes<WORDS, BYTES>(w, Codes4<WORDS>{at}, panel, shared, first, count, out);
-        else if constexpr (BYTES && !HAS_DOT4) return;
-        else if (w.kind == INT8) multiply_codes<WORDS, BYTES>(w, Codes8<WORDS>{at}, panel, shared, first, count, out);
-        else multiply_codes<WORDS, BYTES>(w, Coded4<WORDS>{{at}, w.values}, panel, shared, first, count, out);
-    };
-    if (w.group == 32) run(std::integral_constant<int, 4>());
-    else run(std::integral_constant<int, 2>());
+    if (w.kind == INT4) multiply_codes<BYTES>(w, Codes4{at}, panel, shared, first, count, out);
+    else if constexpr (BYTES && !HAS_DOT4) return; // see uses_bytes
+    else if (w.kind == INT8) multiply_codes<BYTES>(w, Codes8{at}, panel, shared, first, count, out);
+    else multiply_codes<BYTES>(w, Coded4{{at}, w.values}, panel, shared, first, count, out);
 }
 
 // Rounds a row to integers of at most `limit`.

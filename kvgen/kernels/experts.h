@@ -27,7 +27,8 @@ void exclude_groups(const Router &router, const float *values, State *states) {
     int size = router.experts / router.groups;
     std::vector<float> sums(router.groups);
     std::vector<State> groups(router.groups, CANDIDATE);
-    for (int g = 0; g < router.groups; g++) sums[g] = take_largest(values, states, g * size, (g + 1) * size, router.group_top);
+    for (int g = 0; g < router.groups; g++)
+        sums[g] = take_largest(values, states, g * size, (g + 1) * size, router.group_top);
     take_largest(sums.data(), groups.data(), 0, router.groups, router.active_groups);
     for (int i = 0; i < router.experts; i++) states[i] = groups[i / size] == CHOSEN ? CANDIDATE : EXCLUDED;
 }

@@ -53,7 +53,6 @@ void rotate(const Op &op, const Run &run, Shared &shared) {
         const float *cos = table.cos + size_t(r) * table.rotated, *sin = table.sin + size_t(r) * table.rotated;
         for (int h = 0; h < op.heads; h++) {
             float *x = run.slots[op.src] + size_t(r) * run.widths[op.src] + h * op.width;
-#pragma GCC ivdep
             for (int i = 0; i < half; i++) {
                 float a = x[i], b = x[i + half];
                 x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i + half] + a * sin[i + half];
@@ -66,19 +65,19 @@ f32x16 gelu(f32x16 x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
 f32x16 gelu_tanh(f32x16 x) { return 0.5f * x * (1.0f + tanh_of(0.79788456f * (x + 0.044715f * x * x * x))); }
 
 f32x16 xielu(f32x16 x, const Op &op) {
-    f32x16 negative = op.slope * (expm1_of(smaller(x, splat(op.eps))) - x);
+    f32x16 negative = op.slope * (expm1_of(smaller(splat(op.eps), x)) - x);
     return fma(x, op.softcap, choose(x > 0, op.scale * x * x, negative));
 }
 
 f32x16 clamped_swiglu(f32x16 gate, f32x16 up, const Op &op) {
-    gate = smaller(gate, splat(op.eps)), up = larger(smaller(up, splat(op.eps)), splat(-op.eps));
+    gate = smaller(splat(op.eps), gate), up = larger(splat(-op.eps), smaller(splat(op.eps), up));
     return gate * sigmoid_of(op.scale * gate) * (up + 1.0f);
 }
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, XIELU, SIGMOID_ALONE, CLAMPED_SWIGLU };
 
 f32x16 activation(const Op &op, f32x16 x, f32x16 up) {
-    f32x16 positive = larger(x, f32x16{});
+    f32x16 positive = larger(f32x16{}, x);
     switch (op.mode) {
     case SILU: return x / (exp_of(-x) + 1.0f) * up;
     case GELU: return gelu(x) * up;

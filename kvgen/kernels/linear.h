@@ -95,8 +95,8 @@ void write_panel(const Op &op, const float *bias, const float *from, int count, 
     }
 }
 
-// dst = scale * (src W^T + bias), or dst += it. ROUTED: each pair of a row and an expert, in the order of `Routes`, with
-// the weight of its expert; GATHER: src has rows, not such pairs.
+// dst = scale * (src W^T + bias), or dst += it. ROUTED: each pair of a row and an expert, in the order of `Routes`,
+// with the weight of its expert; GATHER: src has rows, not such pairs.
 void linear(const Op &op, const Run &run, Shared &shared) {
     const Weight &w = *op.weight;
     const float *x = run.slots[op.src];

@@ -122,7 +122,8 @@ void scan(const Op &op, const Run &run, Shared &shared) {
         Columns in(x + at, count), out;
         f32x16 low = in.low * dt, high = in.high * dt;
         for (int k = 0; k < dims; k++, state += COLUMNS) {
-            f32x16 a = fma(load<f32x16>(state), decay, low * b[k]), z = fma(load<f32x16>(state + 16), decay, high * b[k]);
+            f32x16 a = fma(load<f32x16>(state), decay, low * b[k]);
+            f32x16 z = fma(load<f32x16>(state + 16), decay, high * b[k]);
             out.low = fma(a, c[k], out.low), out.high = fma(z, c[k], out.high);
             store(state, a), store(state + 16, z);
         }
@@ -161,12 +162,15 @@ void delta(const Op &op, const Run &run, Shared &shared) {
         int at = head * sizes.value_dim + column;
         Columns v(x + 2 * keys + at, count), held, out; // held: S^T k
         const float *from = state;
-        for (int d = 0; d < dims; d++, from += COLUMNS)
-            held.low = fma(load<f32x16>(from), k[d], held.low), held.high = fma(load<f32x16>(from + 16), k[d], held.high);
+        for (int d = 0; d < dims; d++, from += COLUMNS) {
+            held.low = fma(load<f32x16>(from), k[d], held.low);
+            held.high = fma(load<f32x16>(from + 16), k[d], held.high);
+        }
         f32x16 low = beta * k_scale * (v.low - alpha * k_scale * held.low);
         f32x16 high = beta * k_scale * (v.high - alpha * k_scale * held.high);
         for (int d = 0; d < dims; d++, state += COLUMNS) {
-            f32x16 a = fma(load<f32x16>(state), alpha, low * k[d]), z = fma(load<f32x16>(state + 16), alpha, high * k[d]);
+            f32x16 a = fma(load<f32x16>(state), alpha, low * k[d]);
+            f32x16 z = fma(load<f32x16>(state + 16), alpha, high * k[d]);
             out.low = fma(a, q[d], out.low), out.high = fma(z, q[d], out.high);
             store(state, a), store(state + 16, z);
         }

@@ -120,7 +120,9 @@ struct RoundedRows {
     void reserve(size_t groups, int length) { // length: of the numbers of a group
         resize(numbers, groups * length), resize(totals, groups), resize(scales, groups), resize(sums, groups);
     }
-    Rounded from(size_t group, int length) { return {&numbers[group * length], &totals[group], &scales[group], &sums[group]}; }
+    Rounded from(size_t group, int length) {
+        return {&numbers[group * length], &totals[group], &scales[group], &sums[group]};
+    }
 };
 
 // Attention of queries [t0, t1) of a sequence, in the heads of one key head, to `chunks` chunks from chunk `from`.

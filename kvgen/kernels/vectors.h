@@ -119,10 +119,12 @@ template <class V> INLINED inline Sixteen<V> choose(i32x16 where, Sixteen<V> a, 
     EACH_PART a.part[p] = where.part[p] ? a.part[p] : b.part[p];
     return a;
 }
+// b, if one is NaN
 template <class V> INLINED inline Sixteen<V> larger(Sixteen<V> a, Sixteen<V> b) {
     EACH_PART a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
     return a;
 }
+// b, if one is NaN
 template <class V> INLINED inline Sixteen<V> smaller(Sixteen<V> a, Sixteen<V> b) {
     EACH_PART a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
     return a;
@@ -225,8 +227,8 @@ INLINED inline i32_lanes dot2(i32_lanes acc, i32_lanes w, i32_lanes x) {
 #endif
 }
 
-// Sums of products of bytes: w has four bytes from 0 to 255 in each number, x four from -127 to 127. Without instructions
-// for it, w is at most 15, and the sums of pairs are kept in 16 bits: they hold 16 products.
+// Sums of products of bytes: w has four bytes from 0 to 255 in each number, x four from -127 to 127. Without
+// instructions for it, w is at most 15, and the sums of pairs are kept in 16 bits: they hold 16 products.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool HAS_DOT4 = true;
 #else
@@ -333,7 +335,7 @@ template <int HIGH> INLINED inline i32x16 interleave(i32x16 a, i32x16 b) {
 }
 
 // Swaps blocks of STEP numbers off the diagonal of a square.
-template <int STEP, int... I> INLINED inline void swap_blocks(f32_lanes m[LANES], std::integer_sequence<int, I...> all) {
+template <int STEP, int... I> INLINED inline void swap_blocks(f32_lanes *m, std::integer_sequence<int, I...> all) {
     using Low = std::integer_sequence<int, (I & STEP ? I + LANES - STEP : I)...>;
     using High = std::integer_sequence<int, (I & STEP ? I + LANES : I + STEP)...>;
     UNROLL for (int i = 0; i < LANES; i++)

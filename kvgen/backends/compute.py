@@ -16,6 +16,7 @@ class ComputeOptions:
         the model, instead of using torch.
     quantize: `auto` keeps stored types; `none` converts integers to floats; `int8` and `int4` quantize floats.
     kv_dtype: of cached keys and values; None for `dtype`.
+    activation_bits: of the integers that the kernels round activations to, for integer weights; 16 or 8.
     engine: name to show to users.
     """
 
@@ -24,6 +25,7 @@ class ComputeOptions:
     kernels: bool = False
     quantize: str = "auto"
     kv_dtype: torch.dtype | None = None
+    activation_bits: int = 16
     engine: str = "torch"
     required: bool = False
 
@@ -31,4 +33,5 @@ class ComputeOptions:
     def numerics(self) -> str:
         """Everything besides weights and text that logits depend on, as a comparable string."""
         dtype, kv_dtype = (str(kind).removeprefix("torch.") for kind in (self.dtype, self.kv_dtype or self.dtype))
-        return f"{'kernels' if self.kernels else self.device.type} {dtype}, cache {kv_dtype}, weights {self.quantize}"
+        by = f"kernels int{self.activation_bits}" if self.kernels else self.device.type
+        return f"{by} {dtype}, cache {kv_dtype}, weights {self.quantize}"

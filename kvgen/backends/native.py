@@ -120,6 +120,7 @@ def load_native(
     decoder: Decoder | KernelDecoder
     if options.kernels:
         decoder = KernelDecoder(blueprint.decoder.config, state)
+        decoder.activation_bits = options.activation_bits
     else:
         blueprint.decoder.load_state_dict(state, strict=True, assign=True)
         decoder = blueprint.decoder.requires_grad_(False).to(options.device)

@@ -68,6 +68,7 @@ class ModelOptions:
     kernels: options.Kernels = "auto"
     quantize: options.Quantize = "auto"
     kv_dtype: options.KVDtype = "auto"
+    activations: options.Activations = "int16"
     threads: options.Threads = None
 
     def load(self, *, quiet: bool) -> Loaded:
@@ -87,7 +88,7 @@ class ModelOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for `kvgen.load`."""
-        names = ("adapter", "dtype", "device", "kernels", "quantize", "kv_dtype")
+        names = ("adapter", "dtype", "device", "kernels", "quantize", "kv_dtype", "activations")
         tokenizer = "ids" if self.ids else self.tokenizer
         return {"reference": self.model, "tokenizer": tokenizer, **{name: getattr(self, name) for name in names}}
 

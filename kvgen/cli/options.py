@@ -102,6 +102,13 @@ KVDtype = Annotated[
         "quarter of the memory of float32 (lossy)."
     ),
 ]
+Activations = Annotated[
+    Literal["int16", "int8"],
+    _model(
+        help="Integers to which kernels round activations, where weights are integers. int8: faster prompts, mostly "
+        "on processors without AVX-512 (lossy)."
+    ),
+]
 Threads = Annotated[int | None, _model(min=1, max=1024, help="Number of CPU threads.", show_default="one per core")]
 MaxTokens = Annotated[
     int,

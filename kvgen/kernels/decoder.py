@@ -45,11 +45,13 @@ _LayerArray = ctypes.Array[structs.Layer]
 class KernelDecoder(CausalLM):
     """A decoder that keeps weights in the checkpoint's type and computes in fp32.
 
+    activation_bits: of the integers that activations are rounded to, to multiply integer weights: 16, or 8 (lossy).
     weights: packed matrices, and fp32 vectors and position embeddings, by `Decoder`'s parameter names.
     Raises UnsupportedError if the kernels cannot be built.
     """
 
     dtype = torch.float32
+    activation_bits = 16
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, PackedMatrix | Tensor]) -> None:
         self.config, self.weights = config, weights
@@ -155,7 +157,7 @@ class KernelDecoder(CausalLM):
                 count=len(ops),
                 rows=rows,
                 sequence_count=len(sequences),
-                activation_bits=16,
+                activation_bits=self.activation_bits,
             )
             self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())
 

@@ -31,6 +31,7 @@ from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 KERNELS = ("auto", "cpp", "off")
 QUANTIZE = ("auto", "none", "int8", "int4")
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+ACTIVATIONS = {"int16": 16, "int8": 8}
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -74,6 +75,7 @@ def load(
     kernels: str = "auto",
     quantize: str = "auto",
     kv_dtype: str = "auto",
+    activations: str = "int16",
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint and its tokenizer.
@@ -95,6 +97,7 @@ def load(
         `Backend.engine` tells which. $KVGEN_CPU chooses the kernels' instructions.
     quantize: `auto`: weights as stored; `int8`, `int4`: quantize floating-point weights, LOSSY; `none`: dequantize.
     kv_dtype: of cached keys and values; `auto`: that of the computation; `bfloat16`, `int8`: LOSSY.
+    activations: integers to which the kernels round activations where weights are integers; `int8`: faster, LOSSY.
     progress: called during a download; see `kvgen.hub.catalogue`.
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
@@ -108,7 +111,8 @@ def load(
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
     device = _choose_device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
-    options = _compute_options(raw, _choose_dtype(dtype, device, raw), device, kernels, quantize, kv_dtype)
+    dtype = _choose_dtype(dtype, device, raw)
+    options = _compute_options(raw, dtype, device, kernels, quantize, kv_dtype, activations)
     return _load_checkpoint(raw, options, tokenizer, adapter)
 
 
@@ -152,32 +156,45 @@ def _cache_budget(model: Backend, available: int) -> int:
 
 
 def _compute_options(
-    raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, kernels: str, quantize: str, kv_dtype: str
+    raw: RawCheckpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str,
+    quantize: str,
+    kv_dtype: str,
+    activations: str,
 ) -> ComputeOptions:
     """Raises UsageError for invalid options, UnsupportedError if kernels are required and cannot be had."""
     _check_choice("kernels", kernels, KERNELS)
     _check_choice("quantize", quantize, QUANTIZE)
     _check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+    _check_choice("activations", activations, ACTIVATIONS)
+    required = kernels == "cpp" or activations != "int16"
     if raw.format == "x-transformers":
-        if kernels == "cpp" or quantize != "auto" or kv_dtype != "auto":
+        if required or quantize != "auto" or kv_dtype != "auto":
             raise UsageError(
-                f"{raw.path} runs in the x-transformers library, which has no kernels, quantize and kv_dtype"
+                f"{raw.path} runs in the x-transformers library, which has no kernels, "
+                "quantize, kv_dtype and activations"
             )
         return ComputeOptions(dtype, device)
     fits = device.type == "cpu" and dtype == torch.float32
-    if kernels == "cpp" and not fits:
+    if required and kernels == "off":
+        raise UsageError(f"only the kernels have {activations} activations; they are off")
+    if required and not fits:
         raise UsageError(f"the kernels compute in float32 on a CPU, not in {str(dtype)[6:]} on {device}")
     engine, use_kernels = "torch", kernels != "off" and fits
     if use_kernels:
         try:
             library()
             engine = chosen_variant().engine
+            engine += f", {activations} activations" * (activations != "int16")
         except UnsupportedError as error:
-            if kernels == "cpp" or asked_variant() != NATIVE:
+            if required or asked_variant() != NATIVE:
                 raise
             engine, use_kernels = f"torch ({error})", False
-    required = kernels == "cpp"
-    return ComputeOptions(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], engine, required)
+    return ComputeOptions(
+        *(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], ACTIVATIONS[activations], engine, required)
+    )
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

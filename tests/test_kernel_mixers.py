@@ -185,3 +185,19 @@ def test_what_is_no_number_is_not_lost(part: str) -> None:
     parameter = decoder.get_parameter(f"blk.0.attn.{part}.weight")
     parameter.view(-1)[-1] = math.nan
     assert on_kernels(decoder).forward(torch.arange(2, 9)[None])[0].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("n", [8_000, 32_000])
+def test_a_long_text_has_the_same_bits_cached_and_not(n: int, kv_dtype: torch.dtype) -> None:
+    """In passes that end elsewhere: the cache has a length that no pass from the start ends at."""
+    attention = Attention(2, 1, 16, ROTARY)
+    decoder = on_kernels(make_decoder((Layer(attention, MLP(40)), Layer(replace(attention, window=700), MLP(40)))))
+    decoder.kv_dtype = kv_dtype
+    ids = torch.randint(2, 96, (1, n))
+    _, cache = decoder.forward(ids[:, : n - 4_321])
+    _, cache = decoder.forward(ids[:, : n - 1], cache)
+    logits, cache = decoder.forward(ids, cache)
+    assert (cache.reused, cache.computed, cache.states[0].held(n).keys.dtype) == (n - 1, 1, kv_dtype)
+    assert torch.equal(logits, decoder.forward(ids)[0])

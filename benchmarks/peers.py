@@ -20,6 +20,7 @@ from typing import Any
 THREADS = os.cpu_count() or 1
 VOCABULARY = 40_000  # ids below it are ordinary tokens
 DECODED = 32
+LONG_CONTEXT = 33_000
 
 
 def random_ids(count: int) -> list[int]:
@@ -33,13 +34,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 class Kvgen:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: str) -> None:
         import torch
 
         import kvgen
 
         self.torch = torch
-        self.model = kvgen.load(folder / "model.gguf").model
+        self.model = kvgen.load(folder / "model.gguf", **options).model
 
     def step(self, ids: list[int], cache: Any) -> Any:
         return self.model(self.torch.tensor([ids]), cache)[1]
@@ -48,15 +49,19 @@ class Kvgen:
         return seconds(lambda: self.step(ids, None))
 
     def decode(self, ids: list[int]) -> float:
+        return self.prefill_and_decode(ids)[1]
+
+    def prefill_and_decode(self, ids: list[int]) -> tuple[float, float]:
+        start = time.perf_counter()
         cache = self.step(ids, None)
-        times = []
+        prefill, times = time.perf_counter() - start, []
         for token in random_ids(DECODED):
             ids = [*ids, token]
             sequence = self.torch.tensor([ids])
             start = time.perf_counter()
             _, cache = self.model(sequence, cache)
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return prefill, statistics.median(times)
 
     def uncached(self, ids: list[int]) -> float:
         return self.prefill(ids)
@@ -65,24 +70,12 @@ class Kvgen:
         return self.model.all_logits(self.torch.tensor([ids]))[0].log_softmax(-1).numpy()
 
 
-class KvgenOnTorch(Kvgen):
-    """The exact fp32 weights, in torch's own operations: what quality is measured against."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        import kvgen
-
-        self.model = kvgen.load(folder / "model.gguf", kernels="off").model
-
-
 class LlamaCpp:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         from llama_cpp import Llama
 
-        self.path = str(folder / "model.gguf")
-        self.open = lambda **more: Llama(
-            self.path, n_ctx=4096, n_batch=512, n_threads=THREADS, n_threads_batch=THREADS, verbose=False, **more
-        )
+        given = {"n_ctx": 4096, "n_batch": 512, "n_threads": THREADS, "n_threads_batch": THREADS, **options}
+        self.open = lambda **more: Llama(str(folder / "model.gguf"), verbose=False, **given, **more)
         self.llama = self.open()
 
     def prefill(self, ids: list[int]) -> float:
@@ -90,9 +83,12 @@ class LlamaCpp:
         return seconds(lambda: self.llama.eval(ids))
 
     def decode(self, ids: list[int]) -> float:
-        self.llama.reset()
-        self.llama.eval(ids)
-        return statistics.median(seconds(lambda token=token: self.llama.eval([token])) for token in random_ids(DECODED))
+        return self.prefill_and_decode(ids)[1]
+
+    def prefill_and_decode(self, ids: list[int]) -> tuple[float, float]:
+        prefill = self.prefill(ids)
+        times = [seconds(lambda token=token: self.llama.eval([token])) for token in random_ids(DECODED)]
+        return prefill, statistics.median(times)
 
     def log_probabilities(self, ids: list[int]) -> Any:
         import numpy as np
@@ -102,6 +98,14 @@ class LlamaCpp:
         logits = np.asarray(llama.scores[: len(ids)], dtype=np.float64)
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def llama_cpp_at_length(folder: Path, *, flash: bool, quantized: bool = False) -> LlamaCpp:
+    """With room for a long text. flash: flash attention. quantized: a cache of q8_0 instead of f16."""
+    from llama_cpp import GGML_TYPE_F16, GGML_TYPE_Q8_0
+
+    type_ = GGML_TYPE_Q8_0 if quantized else GGML_TYPE_F16
+    return LlamaCpp(folder, n_ctx=LONG_CONTEXT, flash_attn=flash, type_k=type_, type_v=type_)
 
 
 class OpenVino:
@@ -215,7 +219,13 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "transformers bf16": lambda folder: Transformers(folder, "bfloat16"),
     "transformers fp32": lambda folder: Transformers(folder, "float32"),
     "x-transformers fp32": XTransformers,
-    "kvgen on torch": KvgenOnTorch,
+    # The exact fp32 weights, in torch's own operations: what quality is measured against.
+    "kvgen on torch": lambda folder: Kvgen(folder, kernels="off"),
+    "kvgen, bf16 cache": lambda folder: Kvgen(folder, kv_dtype="bfloat16"),
+    "kvgen, int8 cache": lambda folder: Kvgen(folder, kv_dtype="int8"),
+    "llama.cpp, f16 cache": lambda folder: llama_cpp_at_length(folder, flash=False),
+    "llama.cpp, f16 cache, flash attention": lambda folder: llama_cpp_at_length(folder, flash=True),
+    "llama.cpp, q8_0 cache, flash attention": lambda folder: llama_cpp_at_length(folder, flash=True, quantized=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from kvgen.model.mixers import (
     SharedAttention,
     ShortConv,
 )
+from kvgen.model.spans import Span
 from tests.sizes import first
 
 VOCAB = 50
@@ -325,6 +327,39 @@ def test_an_interrupted_pass_leaves_the_cache_right(interrupting_model: Decoder)
     assert cache.tokens.tolist() == [[1, 2, 3]]
     cached, _ = model(sequence(1, 2, 3, 6), cache)
     assert (cached - model(sequence(1, 2, 3, 6), None)[0]).abs().max() < TOLERANCE
+
+
+def test_the_last_pass_has_every_position_that_logits_are_wanted_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgen.model.causal_lm.PREFILL_CHUNK", 8)
+    ids = torch.randint(0, 11, (1, 40))
+    expected = MODEL.all_logits(ids)
+    for n, last in itertools.product(range(6, 30), (1, 2, 5)):
+        logits, _ = MODEL.forward(ids[:, :n], None, last)
+        assert (logits - expected[:, n - last : n]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [64, 2048])
+def test_passes_become_shorter_where_positions_attend_to_more(dim: int) -> None:
+    layers = (Layer(Attention(dim // 64, 1, 64), MLP(4 * dim)),) * 20
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(100, None, dim, layers, 1e-5, tied_head=True))
+    cache = KVCache(model)
+    sizes = {
+        start: model._chunk_size(Span(torch.zeros(1, 9999, dtype=torch.int64), cache, start, 10**6))
+        for start in (0, 8_000, 32_000, 100_000, 900_000)
+    }
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert sizes[900_000] >= 24
+    for start, size in sizes.items():
+        assert size in (24, 512) or size * model.config.products_at(start + size) <= 1.2e11
+    assert sizes[0] == (512 if dim == 64 else 96)
+    assert sizes[100_000] < sizes[0]
+
+
+def test_a_window_bounds_what_a_position_attends_to() -> None:
+    config = DecoderConfig(100, None, 32, (Layer(Attention(4, 2, 8, window=50), None),), 1e-5, tied_head=True)
+    assert config.products_at(20) - config.products == 4 * 16 * 20
+    assert config.products_at(5000) - config.products == 4 * 16 * 50
 
 
 def test_a_cache_of_another_model_is_refused() -> None:

@@ -7,6 +7,13 @@ import pty
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.program import KVGEN
 
 _PROGRAM = """
 import signal, sys, threading
@@ -55,3 +62,34 @@ def test_sigterm_shows_the_cursor_that_a_progress_bar_hides() -> None:
     assert ended.returncode == -signal.SIGTERM
     os.set_blocking(terminal, False)
     assert b"\x1b[?25h" in os.read(terminal, 1000)
+
+
+def test_an_interrupted_program_waits_for_no_thread_and_runs_what_is_to_run_at_its_end() -> None:
+    program = (
+        "import atexit, threading; from kvgen.cli.interrupts import exit_now; "
+        "atexit.register(print, 'at exit', flush=True); threading.Thread(target=threading.Event().wait).start(); "
+        "exit_now(130)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "at exit\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_ctrl_c_in_the_middle_of_a_pass_is_answered_soon(smollm2_path: Path, tmp_path: Path, kernels: str) -> None:
+    """On one thread, in seconds of its own time, since the machine may be busy; a pass takes several."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the city of Nova Haven was a thriving metropolis with towering skyscrapers " * 600)
+    arguments = ["generate", "-m", str(smollm2_path), "-f", str(prompt), "-n", "4", "--kernels", kernels]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*KVGEN, *arguments], stderr=subprocess.PIPE, env=environment) as process:
+        spent = psutil.Process(process.pid).cpu_times
+        while sum(spent()[:2]) < 9:  # the third pass or a later one
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        before = sum(spent()[:2])
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.stderr is not None
+        assert (process.returncode, process.stderr.read()) == (130, b"")
+        assert usage.ru_utime + usage.ru_stime - before < 0.6

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +130,47 @@ def test_steps_and_rows_and_threads_change_no_bit(hybrid: KernelDecoder, threads
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("most", [1, 3_000_000])
+def test_a_long_run_is_divided_into_calls_and_changes_no_bit(
+    hybrid: KernelDecoder, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """most: multiplications in one call; with 1, each operation is a call."""
+    ids = torch.randint(2, 96, (3, 150))
+    expected, called = hybrid.forward(ids)[0], []
+    kernels = hybrid._library
+    run = SimpleNamespace(kvgen_run=lambda *given: (called.append(None), kernels.kvgen_run(*given)))
+    monkeypatch.setattr(hybrid, "_library", run)
+    assert torch.equal(hybrid.forward(ids)[0], expected)
+    assert len(called) == 2  # the body and the head
+    monkeypatch.setattr("kvgen.kernels.decoder._MAX_PRODUCTS", most)
+    assert torch.equal(hybrid.forward(ids)[0], expected)
+    calls = len(called) - 3
+    assert calls == len(hybrid._body) if most == 1 else 1 < calls < len(hybrid._body)
+
+
+def test_a_run_that_is_interrupted_between_calls_leaves_the_cache_as_it_was(
+    hybrid: KernelDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(2, 96, (1, 150))
+    expected, kernels = hybrid.forward(ids)[0], hybrid._library
+    _, cache = hybrid.forward(ids[:, :40])
+    monkeypatch.setattr("kvgen.kernels.decoder._MAX_PRODUCTS", 1)
+    for stop in range(1, len(hybrid._body), 7):
+        calls = iter(range(stop))
+
+        def run(*given: Any, calls: Iterator[int] = calls) -> None:
+            kernels.kvgen_run(*given)
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(hybrid, "_library", SimpleNamespace(kvgen_run=run))
+        with pytest.raises(KeyboardInterrupt):
+            hybrid.forward(ids, cache)
+        assert cache.length == 40
+        monkeypatch.setattr(hybrid, "_library", kernels)
+        assert torch.equal(hybrid.forward(ids, cache.branch(40, 200))[0], expected)
+
+
 def test_an_interrupted_pass_leaves_the_states_as_they_were(hybrid: KernelDecoder) -> None:
     ids = torch.randint(2, 96, (1, 40))
     logits, cache = hybrid.forward(ids[:, :30])
@@ -141,3 +185,19 @@ def test_what_is_no_number_is_not_lost(part: str) -> None:
     parameter = decoder.get_parameter(f"blk.0.attn.{part}.weight")
     parameter.view(-1)[-1] = math.nan
     assert on_kernels(decoder).forward(torch.arange(2, 9)[None])[0].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("n", [8_000, 32_000])
+def test_a_long_text_has_the_same_bits_cached_and_not(n: int, kv_dtype: torch.dtype) -> None:
+    """In passes that end elsewhere: the cache has a length that no pass from the start ends at."""
+    attention = Attention(2, 1, 16, ROTARY)
+    decoder = on_kernels(make_decoder((Layer(attention, MLP(40)), Layer(replace(attention, window=700), MLP(40)))))
+    decoder.kv_dtype = kv_dtype
+    ids = torch.randint(2, 96, (1, n))
+    _, cache = decoder.forward(ids[:, : n - 4_321])
+    _, cache = decoder.forward(ids[:, : n - 1], cache)
+    logits, cache = decoder.forward(ids, cache)
+    assert (cache.reused, cache.computed, cache.states[0].held(n).keys.dtype) == (n - 1, 1, kv_dtype)
+    assert torch.equal(logits, decoder.forward(ids)[0])

@@ -10,7 +10,8 @@ from typer import Exit
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from kvgen.cli.errors import exit_codes, prepare_stderr, prepare_stdout, print_error
+from kvgen.cli.errors import EXIT_INTERRUPTED, exit_codes, prepare_stderr, prepare_stdout, print_error
+from kvgen.cli.interrupts import exit_now
 
 # Typer has no options with an optional value.
 _OPTIONAL_VALUES = {"--verify-cache": "--verify-cache=1", "--ray": "--ray=here"}
@@ -76,6 +77,8 @@ class Group(TyperGroup):
                 sys.stdout.flush()  # Python's own flush at exit could not report an error
         except Exit as exit_:
             code = exit_.exit_code
+        if code == EXIT_INTERRUPTED:
+            exit_now(code)
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:

@@ -38,6 +38,8 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
+_MAX_PRODUCTS = 500_000_000
+"""Multiplications per thread in one call, as long as the operations divide equally: a tenth of a second or two."""
 _STORED_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _LayerArray = ctypes.Array[structs.Layer]
 
@@ -86,7 +88,8 @@ class KernelDecoder(CausalLM):
             for layers, (states, ends) in zip(self._reserve(span), _reserve_states(span), strict=True):
                 sequences.append(structs.Sequence(layers, states, ends, past, row, new, len(ends)))
                 row += new
-        self._run(self._body, x, None, sequences, tables)
+        products = sum(span.rows * self.config.products_at(span.cache.length + span.new.shape[1]) for span in spans)
+        self._run(self._body, x, None, sequences, tables, products)
         for span in spans:
             span.cache.advance(span.new)
         return x
@@ -134,8 +137,15 @@ class KernelDecoder(CausalLM):
         logits: Tensor | None,
         sequences: Sequence[structs.Sequence] = (),
         tables: Sequence[structs.Table] = (),
+        products: int = 0,
     ) -> None:
-        rows = len(x)
+        """Run operations over x, (rows, dim). products: multiplications in all of them, roughly.
+
+        Python handles signals only between calls, so a long run is divided into several.
+        """
+        rows, threads = len(x), torch.get_num_threads()
+        calls = 1 + products // (_MAX_PRODUCTS * threads)
+        count = -(-len(ops) // calls)
         needed = rows * sum(self._sizes.values())
         with _LOCK:
             if not needed <= self._scratch.numel() <= 4 * needed:  # release the memory of long prompts
@@ -149,17 +159,17 @@ class KernelDecoder(CausalLM):
             for slot, buffer in enumerate(self._buffers):
                 self._slots[slot] = memory[buffer]
             run = structs.Run(
-                ops=ops,
                 slots=self._slots,
                 widths=self._widths,
                 sequences=(structs.Sequence * len(sequences))(*sequences),
                 tables=(structs.Table * len(tables))(*tables),
-                count=len(ops),
                 rows=rows,
                 sequence_count=len(sequences),
                 activation_bits=self.activation_bits,
             )
-            self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())
+            for first in range(0, len(ops), count):
+                run.ops, run.count = ctypes.pointer(ops[first]), min(count, len(ops) - first)
+                self._library.kvgen_run(ctypes.byref(run), threads)
 
 
 def _reserve_states(span: Span) -> list[tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int32]]]:

@@ -202,23 +202,27 @@ class CausalLM(ABC):
         return Span(new, cache, start, total)
 
     def _chunk_size(self, span: Span) -> int:
-        """How many positions of a span to compute in one pass; fewer for large models on a CPU."""
+        """How many positions of a span to compute in one pass; on a CPU fewer for large models and far into a text.
+
+        Never by the clock: on torch the size of a pass may change the last bits of its logits.
+        """
         size = PREFILL_CHUNK
         if span.new.device.type == "cpu":
-            size = min(size, max(_MIN_CHUNK, int(_MAX_PRODUCTS / self.config.products)))
+            products = self.config.products_at(span.start + size)
+            size = min(size, max(_MIN_CHUNK, int(_MAX_PRODUCTS / products) // _MIN_CHUNK * _MIN_CHUNK))
         return max(1, size // span.new.shape[0])
 
     def _catch_up(self, span: Span, last: int) -> Span:
         """Compute a span except for one last pass of at least `last` positions, which is returned."""
-        new, limit = span.new.shape[1], max(last, self._chunk_size(span))
-        while True:
-            left = span.new.shape[1]
-            if self.progress and new > limit:
+        new = span.new.shape[1]
+        while (left := span.new.shape[1]) > max(last, size := self._chunk_size(span)):
+            if self.progress:
                 self.progress(new - left, new)
-            if left <= limit:
-                return span
-            chunk, span = span.split(self._chunk_size(span))
+            chunk, span = span.split(min(size, left - last))
             self.extend([chunk])
+        if self.progress and left < new:
+            self.progress(new - left, new)
+        return span
 
     def _extend_one(self, span: Span) -> Tensor:
         """Return the hidden states of one span, (B, T, dim)."""

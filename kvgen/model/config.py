@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -136,5 +138,24 @@ class DecoderConfig:
     def products(self) -> int:
         """Multiplications per position in all weight matrices of the layers."""
         ffns = sum(layer.ffn.products for layer in self.layers if layer.ffn is not None)
-        shared = (layer.mixer for layer in self.layers if isinstance(layer.mixer, SharedAttention))
-        return self.dim * (ffns + sum(mixer.projected for mixer in (*self.mixers, *shared)))
+        return self.dim * (ffns + sum(mixer.projected for mixer in (*self.mixers, *self._shared)))
+
+    def products_at(self, length: int) -> int:
+        """Multiplications per position in all layers, for one that attends to `length` positions."""
+        return self.products + sum(
+            products * (length if window is None else min(length, window))
+            for window, products in self._attending_products.items()
+        )
+
+    @cached_property
+    def _attending_products(self) -> Mapping[int | None, int]:
+        """Multiplications for each position that is attended to, per window."""
+        found: dict[int | None, int] = defaultdict(int)
+        for mixer in (*self.mixers, *(shared.attention for shared in self._shared)):
+            if not isinstance(mixer, Recurrent):
+                found[mixer.window] += mixer.heads * sum(mixer.stored[1:])
+        return found
+
+    @cached_property
+    def _shared(self) -> tuple[SharedAttention, ...]:
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, SharedAttention))

@@ -36,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     for kind, number in (("llama", 0), ("gemma3_text", 0), ("phi3", 1)):
         folder = tmp_path_factory.mktemp(kind)
         make_checkpoint(kind, number, folder)
-        loaded[kind] = kvgen.load(folder, tokenizer="ids", kernels="on")
+        loaded[kind] = kvgen.load(folder, tokenizer="ids", kernels="cpp")
     return loaded
 
 

@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]
     for kind in ("llama", "gemma3_text", "phi3"):
         folder = tmp_path_factory.mktemp(kind)
         make_checkpoint(kind, 1 if kind == "phi3" else 0, folder)
-        model = kvgen.load(folder, tokenizer="ids", kernels="on").model
+        model = kvgen.load(folder, tokenizer="ids", kernels="cpp").model
         assert isinstance(model, NativeBackend)
         found[kind] = model
     return found

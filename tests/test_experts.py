@@ -91,7 +91,7 @@ def fuse(tensors: dict[str, Tensor]) -> None:
         tensors[f"{prefix}.down_proj"] = parts["down"]
 
 
-@pytest.mark.parametrize("kernels", ["on", "off"])
+@pytest.mark.parametrize("kernels", ["cpp", "off"])
 def test_experts_in_one_tensor_are_the_same(kernels: str, tmp_path: Path) -> None:
     make_checkpoint("qwen3_moe", 0, tmp_path)
     expected = kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model.all_logits(IDS)
@@ -152,9 +152,9 @@ def test_quantized_experts_of_a_gguf_file_stay_as_small(type_name: str, tmp_path
     reference, kind = make_model("qwen2_moe", WHOLE_GROUPS), GGMLQuantizationType[type_name]
     gguf_files.write_gguf(tmp_path / "m.gguf", "qwen2_moe", reference, type_=kind, quantized=is_expert)
     model, on_torch = (
-        kvgen.load(tmp_path / "m.gguf", tokenizer="ids", kernels=kernels).model for kernels in ("on", "off")
+        kvgen.load(tmp_path / "m.gguf", tokenizer="ids", kernels=kernels).model for kernels in ("cpp", "off")
     )
-    assert model.engine == "C++ kernels"
+    assert model.engine.startswith("C++ kernels (")
     for name, weight in model.decoder.weights.items():
         if ".experts." in name:
             assert isinstance(weight, PackedMatrix)
@@ -171,9 +171,10 @@ def test_quantized_experts_of_a_gguf_file_stay_as_small(type_name: str, tmp_path
 def test_experts_are_quantized_at_load_as_on_torch(bits: int, tmp_path: Path) -> None:
     make_model("qwen2_moe", WHOLE_GROUPS).save_pretrained(tmp_path)
     model, on_torch = (
-        kvgen.load(tmp_path, tokenizer="ids", kernels=kernels, quantize=f"int{bits}").model for kernels in ("on", "off")
+        kvgen.load(tmp_path, tokenizer="ids", kernels=kernels, quantize=f"int{bits}").model
+        for kernels in ("cpp", "off")
     )
-    plain = kvgen.load(tmp_path, tokenizer="ids", kernels="on").model
+    plain = kvgen.load(tmp_path, tokenizer="ids", kernels="cpp").model
     assert model.weight_bytes < (0.4 if bits == 8 else 0.3) * plain.weight_bytes
     expected = on_torch.all_logits(IDS)
     assert (model.all_logits(IDS) - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -182,7 +183,7 @@ def test_experts_are_quantized_at_load_as_on_torch(bits: int, tmp_path: Path) ->
 def test_half_precision_experts_stay_as_small_and_compute_in_fp32(tmp_path: Path) -> None:
     reference = make_model("granitemoe", {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 32})
     reference.bfloat16().save_pretrained(tmp_path)
-    model, on_torch = (kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model for kernels in ("on", "off"))
+    model, on_torch = (kvgen.load(tmp_path, tokenizer="ids", kernels=kernels).model for kernels in ("cpp", "off"))
     assert (model.all_logits(IDS) - on_torch.all_logits(IDS)).abs().max() < 1e-4
     assert model.weight_bytes < 0.7 * on_torch.weight_bytes
     assert model.weight_bytes - model.step_bytes > 0.3 * model.weight_bytes  # half of the experts
@@ -216,7 +217,7 @@ def test_a_router_that_is_no_number_is_not_lost(part: str, tmp_path: Path) -> No
     reference = make_model("qwen2_moe", WHOLE_GROUPS)
     reference.get_submodule(f"model.layers.1.{part}").weight.data[0, 3] = torch.nan
     reference.save_pretrained(tmp_path)
-    assert kvgen.load(tmp_path, tokenizer="ids", kernels="on").model(IDS, None)[0].isnan().all()
+    assert kvgen.load(tmp_path, tokenizer="ids", kernels="cpp").model(IDS, None)[0].isnan().all()
 
 
 def test_equal_scores_choose_the_first_experts(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_equal_scores_choose_the_first_experts(tmp_path: Path) -> None:
         layer.mlp.gate.weight.data[:] = 0
         layer.mlp.experts.down_proj.data[2:] = torch.nan
     reference.save_pretrained(tmp_path)
-    assert kvgen.load(tmp_path, tokenizer="ids", kernels="on").model(IDS, None)[0].isfinite().all()
+    assert kvgen.load(tmp_path, tokenizer="ids", kernels="cpp").model(IDS, None)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,13 @@ every_case = pytest.mark.parametrize(
     ("kind", "number"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in CASES]
 )
 
-every_engine = pytest.mark.parametrize("kernels", ["on", "off"])
+every_engine = pytest.mark.parametrize("kernels", ["cpp", "off"])
 
 
 def load_model(folder: Path, dtype: str = "float32", kernels: str = "auto") -> NativeBackend:
-    """kernels `on`, if they lack a mechanism: checks that this is said, and skips the test."""
+    """kernels `cpp`, if they lack a mechanism: checks that this is said, and skips the test."""
     missing = lacking(draw_blueprint(read_checkpoint(folder)).decoder.config)
-    if kernels == "on" and missing is not None:
+    if kernels == "cpp" and missing is not None:
         with pytest.raises(UnsupportedError, match=f"the kernels lack: {missing}"):
             load(folder, dtype=dtype, tokenizer="ids", kernels=kernels)
         assert load(folder, dtype=dtype, tokenizer="ids").model.engine == f"torch (kernels lack: {missing})"
@@ -135,7 +135,7 @@ def test_quantized_weights_of_a_gguf_file_mean_the_same_on_the_kernels(
     reference = make_model(kind, options, seed=7)
     gguf_files.write_gguf(tmp_path / "tiny.gguf", kind, reference, type_=gguf.GGMLQuantizationType.Q8_0)
     ids = random_ids()
-    logits = load_model(tmp_path / "tiny.gguf", kernels="on").all_logits(ids)
+    logits = load_model(tmp_path / "tiny.gguf", kernels="cpp").all_logits(ids)
     expected = load_model(tmp_path / "tiny.gguf", kernels="off").all_logits(ids)
     differences = (logits - expected).abs().amax(-1)
     # Activations have 16 bits in each group, which may change the choice of experts at a few positions.

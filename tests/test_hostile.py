@@ -100,9 +100,9 @@ def test_weights_that_no_memory_would_hold_are_refused_before_they_are_read(
 ) -> None:
     folder, _ = tiny_llama()
     monkeypatch.setattr(weights, "total_memory", lambda: 10_000)
-    for compile_ in ("on", "off"):
+    for kernels in ("cpp", "off"):
         with pytest.raises(UnsupportedError, match="this machine has"):
-            kvgen.load(folder, kernels=compile_)
+            kvgen.load(folder, kernels=kernels)
 
 
 SIZES = [2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, 2**64, 10**400, 0, -1, -(2**63), 1e30, math.inf, 1.5, "8", True]

@@ -96,8 +96,8 @@ def test_stored_integers_stand_for_the_weights_of_the_formula(form: Form, tmp_pa
 def test_logits_are_those_of_the_dequantized_model(form: Form, tmp_path: Path) -> None:
     expected = reference_logits(make_quantized(tmp_path, form))
     on_torch, _ = logits_of(tmp_path, kernels="off")
-    on_kernels, model = logits_of(tmp_path, kernels="on")
-    plain, plain_model = logits_of(tmp_path, kernels="on", quantize="none")
+    on_kernels, model = logits_of(tmp_path, kernels="cpp")
+    plain, plain_model = logits_of(tmp_path, kernels="cpp", quantize="none")
     assert (on_torch - expected).abs().max() < 1e-4
     assert (plain - expected).abs().max() < 1e-4
     assert (on_kernels - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -122,7 +122,7 @@ def test_logits_are_those_of_the_dequantized_model(form: Form, tmp_path: Path) -
 def test_rows_are_reordered_and_split(kind: str, options: dict[str, Any], name: str, tmp_path: Path) -> None:
     expected = reference_logits(make_quantized(tmp_path, GROUPED[name], kind, **options))
     on_torch, _ = logits_of(tmp_path, kernels="off")
-    on_kernels, model = logits_of(tmp_path, kernels="on")
+    on_kernels, model = logits_of(tmp_path, kernels="cpp")
     assert (on_torch - expected).abs().max() < 1e-4
     assert (on_kernels - expected).abs().max() < 1e-3 * expected.abs().max()
     weight = model.decoder.weights["blk.0.attn.q.weight"]
@@ -134,7 +134,7 @@ def test_sizes_need_not_fill_words(bits: int, tmp_path: Path) -> None:
     form = Form("compressed-tensors", bits, group=None, symmetric=False)
     expected = reference_logits(make_quantized(tmp_path, form, intermediate_size=53))
     assert (logits_of(tmp_path, kernels="off")[0] - expected).abs().max() < 1e-4
-    assert (logits_of(tmp_path, kernels="on")[0] - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (logits_of(tmp_path, kernels="cpp")[0] - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "packed"])
@@ -142,7 +142,7 @@ def test_experts_are_stacked(name: str, tmp_path: Path) -> None:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     expected = reference_logits(make_quantized(tmp_path, GROUPED[name], "qwen3_moe", **options))
     assert (logits_of(tmp_path, kernels="off")[0] - expected).abs().max() < 1e-4
-    on_kernels, model = logits_of(tmp_path, kernels="on")
+    on_kernels, model = logits_of(tmp_path, kernels="cpp")
     assert (on_kernels - expected).abs().max() < 1e-3 * expected.abs().max()
     for part in ("gate", "up", "down"):
         weight = model.decoder.weights[f"blk.0.ffn.experts.{part}.weight"]
@@ -190,7 +190,7 @@ def test_fp8_weights(strategy: str, format_name: str, tmp_path: Path) -> None:
                 stored[name] = (parameter / 0.01).to(torch.float8_e4m3fn)
                 parameter.copy_(stored[name].float() * scales)
     save_file(stored, tmp_path / "model.safetensors")
-    for kernels in ("on", "off"):
+    for kernels in ("cpp", "off"):
         assert (logits_of(tmp_path, kernels=kernels)[0] - reference_logits(reference)).abs().max() < 1e-4
 
 

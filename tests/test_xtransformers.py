@@ -253,7 +253,7 @@ def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path, monkey
 
 def test_options_of_the_decoder_are_refused(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "x", bytes_net(), "rotary")
-    for option in ({"kernels": "on"}, {"quantize": "int8"}, {"kv_dtype": "int8"}):
+    for option in ({"kernels": "cpp"}, {"quantize": "int8"}, {"kv_dtype": "int8"}):
         with pytest.raises(UsageError, match="runs in the x-transformers library"):
             kvgen.load(folder, **option)
 

@@ -58,14 +58,13 @@ def _describe_adapter(adapter: Adapter) -> str:
 
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     types = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in inspection.types.items())
-    runs_on = _RUNS_ON.get(inspection.backend or "", "not supported")
-    if inspection.kernels_lack:
-        runs_on += f", on torch (kernels lack: {inspection.kernels_lack})"
     facts = [
         ("path", str(inspection.path)),
         ("kind", f"{inspection.kind} ({inspection.format})"),
-        ("runs on", runs_on),
+        ("runs on", _RUNS_ON.get(inspection.backend or "", "not supported")),
     ]
+    if inspection.cpu_engine is not None:
+        facts.append(("on a CPU", inspection.cpu_engine))
     if inspection.adapter is not None:
         facts.append(("adapter", _describe_adapter(inspection.adapter)))
     if inspection.obstacle:

@@ -82,10 +82,10 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, _model(help="Where to compute: cpu, cuda, cuda:1 or mps. auto: CUDA, else MPS, else the CPU.")]
 Kernels = Annotated[
-    Literal["auto", "on", "off"],
+    Literal["auto", "cpp", "off"],
     _model(
-        help="Compute with C++ kernels, for float32 on a CPU; compiled once for this machine. They round activations "
-        "to 16 bits (KL 5e-8). auto: on if g++ is installed. off: PyTorch only."
+        help="cpp: compute with C++ kernels, for float32 on a CPU; they round activations to 16 bits (KL 5e-8). off: "
+        "PyTorch only. auto: cpp if they are prebuilt or can be compiled, and have the model's mechanisms."
     ),
 ]
 Quantize = Annotated[

@@ -12,10 +12,8 @@ int row_size(const int8_t *, int dims) { return dims + 4; }
 
 // Reads 16 numbers of a row from d.
 f32x16 read_row(const float *row, int d, int) { return load<f32x16>(row + d); }
-f32x16 read_row(const uint16_t *row, int d, int) { return bfloat_to_float(load<u16x16>(row + d)); }
-f32x16 read_row(const int8_t *row, int d, int dims) {
-    return __builtin_convertvector(widen(load<i8x16>(row + d)), f32x16) * load<float>(row + dims);
-}
+f32x16 read_row(const uint16_t *row, int d, int) { return load_bfloat(row + d); }
+f32x16 read_row(const int8_t *row, int d, int dims) { return to_float(load_i8(row + d)) * load<float>(row + dims); }
 
 void write_row(float *row, const float *from, int dims) { std::memcpy(row, from, dims * sizeof(float)); }
 void write_row(uint16_t *row, const float *from, int dims) { // to nearest, ties to even
@@ -44,8 +42,7 @@ template <class T> struct Chunk {
         T padded[32] = {}; // includes the scale after the numbers
         std::memcpy(padded, at + d, (row - d) * sizeof(T));
         f32x16 v = read_row(padded, 0, dims - d);
-        for (int i = dims - d; i < 16; i++) v[i] = 0;
-        return v;
+        return load_some((const float *)&v, dims - d);
     }
 
     // Transposes keys into a panel [D][32] for each 32 of them, skipping empty blocks of 16, and prefetches `next`.
@@ -90,9 +87,8 @@ struct Partial {
 
 int padded_width(const Op &op) { return (op.width + PANEL - 1) / PANEL * PANEL; }
 
-// Merges a partial result of later positions into `max, total, out`. Not inlined: copies could round differently.
-__attribute__((noinline)) void merge(float *max, float *total, float *out, float other_max, float other_total,
-                                     const float *other, int dims) {
+// Merges a partial result of later positions into `max, total, out`.
+void merge(float *max, float *total, float *out, float other_max, float other_total, const float *other, int dims) {
     if (other_max == -INFINITY) return; // all masked
     if (*max == -INFINITY) {
         *max = other_max, *total = other_total;
@@ -100,10 +96,7 @@ __attribute__((noinline)) void merge(float *max, float *total, float *out, float
         return;
     }
     float both = std::max(*max, other_max);
-    f32x16 scales{};
-    scales[0] = *max - both, scales[1] = other_max - both;
-    scales = exp_of(scales);
-    float a = scales[0], b = scales[1];
+    float a = exp_of(splat(*max - both))[0], b = exp_of(splat(other_max - both))[0];
     for (int d = 0; d < dims; d++) out[d] = out[d] * a + other[d] * b;
     *total = *total * a + other_total * b, *max = both;
 }
@@ -127,21 +120,22 @@ template <class T> Chunk<T> chunk_of(const Op &op, const Run &run, const Task &t
 // position `first`.
 void exponentiate(const Op &op, float *score, int64_t start, int low, int end, int64_t first, int64_t position,
                   float *max, float *total) {
+    const i32x16 lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f32x16 maxima = splat(-INFINITY), sums{};
     for (int j = low / 16 * 16; j < end; j += 16) {
         f32x16 s = load<f32x16>(score + j) * op.scale;
-        if (op.softcap > 0)
-            for (int i = 0; i < 16; i++) s[i] = op.softcap * std::tanh(s[i] / op.softcap);
-        if (start + j < first || start + j + 15 > position)
-            for (int i = 0; i < 16; i++)
-                if (start + j + i < first || start + j + i > position) s[i] = -INFINITY;
+        if (op.softcap > 0) s = op.softcap * tanh_of(s / op.softcap);
+        if (start + j < first || start + j + 15 > position) {
+            i32x16 visible = (lane >= int32_t(first - start - j)) & (lane <= int32_t(position - start - j));
+            s = choose(visible, s, splat(-INFINITY));
+        }
         store(score + j, s);
         maxima = larger(maxima, s);
     }
     float peak = largest(maxima);
     for (int j = low / 16 * 16; j < end; j += 16) {
         f32x16 s = load<f32x16>(score + j), p = peak == -INFINITY ? f32x16{} : exp_of(s - peak);
-        p = s == s ? p : s; // keep NaN, which comparisons lose
+        p = choose(s == s, p, s); // keep NaN, which comparisons lose
         store(score + j, p);
         sums += p;
     }
@@ -163,31 +157,18 @@ void attend_chunk(const Op &op, const Run &run, const Task &task, int64_t start,
     int stride;
     const float *values = chunk.unpack_values(copied, &stride);
     const float *queries = run.slots[op.src] + size_t(sequence.row + task.t0) * width + task.kv_head * group * dims;
-    for (int r = 0; r < rows; r += TILE) {
-        int n = std::min(TILE, rows - r);
-        const float *x[TILE];
-        float *y[TILE];
-        for (int i = 0; i < n; i++) x[i] = queries + size_t((r + i) / group) * width + (r + i) % group * dims;
-        for (int half = chunk.low / PANEL; half * PANEL < chunk.end; half++) {
-            for (int i = 0; i < n; i++) y[i] = scores + (r + i) * KEYS + half * PANEL;
-            multiply_rows(n, x, keys + half * dims * PANEL, PANEL, dims, y);
-        }
-    }
+    auto query = [&](int r) { return queries + size_t(r / group) * width + r % group * dims; };
+    for (int j = chunk.low / PANEL * PANEL; j < chunk.end; j += PANEL)
+        multiply_rows(rows, query, keys + j * dims, PANEL, dims, [&](int r) { return scores + r * KEYS + j; });
     for (int r = 0; r < rows; r++) {
         int64_t position = sequence.past + task.t0 + r / group;
         int64_t first = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
         exponentiate(op, scores + r * KEYS, start, chunk.low, chunk.end, first, position, to.max + r, to.total + r);
     }
-    for (int r = 0; r < rows; r += TILE) {
-        int n = std::min(TILE, rows - r);
-        const float *x[TILE];
-        float *y[TILE];
-        for (int i = 0; i < n; i++) x[i] = scores + (r + i) * KEYS + chunk.low;
-        for (int d = 0; d < padded; d += PANEL) {
-            for (int i = 0; i < n; i++) y[i] = to.out + size_t(r + i) * padded + d;
-            multiply_rows(n, x, values + chunk.low * stride + d, stride, chunk.end - chunk.low, y);
-        }
-    }
+    auto weights = [&](int r) { return scores + r * KEYS + chunk.low; };
+    for (int d = 0; d < padded; d += PANEL)
+        multiply_rows(rows, weights, values + chunk.low * stride + d, stride, chunk.end - chunk.low,
+                      [&](int r) { return to.out + size_t(r) * padded + d; });
 }
 
 // Divides attention into tasks: for a sequence with few queries, one per key head, whose chunks are divided among
@@ -199,7 +180,7 @@ void plan(const Op &op, const Run &run, Shared &shared) {
     for (int s = 0; s < run.sequence_count; s++) {
         const Sequence &sequence = run.sequences[s];
         int64_t window = sequence.layers[op.layer].window;
-        bool few = sequence.tokens <= 2 * TILE;
+        bool few = sequence.tokens <= FEW;
         int tile = few ? sequence.tokens : QUERIES;
         for (int t0 = 0; t0 < sequence.tokens; t0 += tile) {
             int t1 = std::min(t0 + tile, sequence.tokens);
@@ -247,7 +228,7 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
         int head = task.kv_head * group + r % group;
         float *to = run.slots[op.dst] + row * run.widths[op.dst] + head * dims;
         const float *out = part.out + size_t(r) * padded;
-        float sink = op.vector ? std::exp(op.vector[head] - part.max[r]) : 0.0f, total = part.total[r] + sink;
+        float sink = op.vector ? exp_of(splat(op.vector[head] - part.max[r]))[0] : 0.0f, total = part.total[r] + sink;
         for (int d = 0; d < dims; d++) to[d] = out[d] / total;
     };
     auto merge_row = [&](const Partial &sum, const Partial &next, int r) {

@@ -1,78 +1,69 @@
-"""Compiles the C++ kernels for this machine at first use, into kvgen's cache folder, and loads them.
-
-They use GCC's vector extensions.
-"""
+"""Loads the C++ kernels for this processor: from the package, or compiled at first use into kvgen's cache folder."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
 import shutil
-import subprocess
-import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from kvgen.errors import UnsupportedError
+from kvgen.kernels.compiler import compile_kernels, find_compiler, library_name
+from kvgen.kernels.processors import Variant, chosen_variant
 from kvgen.system import cache_dir
 
-_SOURCE = Path(__file__).parent / "kernels.cpp"
-# No -ffast-math: it would reorder sums.
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-_TIMEOUT = 300  # seconds; compiling takes about four
+PREBUILT = Path(__file__).parent / "libraries"  # only in wheels; see setup.py
+# Seconds. Libraries are touched when they are loaded. So versions of kvgen that are used side by side keep theirs, and
+# what an update leaves behind, 0.3 MB each, goes when it has not been loaded for this long.
+_KEEP_UNUSED = 30 * 24 * 3600
+
+
+def library() -> ctypes.CDLL:
+    """Return the kernels of `chosen_variant`, compiled if necessary.
+
+    Raises UsageError if $KVGEN_CPU is no variant, UnsupportedError if the kernels cannot run, be built or be loaded.
+    """
+    return _load(chosen_variant())
+
+
+def available_variant() -> Variant:
+    """Return `chosen_variant`, if it is compiled or a compiler is found. Raises as `library` does."""
+    variant = chosen_variant()
+    if not (PREBUILT / library_name(variant)).exists():
+        find_compiler()
+    return variant
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """Return the kernels, compiled if necessary. Raises UnsupportedError if they cannot be built or loaded."""
-    chosen = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ([chosen] if chosen else ["g++", "c++"]))
-    compiler = next((path for path in found if path), None)
-    if compiler is None:
-        raise UnsupportedError("no C++ compiler found ($CXX, g++ or c++)")
-    path = cache_dir() / "kernels" / f"{_key(compiler)}.so"
+def _load(variant: Variant) -> ctypes.CDLL:
+    path = PREBUILT / library_name(variant)
     if not path.exists():
-        _compile(compiler, path)
+        path = _compiled(variant)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UnsupportedError(f"the kernels cannot be loaded: {error}") from error
 
 
-def _key(compiler: str) -> str:
-    """Return a digest of source, flags, compiler and processor."""
-    digest = hashlib.sha256()
-    for file in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
-        digest.update(file.read_bytes())
-    stat = Path(compiler).stat()
-    for part in (*_FLAGS, compiler, stat.st_size, stat.st_mtime_ns, torch.__version__, _processor()):
-        digest.update(f"{part}\0".encode())
-    return digest.hexdigest()[:32]
+def _compiled(variant: Variant) -> Path:
+    compiler = find_compiler()
+    path = cache_dir() / "kernels" / library_name(variant, compiler)
+    if path.exists():
+        with suppress(OSError):  # a cache folder that cannot be written to
+            os.utime(path)
+    else:
+        compile_kernels(compiler, variant, path)
+        _sweep(path.parent)
+    return path
 
 
-def _processor() -> str:
-    """Return the processor's name and features."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(line for line in info if line.startswith(("model", "flags", "Features", "CPU")))
-
-
-def _compile(compiler: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-            if done.returncode:
-                why = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
-                raise UnsupportedError(f"{compiler} cannot build the kernels: {why}")
-            built.replace(path)  # atomically: another process may be building it too
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnsupportedError(f"the kernels cannot be built: {error}") from error
+def _sweep(folder: Path) -> None:
+    """Delete libraries that were not loaded for long, and what interrupted compilers left."""
+    oldest = time.time() - _KEEP_UNUSED
+    for entry in folder.iterdir():
+        with suppress(OSError):  # another process may be sweeping too
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

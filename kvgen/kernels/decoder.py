@@ -155,6 +155,7 @@ class KernelDecoder(CausalLM):
                 count=len(ops),
                 rows=rows,
                 sequence_count=len(sequences),
+                activation_bits=16,
             )
             self._library.kvgen_run(ctypes.byref(run), torch.get_num_threads())
 

@@ -11,7 +11,7 @@ enum State : uint8_t { CANDIDATE, CHOSEN, EXCLUDED };
 bool exceeds(float a, float b) { return b == b && !(a <= b); }
 
 // Chooses the `count` largest of the candidates from `begin` to `end`, of equal ones the first. Returns their sum.
-float choose(const float *values, State *states, int begin, int end, int count) {
+float take_largest(const float *values, State *states, int begin, int end, int count) {
     float total = 0;
     while (count--) {
         int best = -1;
@@ -27,20 +27,15 @@ void exclude_groups(const Router &router, const float *values, State *states) {
     int size = router.experts / router.groups;
     std::vector<float> sums(router.groups);
     std::vector<State> groups(router.groups, CANDIDATE);
-    for (int g = 0; g < router.groups; g++) sums[g] = choose(values, states, g * size, (g + 1) * size, router.group_top);
-    choose(sums.data(), groups.data(), 0, router.groups, router.active_groups);
+    for (int g = 0; g < router.groups; g++) sums[g] = take_largest(values, states, g * size, (g + 1) * size, router.group_top);
+    take_largest(sums.data(), groups.data(), 0, router.groups, router.active_groups);
     for (int i = 0; i < router.experts; i++) states[i] = groups[i / size] == CHOSEN ? CANDIDATE : EXCLUDED;
 }
 
 // Replaces `count` numbers x by f(x), 16 at a time.
 template <class F> void replace(float *x, int count, F f) {
-    for (int i = 0; i < count; i += 16) {
-        size_t bytes = std::min(16, count - i) * sizeof(float);
-        f32x16 v{};
-        std::memcpy(&v, x + i, bytes);
-        v = f(v);
-        std::memcpy(x + i, &v, bytes);
-    }
+    for (int i = 0; i < count; i += 16)
+        store_some(x + i, f(load_some(x + i, count - i)), count - i);
 }
 
 void softmax(float *x, int count) {
@@ -56,12 +51,12 @@ void route_row(const Router &router, const float *logits, int32_t *experts, floa
     int count = router.experts, active = router.active;
     std::vector<float> scores(logits, logits + count);
     if (router.scores == SOFTMAX) softmax(scores.data(), count);
-    else if (router.scores == SIGMOID) replace(scores.data(), count, sigmoid_of);
+    else if (router.scores == SIGMOID) replace(scores.data(), count, [](f32x16 v) { return sigmoid_of(v); });
     std::vector<float> values(scores);
     for (int i = 0; router.selection && i < count; i++) values[i] += router.selection[i];
     std::vector<State> states(count, CANDIDATE);
     if (router.active_groups < router.groups) exclude_groups(router, values.data(), states.data());
-    choose(values.data(), states.data(), 0, count, active);
+    take_largest(values.data(), states.data(), 0, count, active);
     for (int i = 0, a = 0; i < count; i++)
         if (states[i] == CHOSEN) experts[a] = i, weights[a++] = scores[i];
     if (router.scores == SOFTMAX_OF_CHOSEN) softmax(weights, active);

@@ -32,7 +32,7 @@ void norm(const Op &op, const Run &run, Shared &shared) {
         }
         for (i = 0; i + 16 <= width; i += 16) {
             f32x16 v = load<f32x16>(x + i) - mean;
-            squares += v * v;
+            squares = fma(v, v, squares);
         }
         for (; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
         square += sum(squares);
@@ -62,44 +62,47 @@ void rotate(const Op &op, const Run &run, Shared &shared) {
     });
 }
 
-float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
-float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
+f32x16 gelu(f32x16 x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
+f32x16 gelu_tanh(f32x16 x) { return 0.5f * x * (1.0f + tanh_of(0.79788456f * (x + 0.044715f * x * x * x))); }
 
-float xielu(float x, const Op &op) {
-    float bend = x > 0 ? op.scale * x * x : op.slope * (std::expm1(std::min(x, op.eps)) - x);
-    return bend + op.softcap * x;
+f32x16 xielu(f32x16 x, const Op &op) {
+    f32x16 negative = op.slope * (expm1_of(smaller(x, splat(op.eps))) - x);
+    return fma(x, op.softcap, choose(x > 0, op.scale * x * x, negative));
 }
 
-float clamped_swiglu(float gate, float up, const Op &op) {
-    gate = std::min(gate, op.eps), up = std::clamp(up, -op.eps, op.eps);
-    return gate * sigmoid_of(splat(op.scale * gate))[0] * (up + 1);
+f32x16 clamped_swiglu(f32x16 gate, f32x16 up, const Op &op) {
+    gate = smaller(gate, splat(op.eps)), up = larger(smaller(up, splat(op.eps)), splat(-op.eps));
+    return gate * sigmoid_of(op.scale * gate) * (up + 1.0f);
 }
 
-// dst = act(src) * other, or act(src); src from op.column. mode: 0 SiLU, 1 GELU, 2 its tanh approximation, 3 ReLU,
-// 4 ReLU squared, 5 xIELU, 6 sigmoid, 7 clamped SwiGLU of both
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, XIELU, SIGMOID_ALONE, CLAMPED_SWIGLU };
+
+f32x16 activation(const Op &op, f32x16 x, f32x16 up) {
+    f32x16 positive = larger(x, f32x16{});
+    switch (op.mode) {
+    case SILU: return x / (exp_of(-x) + 1.0f) * up;
+    case GELU: return gelu(x) * up;
+    case GELU_TANH: return gelu_tanh(x) * up;
+    case RELU: return positive * up;
+    case RELU_SQUARED: return positive * positive * up;
+    case XIELU: return xielu(x, op) * up;
+    case SIGMOID_ALONE: return sigmoid_of(x) * up;
+    default: return clamped_swiglu(x, up, op);
+    }
+}
+
+// dst = act(src) * other, or act(src); src from op.column
 void activate(const Op &op, const Run &run, Shared &shared) {
     int width = run.widths[op.dst], blocks = (width + 255) / 256;
     shared.threads->each(run.rows * blocks, 16 * std::min(width, 256), [&](int block) { // 16: exponentials are slow
         size_t row = block / blocks;
-        int i = block % blocks * 256, end = std::min(width, i + 256);
+        int begin = block % blocks * 256, end = std::min(width, begin + 256);
         const float *x = run.slots[op.src] + row * run.widths[op.src] + op.column;
         const float *up = op.other < 0 ? nullptr : run.slots[op.other] + row * width;
         float *y = run.slots[op.dst] + row * width;
-        for (; (op.mode == 0 || op.mode == 6) && i + 16 <= end; i += 16) {
-            f32x16 v = load<f32x16>(x + i);
-            v = op.mode == 0 ? v / (exp_of(-v) + 1.0f) : sigmoid_of(v);
-            store(y + i, up ? v * load<f32x16>(up + i) : v);
-        }
-        for (; i < end; i++) {
-            float v = x[i];
-            if (op.mode == 0) v = v / (1 + exp_of(splat(-v))[0]);
-            else if (op.mode == 1) v = gelu(v);
-            else if (op.mode == 2) v = gelu_tanh(v);
-            else if (op.mode == 5) v = xielu(v, op);
-            else if (op.mode == 6) v = sigmoid_of(splat(v))[0];
-            else if (op.mode == 7) v = clamped_swiglu(v, up[i], op);
-            else if (v = std::max(v, 0.0f); op.mode == 4) v *= v;
-            y[i] = up && op.mode != 7 ? v * up[i] : v;
+        for (int i = begin; i < end; i += 16) {
+            f32x16 factor = up ? load_some(up + i, end - i) : splat(1.0f);
+            store_some(y + i, activation(op, load_some(x + i, end - i), factor), end - i);
         }
     });
 }

@@ -34,7 +34,7 @@ class PackedMatrix:
         pointers = [tensor.data_ptr() for tensor in self.tensors]
         self.weight = Weight(kind, *self.shape[-2:], group, wide, *pointers)
         if isinstance(matrix, Grouped) and matrix.values is not None:
-            self.weight.values = (ctypes.c_int16 * 32)(*matrix.values, *matrix.values)
+            self.weight.values = (ctypes.c_uint8 * 16)(*(value + 128 for value in matrix.values))
 
     @property
     def nbytes(self) -> int:
@@ -65,8 +65,11 @@ def _interleave(rows: Tensor) -> Tensor:
 
 
 def _pack_groups(matrix: Grouped) -> list[Tensor]:
-    # Interleave units of four bytes of 4-bit codes, or two of 8-bit codes.
-    words = matrix.codes.contiguous().view(torch.int32 if matrix.bits == 4 else torch.int16)
+    codes = matrix.codes.contiguous()
+    if matrix.bits == 8:  # unsigned, and a group's second half between words of its first, as in bytes of two codes
+        shape = *matrix.scales.shape, 2, matrix.group // 8, 4
+        codes = (codes ^ -128).view(shape).transpose(-3, -2).reshape(matrix.codes.shape)
+    words = codes.view(torch.int32)
     numbers = [matrix.scales] if matrix.mins is None else [matrix.scales, matrix.mins]
     wide = any(tensor.dtype != torch.float16 for tensor in numbers)
     return [_interleave(words), *(_interleave(tensor.float() if wide else tensor) for tensor in numbers)]

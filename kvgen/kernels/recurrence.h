@@ -39,10 +39,15 @@ void convolve(const Op &op, const Run &run, Shared &shared) {
             for (int c = 0; c < count; c++) to[c] = gated ? x[c] * x[2 * channels + c] : x[c];
         }
         for (int t = 0; t < tokens; t++) {
-            float out[CHANNELS] = {};
-            for (int k = 0; k < taps; k++)
-                for (int c = 0; c < CHANNELS; c++) out[c] += weights[k * CHANNELS + c] * inputs[(t + k) * CHANNELS + c];
-            for (int c = 0; c < CHANNELS; c++) out[c] += bias[c];
+            float out[CHANNELS];
+            for (int c = 0; c < CHANNELS; c += 16) {
+                f32x16 sum = load<f32x16>(bias + c);
+                for (int k = 0; k < taps; k++) {
+                    f32x16 x = load<f32x16>(inputs + (t + k) * CHANNELS + c);
+                    sum = fma(load<f32x16>(weights + k * CHANNELS + c), x, sum);
+                }
+                store(out + c, sum);
+            }
             const float *gate = run.slots[op.src] + size_t(sequence.row + t) * stride + channels + first;
             for (int c = 0; gated && c < count; c++) out[c] *= gate[c];
             for (int c = 0; !gated && c < CHANNELS; c += 16) {
@@ -57,8 +62,6 @@ void convolve(const Op &op, const Run &run, Shared &shared) {
                             inputs + size_t(sequence.ends[p] + k) * CHANNELS, count * sizeof(float));
     });
 }
-
-float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
 
 constexpr int COLUMNS = 32; // of a head's state at once, as two vectors: few enough for a core's first cache
 
@@ -112,18 +115,18 @@ void scan(const Op &op, const Run &run, Shared &shared) {
     recur(op, run, shared, [&](int row, int head, int column, int count, float *state) {
         const float *x = run.slots[op.src] + size_t(row) * run.widths[op.src], *b = x + inner + head / share * dims;
         const float *c = b + sizes.key_heads * dims, *steps = run.slots[op.other] + size_t(row) * run.widths[op.other];
-        float dt = softplus(steps[op.column + head] + sizes.dt[head]);
+        float dt = softplus_of(splat(steps[op.column + head] + sizes.dt[head]))[0];
         dt = std::clamp(dt, sizes.dt_min, sizes.dt_max);
-        float decay = std::exp(dt * sizes.A[head]);
+        float decay = exp_of(splat(dt * sizes.A[head]))[0];
         int at = head * sizes.value_dim + column;
         Columns in(x + at, count), out;
         f32x16 low = in.low * dt, high = in.high * dt;
         for (int k = 0; k < dims; k++, state += COLUMNS) {
-            f32x16 a = load<f32x16>(state) * decay + low * b[k], z = load<f32x16>(state + 16) * decay + high * b[k];
-            out.low += a * c[k], out.high += z * c[k];
+            f32x16 a = fma(load<f32x16>(state), decay, low * b[k]), z = fma(load<f32x16>(state + 16), decay, high * b[k]);
+            out.low = fma(a, c[k], out.low), out.high = fma(z, c[k], out.high);
             store(state, a), store(state + 16, z);
         }
-        out.low += in.low * sizes.D[head], out.high += in.high * sizes.D[head];
+        out.low = fma(in.low, sizes.D[head], out.low), out.high = fma(in.high, sizes.D[head], out.high);
         out.write(run.slots[op.dst] + size_t(row) * run.widths[op.dst] + at, count);
     });
 }
@@ -135,7 +138,7 @@ float unit_scale(const float *x, int count) {
     int i = 0;
     for (; i + 16 <= count; i += 16) {
         f32x16 v = load<f32x16>(x + i);
-        squares += v * v;
+        squares = fma(v, v, squares);
     }
     for (; i < count; i++) total += x[i] * x[i];
     return 1 / std::sqrt(total + sum(squares) + 1e-6f); // as in flash-linear-attention
@@ -151,19 +154,20 @@ void delta(const Op &op, const Run &run, Shared &shared) {
         const float *x = run.slots[op.src] + size_t(row) * run.widths[op.src];
         const float *q = x + head / share * dims, *k = q + keys;
         size_t gate = size_t(row) * sizes.heads + head;
-        float alpha = std::exp(sizes.A[head] * softplus(run.slots[op.other][gate] + sizes.dt[head]));
+        f32x16 step = softplus_of(splat(run.slots[op.other][gate] + sizes.dt[head]));
+        float alpha = exp_of(step * sizes.A[head])[0];
         float beta = sigmoid_of(splat(run.slots[op.third][gate]))[0];
         float q_scale = unit_scale(q, dims) * op.scale, k_scale = unit_scale(k, dims);
         int at = head * sizes.value_dim + column;
         Columns v(x + 2 * keys + at, count), held, out; // held: S^T k
         const float *from = state;
         for (int d = 0; d < dims; d++, from += COLUMNS)
-            held.low += load<f32x16>(from) * k[d], held.high += load<f32x16>(from + 16) * k[d];
+            held.low = fma(load<f32x16>(from), k[d], held.low), held.high = fma(load<f32x16>(from + 16), k[d], held.high);
         f32x16 low = beta * k_scale * (v.low - alpha * k_scale * held.low);
         f32x16 high = beta * k_scale * (v.high - alpha * k_scale * held.high);
         for (int d = 0; d < dims; d++, state += COLUMNS) {
-            f32x16 a = load<f32x16>(state) * alpha + low * k[d], z = load<f32x16>(state + 16) * alpha + high * k[d];
-            out.low += a * q[d], out.high += z * q[d];
+            f32x16 a = fma(load<f32x16>(state), alpha, low * k[d]), z = fma(load<f32x16>(state + 16), alpha, high * k[d]);
+            out.low = fma(a, q[d], out.low), out.high = fma(z, q[d], out.high);
             store(state, a), store(state + 16, z);
         }
         out.low *= q_scale, out.high *= q_scale;

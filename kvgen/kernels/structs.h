@@ -1,18 +1,34 @@
 // The input of the kernels, mirrored by structs.py, and their state between operations.
 #pragma once
 
-#include <utility>
-
+#include "functions.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace {
 
-constexpr int PANEL = 32;   // interleaved rows of a weight: two vectors
-constexpr int TILE = 6;     // input rows multiplied at once: what fits into 32 registers
+constexpr int PANEL = 32;                                // interleaved rows of a weight: two halves of a vector each
+constexpr int TILE = ACCUMULATORS / std::max(PARTS, 2);  // input rows multiplied at once, at most
 constexpr int TOKENS = 120; // input rows per panel of a weight: few enough for a core's cache
 constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
+constexpr int FEW = 12;     // tokens of a sequence whose attention is divided among threads by chunks, at most
 constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
+
+// Calls f(first, n) for tiles of `count` input rows; n is a compile-time constant.
+template <class F> void each_tile(int count, const F &f) {
+    auto tile = [&](int first, auto n) INLINED { return f(first, n), first + n; };
+    for (int t = 0; t < count;) {
+        int left = count - t;
+        if (left >= TILE) t = tile(t, std::integral_constant<int, TILE>());
+        else if (left >= 6) t = tile(t, std::integral_constant<int, 6>());
+        else if (left >= 4) t = tile(t, std::integral_constant<int, 4>());
+        else if (left == 3) t = tile(t, std::integral_constant<int, 3>());
+        else if (left == 2) t = tile(t, std::integral_constant<int, 2>());
+        else t = tile(t, std::integral_constant<int, 1>());
+    }
+}
+
+// Halves of a panel multiplied at once with n input rows.
+constexpr int halves_of(int n) { return n * 2 * PARTS <= ACCUMULATORS ? 2 : 1; }
 
 enum Kind { F32, BF16, F16, INT4, INT8, CODED4 };
 
@@ -20,7 +36,7 @@ struct Weight { // or one for each expert, each of whole panels
     int32_t kind, rows, cols, group; // group: columns that share a scale, 16 or 32
     int32_t wide;                    // scales are fp32, not fp16
     const void *codes, *scales, *mins;
-    int16_t values[32]; // of CODED4: what its 16 codes stand for, twice
+    uint8_t values[16]; // of CODED4: what its codes stand for, plus 128
 };
 
 enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD, ROUTE, COMBINE, CONVOLVE, SCAN, DELTA };
@@ -83,6 +99,7 @@ struct Run {
     const Sequence *sequences;
     const Table *tables;
     int32_t count, rows, sequence_count;
+    int32_t activation_bits; // of integers that activations are rounded to for integer weights: 16 or 8
 };
 
 template <class T> void resize(std::vector<T> &v, size_t size) {
@@ -90,6 +107,21 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
 }
 
 thread_local std::vector<float> panel_buffer, tile_buffer;
+
+// Activations as integers, per group: the integers (their order: codes.h), their sum, what one of them stands for, and
+// the sum of what they stand for.
+struct Rounded {
+    int32_t *numbers, *totals;
+    float *scales, *sums;
+};
+struct RoundedRows {
+    std::vector<int32_t> numbers, totals;
+    std::vector<float> scales, sums;
+    void reserve(size_t groups, int length) { // length: of the numbers of a group
+        resize(numbers, groups * length), resize(totals, groups), resize(scales, groups), resize(sums, groups);
+    }
+    Rounded from(size_t group, int length) { return {&numbers[group * length], &totals[group], &scales[group], &sums[group]}; }
+};
 
 // Attention of queries [t0, t1) of a sequence, in the heads of one key head, to `chunks` chunks from chunk `from`.
 struct Task {
@@ -119,8 +151,9 @@ struct Shared {
     void use(int count) {
         if (!threads || threads->asked != count) threads.reset(), threads = std::make_unique<Threads>(count);
     }
-    std::vector<int32_t> pairs, owners; // owners: the sequence of each row
-    std::vector<float> scales, sums, partials;
+    std::vector<int32_t> owners; // the sequence of each row
+    RoundedRows rounded;
+    std::vector<float> partials;
     std::vector<Segment> segments; // of all rows
     Routes routes;
     std::vector<Task> split, whole; // tasks whose chunks are divided among threads; tasks for one thread each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int16, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint8, c_void_p
 from enum import IntEnum
 from typing import Any
 
@@ -33,7 +33,7 @@ class Weight(ctypes.Structure):
     _fields_ = (
         *_fields("kind rows cols group wide", c_int32),
         *_fields("codes scales mins", c_void_p),
-        ("values", c_int16 * 32),
+        ("values", c_uint8 * 16),
     )
 
 
@@ -94,5 +94,5 @@ class Run(ctypes.Structure):
         ("widths", POINTER(c_int32)),
         ("sequences", POINTER(Sequence)),
         ("tables", POINTER(Table)),
-        *_fields("count rows sequence_count", c_int32),
+        *_fields("count rows sequence_count activation_bits", c_int32),
     )

@@ -107,8 +107,7 @@ class Threads {
         Waiter waiter;
     };
 
-    // Not inlined: copies could round differently.
-    template <class F> __attribute__((noinline)) static void run(const void *f, int begin, int end) {
+    template <class F> static void run(const void *f, int begin, int end) {
         for (int i = begin; i < end; i++) (*static_cast<const F *>(f))(i);
     }
 

@@ -1,146 +1,359 @@
-// Vectors of 16 numbers as GCC vector types, which it compiles to the processor's instructions.
+// Vectors of 16 numbers, made of one, two or four of the processor's own. They give the same bits on every processor:
+// only `fma` fuses a product and a sum (compile with -ffp-contract=off), and sums of a vector have one order.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
+#include <type_traits>
+#include <utility>
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#error "the kernels need AVX2 or NEON"
+#endif
+
+#define INLINED __attribute__((always_inline)) // a vector in memory, for a call, would cost more than the call does
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("nounroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#define NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef int16_t i16x32 __attribute__((vector_size(64)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x32 __attribute__((vector_size(32)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
+#if defined(__AVX512BW__)
+constexpr int LANES = 16, ACCUMULATORS = 24; // 32-bit numbers in a register; registers for the sums of a product
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ACCUMULATORS = 12;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 24;
+#endif
+constexpr int PARTS = 16 / LANES;
 
-template <class V> V load(const void *at) {
+typedef float f32_lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32_lanes __attribute__((vector_size(4 * LANES)));
+
+template <class V> struct Sixteen {
+    V part[PARTS];
+    INLINED auto operator[](int i) const { return part[i / LANES][i % LANES]; }
+};
+using f32x16 = Sixteen<f32_lanes>;
+using i32x16 = Sixteen<i32_lanes>;
+
+// For each part of a vector.
+#define EACH_PART UNROLL for (int p = 0; p < PARTS; p++)
+
+template <class V> INLINED inline V load(const void *at) { // a vector by parts: copied whole it would be kept in memory
     V v;
-    std::memcpy(&v, at, sizeof v);
+    if constexpr (std::is_same<V, f32x16>::value || std::is_same<V, i32x16>::value)
+        EACH_PART std::memcpy(&v.part[p], (const char *)at + p * sizeof v.part[p], sizeof v.part[p]);
+    else std::memcpy(&v, at, sizeof v);
     return v;
 }
-template <class V> void store(void *at, V v) { std::memcpy(at, &v, sizeof v); }
-f32x16 splat(float x) { return x - f32x16{}; }
-f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+template <class V> INLINED inline void store(void *at, Sixteen<V> v) {
+    EACH_PART std::memcpy((char *)at + p * sizeof v.part[p], &v.part[p], sizeof v.part[p]);
+}
 
-// GCC compiles these conversions to a dozen instructions; AVX-512 has one.
-i32x16 widen(u16x16 v) {
-#if defined(__AVX512F__)
-    return (i32x16)_mm512_cvtepu16_epi32((__m256i)v);
-#else
-    return __builtin_convertvector(v, i32x16);
-#endif
+#define OPERATOR(op)                                                                                                  \
+    template <class V> INLINED inline auto operator op(Sixteen<V> a, Sixteen<V> b) {                                  \
+        Sixteen<decltype(V() op V())> c;                                                                              \
+        EACH_PART c.part[p] = a.part[p] op b.part[p];                                                                 \
+        return c;                                                                                                     \
+    }                                                                                                                 \
+    template <class V> INLINED inline auto operator op(Sixteen<V> a, number_of<V> b) { return a op splat<V>(b); }     \
+    template <class V> INLINED inline auto operator op(number_of<V> a, Sixteen<V> b) { return splat<V>(a) op b; }
+template <class V> using number_of = std::conditional_t<std::is_same<V, f32_lanes>::value, float, int32_t>;
+template <class V> INLINED inline Sixteen<V> splat(number_of<V> x) {
+    Sixteen<V> v;
+    EACH_PART v.part[p] = x - V{}; // 0 + x would have to be computed: it turns -0 into 0
+    return v;
 }
-i32x16 widen(i8x16 v) {
-#if defined(__AVX512F__)
-    return (i32x16)_mm512_cvtepi8_epi32((__m128i)v);
-#else
-    return __builtin_convertvector(v, i32x16);
-#endif
+OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|) OPERATOR(>) OPERATOR(<) OPERATOR(>=)
+OPERATOR(<=) OPERATOR(==)
+#undef OPERATOR
+
+INLINED inline f32x16 splat(float x) { return splat<f32_lanes>(x); }
+INLINED inline f32x16 operator-(f32x16 v) {
+    EACH_PART v.part[p] = -v.part[p];
+    return v;
 }
-i16x32 widen(i8x32 v) {
+INLINED inline i32x16 operator<<(i32x16 v, int bits) {
+    EACH_PART v.part[p] = v.part[p] << bits;
+    return v;
+}
+INLINED inline i32x16 operator>>(i32x16 v, int bits) {
+    EACH_PART v.part[p] = v.part[p] >> bits;
+    return v;
+}
+template <class V, class T> INLINED inline void operator+=(Sixteen<V> &a, T b) { a = a + b; }
+template <class V, class T> INLINED inline void operator*=(Sixteen<V> &a, T b) { a = a * b; }
+
+INLINED inline i32x16 bits_of(f32x16 v) {
+    i32x16 result;
+    EACH_PART result.part[p] = (i32_lanes)v.part[p];
+    return result;
+}
+INLINED inline f32x16 from_bits(i32x16 v) {
+    f32x16 result;
+    EACH_PART result.part[p] = (f32_lanes)v.part[p];
+    return result;
+}
+INLINED inline i32x16 to_int(f32x16 v) { // towards zero
+    i32x16 result;
+    EACH_PART result.part[p] = __builtin_convertvector(v.part[p], i32_lanes);
+    return result;
+}
+INLINED inline f32x16 to_float(i32x16 v) {
+    f32x16 result;
+    EACH_PART result.part[p] = __builtin_convertvector(v.part[p], f32_lanes);
+    return result;
+}
+
+template <class V> INLINED inline Sixteen<V> choose(i32x16 where, Sixteen<V> a, Sixteen<V> b) {
+    EACH_PART a.part[p] = where.part[p] ? a.part[p] : b.part[p];
+    return a;
+}
+template <class V> INLINED inline Sixteen<V> larger(Sixteen<V> a, Sixteen<V> b) {
+    EACH_PART a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
+    return a;
+}
+template <class V> INLINED inline Sixteen<V> smaller(Sixteen<V> a, Sixteen<V> b) {
+    EACH_PART a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
+    return a;
+}
+
+// a * b + c, rounded once
+INLINED inline f32_lanes fma(f32_lanes a, f32_lanes b, f32_lanes c) {
 #if defined(__AVX512BW__)
-    return (i16x32)_mm512_cvtepi8_epi16((__m256i)v);
+    return (f32_lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (f32_lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-    return __builtin_convertvector(v, i16x32);
+    return (f32_lanes)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #endif
 }
+INLINED inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+    EACH_PART c.part[p] = fma(a.part[p], b.part[p], c.part[p]);
+    return c;
+}
+INLINED inline f32x16 fma(f32x16 a, float b, f32x16 c) { return fma(a, splat(b), c); }
+INLINED inline f32x16 fma(f32x16 a, f32x16 b, float c) { return fma(a, b, splat(c)); }
 
-f32x16 half_to_float(u16x16 h) {
-#if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtph_ps((__m256i)h);
+// Reads 16 numbers of a smaller type.
+INLINED inline i32x16 load_u16(const uint16_t *at) {
+    i32x16 v;
+    EACH_PART {
+        const uint16_t *from = at + p * LANES;
+#if defined(__AVX512BW__)
+        v.part[p] = (i32_lanes)_mm512_cvtepu16_epi32(load<__m256i>(from));
+#elif defined(__AVX2__)
+        v.part[p] = (i32_lanes)_mm256_cvtepu16_epi32(load<__m128i>(from));
 #else
-    i32x16 x = widen(h);
-    return (f32x16)((i32x16)((f32x16)((x & 0x7fff) << 13) * 0x1p112f) | ((x & 0x8000) << 16));
+        v.part[p] = (i32_lanes)vmovl_u16(vld1_u16(from));
 #endif
+    }
+    return v;
+}
+INLINED inline i32x16 load_i8(const int8_t *at) {
+    i32x16 v;
+    EACH_PART {
+        const int8_t *from = at + p * LANES;
+#if defined(__AVX512BW__)
+        v.part[p] = (i32_lanes)_mm512_cvtepi8_epi32(load<__m128i>(from));
+#elif defined(__AVX2__)
+        v.part[p] = (i32_lanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+        v.part[p] = (i32_lanes)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load<uint32_t>(from)))));
+#endif
+    }
+    return v;
+}
+INLINED inline f32x16 load_half(const uint16_t *at) {
+    f32x16 v;
+    EACH_PART {
+        const uint16_t *from = at + p * LANES;
+#if defined(__AVX512BW__)
+        v.part[p] = (f32_lanes)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__AVX2__)
+        v.part[p] = (f32_lanes)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+        v.part[p] = (f32_lanes)vcvt_f32_f16(load<float16x4_t>(from));
+#endif
+    }
+    return v;
+}
+INLINED inline f32x16 load_bfloat(const uint16_t *at) { return from_bits(load_u16(at) << 16); }
+
+// The low and the high byte of each pair, as 16-bit integers.
+typedef uint16_t u16_lanes __attribute__((vector_size(4 * LANES)));
+INLINED inline i32x16 low_bytes(i32x16 v) { return v & 0x00ff00ff; }
+INLINED inline i32x16 high_bytes(i32x16 v) {
+    EACH_PART v.part[p] = (i32_lanes)((u16_lanes)v.part[p] >> 8);
+    return v;
 }
 
-f32x16 bfloat_to_float(u16x16 b) { return (f32x16)(widen(b) << 16); }
+// Keeps compilers from reordering integer sums: they would need more registers than there are.
+INLINED inline i32_lanes in_order(i32_lanes sum) {
+#if defined(__x86_64__)
+    asm("" : "+v"(sum));
+#else
+    asm("" : "+w"(sum));
+#endif
+    return sum;
+}
 
 // acc + w.low * x.low + w.high * x.high, on pairs of 16-bit integers
-i32x16 dot2(i32x16 acc, i32x16 w, i32x16 x) {
+INLINED inline i32_lanes dot2(i32_lanes acc, i32_lanes w, i32_lanes x) {
 #if defined(__AVX512VNNI__)
-    return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+    return (i32_lanes)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVX512BW__)
-    return acc + (i32x16)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+    return in_order(acc + (i32_lanes)_mm512_madd_epi16((__m512i)w, (__m512i)x));
+#elif defined(__AVXVNNI__)
+    return (i32_lanes)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 #elif defined(__AVX2__)
-    __m256i a[2], b[2];
-    std::memcpy(a, &w, 64), std::memcpy(b, &x, 64);
-    a[0] = _mm256_madd_epi16(a[0], b[0]), a[1] = _mm256_madd_epi16(a[1], b[1]);
-    return acc + load<i32x16>(a);
+    return in_order(acc + (i32_lanes)_mm256_madd_epi16((__m256i)w, (__m256i)x));
 #else
-    return acc + ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
+    int16x8_t a = (int16x8_t)w, b = (int16x8_t)x;
+    int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
+    return in_order(acc + (i32_lanes)vpaddq_s32(low, high));
 #endif
 }
 
-// Replaces numbers from 0 to 15 by those of a table that has them twice.
-i32x16 look_up(i16x32 table, i32x16 pairs) {
+// Sums of products of bytes: w has four bytes from 0 to 255 in each number, x four from -127 to 127. Without instructions
+// for it, w is at most 15, and the sums of pairs are kept in 16 bits: they hold 16 products.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool HAS_DOT4 = true;
+#else
+constexpr bool HAS_DOT4 = false;
+#endif
+INLINED inline i32_lanes dot4(i32_lanes acc, i32_lanes w, i32_lanes x) {
+#if defined(__AVX512VNNI__)
+    return (i32_lanes)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return in_order((i32_lanes)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)w, (__m512i)x)));
+#elif defined(__AVXVNNI__)
+    return (i32_lanes)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+    return in_order((i32_lanes)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x)));
+#else // the instruction knows only signed bytes: w - 128, and 128 x
+    int8x16_t wide = vdupq_n_s8(64), shifted = veorq_s8((int8x16_t)w, vdupq_n_s8(-128));
+    int32x4_t twice = vdotq_s32(vdotq_s32((int32x4_t)acc, wide, (int8x16_t)x), wide, (int8x16_t)x);
+    return (i32_lanes)vdotq_s32(twice, shifted, (int8x16_t)x);
+#endif
+}
+// The whole sums of what dot4 gave.
+INLINED inline i32_lanes dot4_total(i32_lanes acc) {
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
+    return (i32_lanes)_mm512_madd_epi16((__m512i)acc, _mm512_set1_epi16(1));
+#elif defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+    return (i32_lanes)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
+#else
+    return acc;
+#endif
+}
+
+// Replaces bytes from 0 to 15 by those of a table.
+INLINED inline i32x16 look_up(const uint8_t *table, i32x16 codes) {
 #if defined(__AVX512BW__)
-    return (i32x16)_mm512_permutexvar_epi16((__m512i)pairs, (__m512i)table);
+    __m512i bytes = _mm512_broadcast_i32x4(load<__m128i>(table));
+    EACH_PART codes.part[p] = (i32_lanes)_mm512_shuffle_epi8(bytes, (__m512i)codes.part[p]);
+#elif defined(__AVX2__)
+    __m256i bytes = _mm256_broadcastsi128_si256(load<__m128i>(table));
+    EACH_PART codes.part[p] = (i32_lanes)_mm256_shuffle_epi8(bytes, (__m256i)codes.part[p]);
 #else
-    return (i32x16)__builtin_shuffle(table, (i16x32)pairs);
+    uint8x16_t bytes = vld1q_u8(table);
+    EACH_PART codes.part[p] = (i32_lanes)vqtbl1q_u8(bytes, (uint8x16_t)codes.part[p]);
+#endif
+    return codes;
+}
+
+// The first `count` of 16 numbers, and zeros.
+INLINED inline f32x16 load_some(const float *at, int count) {
+    if (count >= 16) return load<f32x16>(at);
+    f32x16 v{};
+    std::memcpy(&v, at, count * sizeof(float));
+    return v;
+}
+INLINED inline void store_some(float *at, f32x16 v, int count) {
+    if (count >= 16) return store(at, v);
+    std::memcpy(at, &v, count * sizeof(float));
+}
+
+// Picks numbers of a, then b, by constant indices.
+template <class V, int... I> INLINED inline V pick(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, i32_lanes{I...});
 #endif
 }
 
-float sum(f32x16 v) {
-    float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
-    return total;
-}
+using Lanes = std::make_integer_sequence<int, LANES>;
 
-float largest(f32x16 v) {
-    float max = v[0];
-    for (int i = 1; i < 16; i++) max = std::max(max, v[i]);
-    return max;
+template <int STEP, class V, int... I> INLINED inline V rotate(V v, std::integer_sequence<int, I...>) {
+    return pick(v, v, std::integer_sequence<int, (I + STEP) % LANES...>());
+}
+template <int STEP, class V, class F> INLINED inline V fold_lanes(V v, F f) {
+    if constexpr (STEP == 0) return v;
+    else return fold_lanes<STEP / 2>(f(v, rotate<STEP>(v, Lanes())), f);
+}
+// Combines all numbers, in one order: those 8 apart, then 4, 2 and 1.
+template <class V, class F> INLINED inline auto fold(Sixteen<V> v, F f) {
+    if constexpr (PARTS == 4) v.part[0] = f(v.part[0], v.part[2]), v.part[1] = f(v.part[1], v.part[3]);
+    if constexpr (PARTS >= 2) v.part[0] = f(v.part[0], v.part[1]);
+    return fold_lanes<LANES / 2>(v.part[0], f)[0];
+}
+template <class V> INLINED inline auto sum(Sixteen<V> v) {
+    return fold(v, [](V a, V b) INLINED { return a + b; });
+}
+template <class V> INLINED inline auto largest(Sixteen<V> v) {
+    return fold(v, [](V a, V b) INLINED { return a > b ? a : b; });
 }
 
 // Compares as integers, so that NaN is the largest.
-float largest_magnitude(f32x16 a, f32x16 b) {
-    i32x16 x = (i32x16)a & 0x7fffffff, y = (i32x16)b & 0x7fffffff;
-    x = x > y ? x : y;
-    int32_t max = 0;
-    for (int i = 0; i < 16; i++) max = std::max(max, x[i]);
-    float magnitude;
-    std::memcpy(&magnitude, &max, sizeof magnitude);
-    return magnitude;
+INLINED inline float largest_magnitude(f32x16 a, f32x16 b) {
+    int32_t max = largest(larger(bits_of(a) & 0x7fffffff, bits_of(b) & 0x7fffffff));
+    return load<float>(&max);
 }
 
-// exp within about 2 ulp (the polynomial of Cephes); 0 below -87
-f32x16 exp_of(f32x16 x) {
-    f32x16 low = splat(-87.3f), high = splat(88.3f);
-    i32x16 keep = x > low;
-    x = x > low ? x : low;
-    x = x < high ? x : high;
-    f32x16 n = x * 1.44269504f;
-    i32x16 whole = __builtin_convertvector(n + (n < 0 ? splat(-0.5f) : splat(0.5f)), i32x16);
-    n = __builtin_convertvector(whole, f32x16);
-    f32x16 r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    f32x16 p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f, p = p * r * r + r + 1.0f;
-    return (f32x16)((i32x16)(p * (f32x16)((whole + 127) << 23)) & keep);
+// Interleaves the low (0) or high (1) numbers of each block of four of two vectors.
+template <int HIGH, int... I> INLINED inline i32x16 interleave(i32x16 a, i32x16 b, std::integer_sequence<int, I...>) {
+    using Indices = std::integer_sequence<int, (I & ~3) + 2 * HIGH + (I & 3) / 2 + (I & 1) * LANES...>;
+    EACH_PART a.part[p] = pick(a.part[p], b.part[p], Indices());
+    return a;
+}
+template <int HIGH> INLINED inline i32x16 interleave(i32x16 a, i32x16 b) {
+    return interleave<HIGH>(a, b, Lanes());
 }
 
-f32x16 sigmoid_of(f32x16 x) {
-    f32x16 y = 1.0f / (1.0f + exp_of(-x));
-    return x == x ? y : x; // comparisons in exp_of lose NaN
-}
-
-// Transposes 16 rows of 16, in four rounds that swap blocks of 8, 4, 2 and 1.
-template <int STEP> inline void swap_blocks(f32x16 m[16]) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const i32x16 low = (lane & STEP) != 0 ? lane + (16 - STEP) : lane, high = low + STEP;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
+// Swaps blocks of STEP numbers off the diagonal of a square.
+template <int STEP, int... I> INLINED inline void swap_blocks(f32_lanes m[LANES], std::integer_sequence<int, I...> all) {
+    using Low = std::integer_sequence<int, (I & STEP ? I + LANES - STEP : I)...>;
+    using High = std::integer_sequence<int, (I & STEP ? I + LANES : I + STEP)...>;
+    UNROLL for (int i = 0; i < LANES; i++)
         if (!(i & STEP)) {
-            f32x16 a = m[i], b = m[i + STEP];
-            m[i] = __builtin_shuffle(a, b, low), m[i + STEP] = __builtin_shuffle(a, b, high);
+            f32_lanes a = m[i], b = m[i + STEP];
+            m[i] = pick(a, b, Low()), m[i + STEP] = pick(a, b, High());
         }
+    if constexpr (STEP > 1) swap_blocks<STEP / 2>(m, all);
 }
-void transpose(f32x16 m[16]) { swap_blocks<8>(m), swap_blocks<4>(m), swap_blocks<2>(m), swap_blocks<1>(m); }
+
+// Transposes 16 rows of 16: squares of LANES rows, each to the other side of the diagonal.
+INLINED inline void transpose(f32x16 m[16]) {
+    f32_lanes squares[PARTS][PARTS][LANES];
+    UNROLL for (int row = 0; row < PARTS; row++)
+        EACH_PART {
+            UNROLL for (int i = 0; i < LANES; i++) squares[p][row][i] = m[row * LANES + i].part[p];
+            swap_blocks<LANES / 2>(squares[p][row], Lanes());
+        }
+    UNROLL for (int row = 0; row < PARTS; row++)
+        EACH_PART UNROLL for (int i = 0; i < LANES; i++) m[row * LANES + i].part[p] = squares[row][p][i];
+}
 
 } // namespace

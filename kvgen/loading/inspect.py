@@ -14,7 +14,9 @@ from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
+from kvgen.kernels.build import available_variant
 from kvgen.kernels.lacking import lacking
+from kvgen.kernels.processors import NATIVE, asked_variant
 from kvgen.loading.mechanisms import attentions, mechanisms
 from kvgen.model.cache import cache_bytes, position_bytes, snapshot_bytes
 from kvgen.model.config import DecoderConfig
@@ -33,6 +35,7 @@ class Inspection:
     note: what to tell the user, such as that images are left out; "" for nothing.
     adapter: the adapter that was given, or None. Sizes are those of the checkpoint without it.
     kernels_lack: the mechanisms that the kernels lack, so that it runs on torch; None if they have all.
+    cpu_engine: what computes on a CPU in float32; None if it is not the native decoder.
     parameters: number of weights. active_parameters: of these, what one token uses: not the experts that it does not
         choose. nbytes: their size in the files. types: storage type -> bytes.
     config: of the native decoder, or None. mechanisms: the same in words, by subject.
@@ -50,6 +53,7 @@ class Inspection:
     note: str
     adapter: Adapter | None
     kernels_lack: str | None
+    cpu_engine: str | None
     parameters: int
     active_parameters: int | None
     nbytes: int
@@ -78,6 +82,7 @@ def inspect(
     changes = None if adapter is None else read_adapter(adapter)
     decoder, obstacle = _read_decoder(raw, changes)
     config = None if decoder is None else decoder.config
+    kernels_lack = None if config is None else lacking(config)
     parameters = sum(math.prod(tensor.shape) for tensor in raw.tensors.values())
     tokenizer, tokenizer_obstacle = _read_tokenizer(raw)
     types: Counter[str] = Counter()
@@ -92,7 +97,8 @@ def inspect(
         obstacle=obstacle,
         note=raw.note,
         adapter=changes,
-        kernels_lack=None if config is None else lacking(config),
+        kernels_lack=kernels_lack,
+        cpu_engine=None if config is None else _cpu_engine(kernels_lack),
         parameters=parameters,
         active_parameters=None if decoder is None else parameters - _idle_parameters(decoder),
         nbytes=sum(types.values()),
@@ -115,6 +121,17 @@ def _read_decoder(raw: RawCheckpoint, adapter: Adapter | None) -> tuple[Decoder 
         return adapt(raw, adapter).blueprint.decoder, ""
     except UnsupportedError as error:
         return None, str(error)
+
+
+def _cpu_engine(kernels_lack: str | None) -> str:
+    if kernels_lack is not None:
+        return f"torch (kernels lack: {kernels_lack})"
+    try:
+        return available_variant().engine
+    except UnsupportedError as error:
+        if asked_variant() != NATIVE:
+            raise
+        return f"torch ({error})"
 
 
 def _idle_parameters(decoder: Decoder) -> int:

@@ -24,10 +24,11 @@ from kvgen.errors import UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.build import library
+from kvgen.kernels.processors import NATIVE, asked_variant, chosen_variant
 from kvgen.system import available_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
-KERNELS = ("auto", "on", "off")
+KERNELS = ("auto", "cpp", "off")
 QUANTIZE = ("auto", "none", "int8", "int4")
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DTYPES = {
@@ -89,9 +90,9 @@ def load(
     tokenizer: a tokenizer.json, `bytes` (id = byte), or `ids` (text is token ids, as in "5 17 3"). None: the
         checkpoint's own.
     adapter: a folder with a LoRA adapter of PEFT, which is merged into the weights.
-    kernels: `on`: C++ kernels, built once for this machine, which keep weights in their stored types; `off`: torch;
-        `auto`: kernels on a CPU in float32 with g++, if they have the model's mechanisms, else torch. `Backend.engine`
-        tells which.
+    kernels: `cpp`: C++ kernels, which keep weights in their stored types; `off`: torch; `auto`: kernels on a CPU in
+        float32, if they have the model's mechanisms and are prebuilt or a compiler is found, else torch.
+        `Backend.engine` tells which. $KVGEN_CPU chooses the kernels' instructions.
     quantize: `auto`: weights as stored; `int8`, `int4`: quantize floating-point weights, LOSSY; `none`: dequantize.
     kv_dtype: of cached keys and values; `auto`: that of the computation; `bfloat16`, `int8`: LOSSY.
     progress: called during a download; see `kvgen.hub.catalogue`.
@@ -153,29 +154,29 @@ def _cache_budget(model: Backend, available: int) -> int:
 def _compute_options(
     raw: RawCheckpoint, dtype: torch.dtype, device: torch.device, kernels: str, quantize: str, kv_dtype: str
 ) -> ComputeOptions:
-    """Raises UsageError for invalid options, UnsupportedError if kernels are `on` and cannot be built."""
+    """Raises UsageError for invalid options, UnsupportedError if kernels are required and cannot be had."""
     _check_choice("kernels", kernels, KERNELS)
     _check_choice("quantize", quantize, QUANTIZE)
     _check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     if raw.format == "x-transformers":
-        if kernels == "on" or quantize != "auto" or kv_dtype != "auto":
+        if kernels == "cpp" or quantize != "auto" or kv_dtype != "auto":
             raise UsageError(
                 f"{raw.path} runs in the x-transformers library, which has no kernels, quantize and kv_dtype"
             )
         return ComputeOptions(dtype, device)
     fits = device.type == "cpu" and dtype == torch.float32
-    if kernels == "on" and not fits:
+    if kernels == "cpp" and not fits:
         raise UsageError(f"the kernels compute in float32 on a CPU, not in {str(dtype)[6:]} on {device}")
     engine, use_kernels = "torch", kernels != "off" and fits
     if use_kernels:
         try:
             library()
-            engine = "C++ kernels"
+            engine = chosen_variant().engine
         except UnsupportedError as error:
-            if kernels == "on":
+            if kernels == "cpp" or asked_variant() != NATIVE:
                 raise
             engine, use_kernels = f"torch ({error})", False
-    required = kernels == "on"
+    required = kernels == "cpp"
     return ComputeOptions(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], engine, required)
 
 

@@ -1,0 +1,147 @@
+// Products with integer weights: exact sums in each group of columns, of activations that are rounded to integers too.
+#pragma once
+
+#include "structs.h"
+
+namespace {
+
+// Whether activations of 8 bits are multiplied as bytes. Else they are multiplied as 16 bits: the same exact sums.
+bool uses_bytes(const Run &run, const Weight &w) { return run.activation_bits == 8 && (HAS_DOT4 || w.kind == INT4); }
+
+// Codes of a panel. WORDS: words in a group. A word stands for columns 4 w to 4 w + 3 (side 0, c), and for those that are
+// half a group further (side 1, d). `quad`: one byte for each of these columns, for 16 of the rows. Activations of a word
+// are the pairs (c0, c2), (d0, d2), (c1, c3), (d1, d3) of 16 bits, or the bytes c0 to c3 and d0 to d3.
+template <int WORDS> struct Codes4 { // [group][word][row]: bytes whose halves are the sides
+    static constexpr int ZERO = 0;   // the code of 0
+    const int32_t *at;
+    INLINED i32x16 quad(int g, int w, int side, int half) const {
+        return load<i32x16>(at + (g * WORDS + w) * PANEL + half * 16) >> 4 * side & 0x0f0f0f0f;
+    }
+};
+template <int WORDS> struct Coded4 { // as Codes4, of a table
+    static constexpr int ZERO = 128;
+    Codes4<WORDS> codes;
+    const uint8_t *table;
+    INLINED i32x16 quad(int g, int w, int side, int half) const { return look_up(table, codes.quad(g, w, side, half)); }
+};
+template <int WORDS> struct Codes8 { // [group][word][side][row]
+    static constexpr int ZERO = 128;
+    const int32_t *at;
+    INLINED i32x16 quad(int g, int w, int side, int half) const {
+        return load<i32x16>(at + ((g * WORDS + w) * 2 + side) * PANEL + half * 16);
+    }
+};
+
+struct Scales { // [group][row]
+    const char *at;
+    bool wide;
+    Scales(const void *base, const Weight &w, int panel) : wide(w.wide) {
+        size_t number = size_t(panel) * (w.cols / w.group) * PANEL;
+        at = base ? (const char *)base + number * (wide ? 4 : 2) : nullptr;
+    }
+    INLINED f32x16 of(int g, int half) const {
+        size_t number = size_t(g) * PANEL + half * 16;
+        return wide ? load<f32x16>(at + number * 4) : load_half((const uint16_t *)at + number);
+    }
+};
+
+// The exact sums of group g for N input rows and HALVES halves of a panel.
+template <int N, int HALVES, int WORDS, bool BYTES, class C>
+INLINED inline void sum_group(C codes, int g, int first_half, int groups, Rounded x, i32x16 (&whole)[N][HALVES]) {
+    constexpr int NUMBERS = BYTES ? 2 : 4; // of a word
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int h = 0; h < HALVES; h++) whole[n][h] = i32x16{};
+    NO_UNROLL for (int w = 0; w < WORDS; w++)
+        UNROLL for (int i = 0; i < NUMBERS; i++) {
+            i32x16 w_codes[HALVES];
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                i32x16 quad = codes.quad(g, w, i % 2, first_half + h);
+                w_codes[h] = BYTES ? quad : i / 2 ? high_bytes(quad) : low_bytes(quad);
+            }
+            UNROLL for (int n = 0; n < N; n++) {
+                int32_t number = x.numbers[((size_t(n) * groups + g) * WORDS + w) * NUMBERS + i];
+                UNROLL for (int h = 0; h < HALVES; h++)
+                    EACH_PART {
+                        i32_lanes &sum = whole[n][h].part[p], c = w_codes[h].part[p];
+                        sum = BYTES ? dot4(sum, c, number - i32_lanes{}) : dot2(sum, c, number - i32_lanes{});
+                    }
+            }
+        }
+    if (BYTES)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int h = 0; h < HALVES; h++)
+                EACH_PART whole[n][h].part[p] = dot4_total(whole[n][h].part[p]);
+}
+
+template <int N, int HALVES, int WORDS, bool BYTES, class C>
+void multiply_half(C codes, Scales scales, Scales mins, int first_half, int groups, Rounded x, float *out) {
+    f32x16 acc[N][HALVES] = {};
+    for (int g = 0; g < groups; g++) {
+        i32x16 whole[N][HALVES];
+        sum_group<N, HALVES, WORDS, BYTES>(codes, g, first_half, groups, x, whole);
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            f32x16 scale = scales.of(g, first_half + h), min = mins.at ? mins.of(g, first_half + h) : f32x16{};
+            UNROLL for (int n = 0; n < N; n++) {
+                size_t at = size_t(n) * groups + g;
+                i32x16 sum = C::ZERO ? whole[n][h] - C::ZERO * x.totals[at] : whole[n][h];
+                acc[n][h] = fma(to_float(sum), scale * x.scales[at], acc[n][h]);
+                if (mins.at) acc[n][h] = fma(min, x.sums[at], acc[n][h]);
+            }
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < HALVES; h++) store(out + n * PANEL + (first_half + h) * 16, acc[n][h]);
+}
+
+// A panel for `count` input rows from `first`: out is (count, PANEL).
+template <int WORDS, bool BYTES, class C>
+void multiply_codes(const Weight &w, C codes, int panel, Shared &shared, int first, int count, float *out) {
+    int groups = w.cols / w.group;
+    Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
+    each_tile(count, [&](int t, auto n) {
+        constexpr int HALVES = halves_of(n);
+        Rounded x = shared.rounded.from(size_t(first + t) * groups, BYTES ? 2 * WORDS : 4 * WORDS);
+        for (int half = 0; half < 2; half += HALVES)
+            multiply_half<n, HALVES, WORDS, BYTES>(codes, scales, mins, half, groups, x, out + t * PANEL);
+    });
+}
+
+template <bool BYTES>
+void multiply_panel(const Weight &w, int panel, Shared &shared, int first, int count, float *out) {
+    const int32_t *at = (const int32_t *)w.codes + size_t(panel) * w.cols * PANEL / (w.kind == INT8 ? 4 : 8);
+    auto run = [&](auto words) {
+        constexpr int WORDS = words;
+        if (w.kind == INT4) multiply_codes<WORDS, BYTES>(w, Codes4<WORDS>{at}, panel, shared, first, count, out);
+        else if constexpr (BYTES && !HAS_DOT4) return;
+        else if (w.kind == INT8) multiply_codes<WORDS, BYTES>(w, Codes8<WORDS>{at}, panel, shared, first, count, out);
+        else multiply_codes<WORDS, BYTES>(w, Coded4<WORDS>{{at}, w.values}, panel, shared, first, count, out);
+    };
+    if (w.group == 32) run(std::integral_constant<int, 4>());
+    else run(std::integral_constant<int, 2>());
+}
+
+// Rounds a row to integers of at most `limit`.
+void round_row(const float *x, int group, int groups, int limit, bool bytes, Rounded to) {
+    int words = group / 8, length = bytes ? 2 * words : 4 * words;
+    for (int g = 0; g < groups; g++, x += group) {
+        f32x16 a = load<f32x16>(x), b = group == 32 ? load<f32x16>(x + 16) : f32x16{};
+        float max = largest_magnitude(a, b), inverse = max > 0 ? limit / max : 0;
+        // Adding 1.5 * 2^23 rounds to an integer.
+        i32x16 c = to_int(a * inverse + 12582912.0f - 12582912.0f), d = to_int(b * inverse + 12582912.0f - 12582912.0f);
+        to.totals[g] = sum(c + d), to.scales[g] = max / limit, to.sums[g] = float(to.totals[g]) * to.scales[g];
+        if (group == 16) { // the second side is in the second half of the only vector
+            int32_t sides[2][16] = {};
+            store(sides[0], c), std::memcpy(sides[1], sides[0] + 8, 32);
+            c = load<i32x16>(sides[0]), d = load<i32x16>(sides[1]);
+        }
+        int32_t pairs[16];
+        store(pairs, (interleave<0>(c, d) & 0xffff) | interleave<1>(c, d) << 16);
+        int32_t *numbers = to.numbers + g * length;
+        for (int i = 0; i < length; i++) {
+            int word = i / 2 * 4 + i % 2;
+            numbers[i] = bytes ? (pairs[word] & 0x00ff00ff) | (pairs[word + 2] & 0x00ff00ff) << 8 : pairs[i];
+        }
+    }
+}
+
+} // namespace

@@ -21,8 +21,8 @@ struct Recording {
         image = static_cast<char *>(std::aligned_alloc(64, (size + 63) / 64 * 64));
         file.read(image, size);
         for (int64_t left = number(); left > 0; left--) { // pointers are stored as offsets
-            char *at = image + number();
-            store(at, load<uint64_t>(at) + reinterpret_cast<uint64_t>(image));
+            char *at = image + number(), *target = image + *reinterpret_cast<int64_t *>(at);
+            std::memcpy(at, &target, sizeof target);
         }
     }
     int64_t number() {
@@ -42,7 +42,7 @@ int main(int count, char **arguments) {
     std::ifstream expected;
     if (count > 4) expected.open(arguments[4], std::ios::binary);
     for (int64_t runs = recording.number(); runs > 0; runs--) {
-        Run run = load<Run>(recording.image + recording.number());
+        Run run = *reinterpret_cast<const Run *>(recording.image + recording.number());
         const Op *ops = run.ops;
         int total = std::exchange(run.count, 1);
         for (int i = 0; i < total; i++) {

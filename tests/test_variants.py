@@ -1,21 +1,37 @@
-"""The kernels give the same bits on every kind of processor, operation by operation."""
+"""The kernels give the same bits on every variant, operation by operation."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import kvgen
 from kvgen.kernels.ffns import ACTIVATIONS
 from kvgen.kernels.structs import OpKind
+from tests.conftest import CORPUS
 from tests.recorded import DECODERS, decode, make_decoder
 from tests.recording import Part, Recorder, differences, noted_storages
-from tests.variants import VARIANTS, emulated, program, runs_here
+from tests.variants import ELSEWHERE, HERE, program
 
-HERE = [name for name, variant in VARIANTS.items() if runs_here(variant)]
-ELSEWHERE = [name for name, variant in VARIANTS.items() if emulated(variant)]
+# The best and the simplest variant for this processor; those between, which take as long to compile, are slow.
+ENDS = [name if name in HERE[:: len(HERE) - 1 or 1] else pytest.param(name, marks=pytest.mark.slow) for name in HERE]
+LOGITS = """
+import hashlib, sys, torch, kvgen
+torch.set_num_threads(2)
+model = kvgen.load(sys.argv[1], kv_dtype=sys.argv[2]).model
+ids = torch.tensor([[int(number) for number in sys.argv[3:]]])
+digest, cache = hashlib.sha256(), None
+for length in (*range(ids.shape[1] - 4, ids.shape[1]), ids.shape[1]):
+    logits, cache = model(ids[:, :length], cache)
+    digest.update(logits.numpy().tobytes())
+digest.update(model.all_logits(ids).numpy().tobytes())
+print(model.engine, digest.hexdigest())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +52,7 @@ def record(name: str, folder: Path) -> tuple[Path, Recorder]:
 
 
 def replay(name: str, folder: Path, command: tuple[str, ...], threads: int, expected: Path | None = None) -> Path:
-    """Run a recording on a kind of processor; return the file with the results."""
+    """Run a recording on a variant; return the file with the results."""
     recording, _ = record(name, folder)
     results = recording.with_suffix(".results" if expected is None else ".others")
     given = () if expected is None else (str(expected),)
@@ -46,9 +62,7 @@ def replay(name: str, folder: Path, command: tuple[str, ...], threads: int, expe
 
 @cache
 def expected_results(name: str, folder: Path) -> Path:
-    """What the first kind that this processor is of makes of a recording, on one thread."""
-    if not HERE:
-        pytest.skip("this processor is of no known kind")
+    """What the best variant for this processor makes of a recording, on one thread."""
     return replay(name, folder, program("replay.cpp", HERE[0]), threads=1)
 
 
@@ -72,8 +86,8 @@ def test_a_replay_leaves_the_memory_that_the_library_leaves(name: str, folder: P
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("variant", HERE)
-def test_every_kind_of_this_processor_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
+@pytest.mark.parametrize("variant", ENDS)
+def test_every_variant_for_this_processor_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
     check(name, folder, program("replay.cpp", variant))
 
 
@@ -89,6 +103,23 @@ def test_an_emulated_processor_gives_the_same_bits(variant: str, name: str, fold
 @pytest.mark.parametrize("variant", [*HERE, *ELSEWHERE])
 def test_another_compiler_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
     check(name, folder, program("replay.cpp", variant, "clang++"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["auto", "bfloat16", "int8"])
+def test_the_default_model_gives_the_same_logits_on_every_variant(smollm2: kvgen.Loaded, stored: str) -> None:
+    """And whatever instructions torch uses, which computes rotations."""
+    ids = [str(number) for number in smollm2.tokenizer.encode("\n".join(CORPUS))]
+    command = [sys.executable, "-c", LOGITS, str(smollm2.path), stored, *ids]
+    found = {}
+    for name in HERE:
+        for capability in ("default", "avx2"):
+            environment = os.environ | {"KVGEN_CPU": name, "ATEN_CPU_CAPABILITY": capability}
+            shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            engine, _, digest = shown.rpartition(" ")
+            assert engine == f"C++ kernels ({name})"
+            found[name, capability] = digest
+    assert len(set(found.values())) == 1, found
 
 
 def test_recordings_have_every_operation_on_every_kind_of_weight(folder: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_model_that_cannot_be_made_says_where(model_file: str) -> None:
     assert shown.splitlines()[-1].startswith("kvgen: error: ")
 
 
+@pytest.mark.slow  # `kvgen compare --wrong-pattern` of the README is run
 def test_wrong_patterns_do_not_change_the_exit_code(smollm2_path: Path) -> None:
     result = run("compare", "--wrong-pattern", "-n", "8")
     assert result.returncode == 0, result.stderr

@@ -6,8 +6,7 @@ The process that hands tests to others reads this too: what takes seconds to imp
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The default model, fetched as a user would fetch it."""
-    subprocess.run(
-        [sys.executable, "-m", "kvgen", "generate", "-p", "x", "-n", "1", "-q"], check=True, stdout=subprocess.DEVNULL
-    )
     from kvgen.hub.names import resolve
+    from tests.program import run
 
+    run("generate", "-p", "x", "-n", "1", "-q").check_returncode()
     return resolve("smollm2")
 
 
@@ -103,7 +101,9 @@ def _in_transformers(path: Path) -> dict[str, str]:
 def x_rotary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random x-transformers model, to copy."""
     folder = tmp_path_factory.mktemp("x-transformers") / "rotary"
-    subprocess.run([sys.executable, "docs/examples/random_model.py", "rotary", str(folder)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["random_model.py", "rotary", str(folder)])
+        runpy.run_path("docs/examples/random_model.py")
     return folder
 
 

@@ -1,22 +1,23 @@
-"""Shared ground: the default model, and tiny random checkpoints written by transformers."""
+"""Shared ground: the default model, and tiny random checkpoints written by transformers.
+
+The process that hands tests to others reads this too: what takes seconds to import is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import tokenizers
-import torch
 from hypothesis import settings
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvgen
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # The scripts, signs and oddities that tokenizers and streams must get right.
 CORPUS = [
@@ -53,11 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The default model, fetched as a user would fetch it."""
-    subprocess.run(
-        [sys.executable, "-m", "kvgen", "generate", "-p", "x", "-n", "1", "-q"], check=True, stdout=subprocess.DEVNULL
-    )
     from kvgen.hub.names import resolve
+    from tests.program import run
 
+    run("generate", "-p", "x", "-n", "1", "-q").check_returncode()
     return resolve("smollm2")
 
 
@@ -75,6 +75,7 @@ def smollm2_on_torch(smollm2_path: Path) -> kvgen.Loaded:
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2_path: Path) -> Any:
     """The same file in transformers, by transformers' own GGUF reader."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(**_in_transformers(smollm2_path), dtype=torch.float32).eval()
@@ -83,6 +84,7 @@ def smollm2_reference(smollm2_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def smollm2_reference_tokenizer(smollm2_path: Path) -> Any:
     """The file's tokenizer in transformers, whose GGUF reader forgets that the model's tokenizer.json splits digits."""
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(**_in_transformers(smollm2_path))
@@ -99,14 +101,18 @@ def _in_transformers(path: Path) -> dict[str, str]:
 def x_rotary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random x-transformers model, to copy."""
     folder = tmp_path_factory.mktemp("x-transformers") / "rotary"
-    subprocess.run([sys.executable, "docs/examples/random_model.py", "rotary", str(folder)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["random_model.py", "rotary", str(folder)])
+        runpy.run_path("docs/examples/random_model.py")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> tokenizers.Tokenizer:
     """A byte-level BPE of 384 entries, with BOS and EOS."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -122,6 +128,8 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
 @pytest.fixture
 def tiny_llama(tmp_path: Path, tiny_tokenizer: tokenizers.Tokenizer) -> Callable[..., tuple[Path, Any]]:
     """Makes a folder with a random model of transformers; returns it and the model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(seed: int = 0, name: str = "tiny", shard_size: str = "1GB", **config: Any) -> tuple[Path, Any]:
         defaults: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """kvgen as a user runs it: in processes of its own, with pipes or a terminal.
 
-`run` and `run_on_terminal` fork them from a server that has imported kvgen and torch already, since a short command
-spends most of its time on that. Tests of how a process starts and ends (signals at once, closed streams) run `KVGEN`.
+`run`, `start` and `run_on_terminal` fork them from a server that has imported kvgen and torch already, since a short
+command spends most of its time on that. Tests of how a process starts (signals at once, closed streams) run `KVGEN`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import kvgen
 
@@ -40,16 +40,25 @@ _server.set_forkserver_preload(
 
 
 def run(
-    *arguments: str, input: str | None = None, stdin: int | None = None, env: Mapping[str, str] | None = None
+    *arguments: str,
+    input: str | None = None,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run kvgen to its end; it is killed after some minutes.
 
-    stdin: a file descriptor, where there is no `input`; None for an empty one.
+    stdin: a file descriptor, where there is no `input`; None for an empty one. stdout, stderr: file descriptors to
+    write to; None for pipes, whose contents are returned.
     """
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         streams = [os.pipe() for _ in range(3)]
         (read_input, write_input), (read_out, write_out), (read_err, write_err) = streams
-        theirs = [read_input if stdin is None else stdin, write_out, write_err]
+        given = (stdin, stdout, stderr)
+        theirs = [
+            ours if fd is None else fd for fd, ours in zip(given, (read_input, write_out, write_err), strict=True)
+        ]
         process = _started(arguments, os.environ if env is None else env, theirs)
         for fd in (read_input, write_out, write_err):
             os.close(fd)
@@ -62,6 +71,24 @@ def run(
         hung.cancel()
     assert process.exitcode is not None
     return subprocess.CompletedProcess(list(arguments), process.exitcode, out, errors)
+
+
+@contextlib.contextmanager
+def start(*arguments: str) -> Iterator[tuple[TextIO, TextIO, ForkServerProcess]]:
+    """Run kvgen beside a test: yields its stdin, its stdout, and the process, which does not outlive the block."""
+    (read_input, write_input), (read_out, write_out) = os.pipe(), os.pipe()
+    process = _started(arguments, os.environ, [read_input, write_out, sys.__stderr__.fileno()])
+    os.close(read_input)
+    os.close(write_out)
+    hung = threading.Timer(_TIMEOUT, process.kill)
+    hung.start()
+    try:
+        with os.fdopen(write_input, "w", 1) as stdin, os.fdopen(read_out) as stdout:
+            yield stdin, stdout, process
+    finally:
+        hung.cancel()
+        process.kill()
+        process.join()
 
 
 def run_on_terminal(

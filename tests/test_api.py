@@ -25,7 +25,9 @@ def run_examples(name: str, loaded: kvgen.Loaded) -> str:
     return "".join(failures)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "Comparison" else ()) for name in PUBLIC]
+)
 def test_docstring_examples_print_what_they_show(
     name: str, smollm2: kvgen.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

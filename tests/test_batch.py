@@ -24,7 +24,7 @@ from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import CausalLM
 from tests.families import make_checkpoint
-from tests.test_cache import MODELS, TOLERANCE, any_model
+from tests.test_cache import MODELS, TOLERANCE, any_state
 
 GREEDY = Sampling(temperature=0)
 
@@ -80,7 +80,7 @@ def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str
                 assert torch.equal(given_, expected[row][end - count : end])
 
 
-@any_model
+@any_state
 @settings(deadline=None)
 @given(data=st.data())
 def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CausalLM, data: st.DataObject) -> None:
@@ -105,7 +105,7 @@ def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
         torch.testing.assert_close(found.view(*ids.shape, -1), model._extend_one(alone))
 
 
-@any_model
+@any_state
 @settings(deadline=None)
 @given(data=st.data())
 def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st.DataObject) -> None:
@@ -121,7 +121,7 @@ def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st
     torch.testing.assert_close(model.forward(again, origin)[0], model.forward(again)[0], atol=TOLERANCE, rtol=0)
 
 
-@any_model
+@any_state
 @settings(deadline=None)
 @given(first=st.lists(st.integers(0, 49), min_size=4, max_size=30), cut=st.integers(1, 3))
 def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CausalLM, first: list[int], cut: int) -> None:

@@ -181,6 +181,16 @@ def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
 MODELS = {name: make_decoder(config) for name, config in CONFIGS.items()}
 MODEL = MODELS["plain"]
 any_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+# One of each kind of state, and of each way to choose positions.
+_STATES = (
+    *("plain", "windows", "long-rope", "experts", "short-convolutions-and-windows", "mamba", "mamba-2", "delta-nets"),
+    *("mamba-2-beside-windows", "latent-attention", "shared-keys", "layers-of-two-sizes", "streams"),
+)
+any_state = pytest.mark.parametrize(
+    "model",
+    [pytest.param(model, marks=() if name in _STATES else pytest.mark.slow) for name, model in MODELS.items()],
+    ids=MODELS,
+)
 
 ids_lists = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
 
@@ -223,7 +233,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@any_model
+@any_state
 @settings(deadline=None)
 @given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_any_split_into_calls_gives_the_logits_of_one_pass(
@@ -257,7 +267,7 @@ def test_the_whole_sequence_again_computes_one_position() -> None:
 
 
 @pytest.mark.parametrize("length", first(1, [140, 300]))  # past two sizes of a buffer, or three
-@any_model
+@any_state
 def test_growth_over_many_steps_keeps_everything(model: Decoder, length: int) -> None:
     ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(3))
     expected = model.all_logits(ids)

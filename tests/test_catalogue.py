@@ -21,6 +21,7 @@ from kvgen import CheckpointError, NotFoundError
 from kvgen.hub import catalogue
 from kvgen.hub import names as hub
 from kvgen.hub.catalogue import CatalogueEntry
+from tests.program import run
 
 CONTENT = os.urandom(300_000)
 
@@ -210,8 +211,7 @@ def hub_server(tiny_llama) -> Iterator[tuple[str, list[str]]]:
 
 
 def run_kvgen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvgen", "generate", "-p", "hello", "-n", "3", "-t", "0", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return run("generate", "-p", "hello", "-n", "3", "-t", "0", *arguments, env={**os.environ, **environment})
 
 
 @pytest.mark.slow
@@ -241,12 +241,12 @@ def test_a_hub_id_is_fetched_with_its_progress_told(hub_server, tmp_path: Path, 
     )
     wanted = [item for item in (tmp_path / "tiny").iterdir() if item.suffix in (".json", ".safetensors")]
     assert result.stdout == f"owner/name True {sum(item.stat().st_size for item in wanted)}\n", result.stderr
-    pull = [sys.executable, "-m", "kvgen", "models", "pull", "owner/name"]
-    again = subprocess.run(pull, capture_output=True, text=True, env={**os.environ, **environment})
+    pull = ["models", "pull", "owner/name"]
+    again = run(*pull, env={**os.environ, **environment})
     assert (again.returncode, again.stderr) == (0, "")  # it is here
     assert (Path(again.stdout.rstrip("\n")) / "config.json").exists()
     environment["HF_HOME"] = str(tmp_path / "other")
-    first = subprocess.run(pull, capture_output=True, text=True, env={**os.environ, **environment})
+    first = run(*pull, env={**os.environ, **environment})
     assert (first.returncode, first.stderr) == (0, "downloading owner/name\n")
 
 

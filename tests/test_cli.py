@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from kvgen.cli.prompts import has_piped_text
-from tests.program import KVGEN, run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal, start
+from tests.sizes import first
 
 GREEDY = ["-t", "0", "-n", "8"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -141,16 +142,13 @@ def test_lines_are_prompts_and_share_what_they_share(tiny) -> None:
 
 
 def test_each_line_is_answered_before_the_next_is_read(tiny) -> None:
-    with subprocess.Popen(
-        [*KVGEN, *tiny, "--lines", "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin and process.stdout
+    with start(*tiny, "--lines", "--json") as (stdin, stdout, process):
         for prompt in ("one", "two"):
-            process.stdin.write(f"{prompt}\n")
-            process.stdin.flush()
-            assert json.loads(process.stdout.readline())["prompt"] == prompt
-        process.stdin.close()
-        assert process.wait(30) == 0
+            stdin.write(f"{prompt}\n")
+            assert json.loads(stdout.readline())["prompt"] == prompt
+        stdin.close()
+        process.join(30)
+        assert process.exitcode == 0
 
 
 # --- Wrong usage and errors --------------------------------------------------------------------------------------
@@ -234,7 +232,7 @@ def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny, 
     ]
 
 
-@pytest.mark.parametrize("arguments", ["", "-p x", "-f -", "--lines"])
+@pytest.mark.parametrize("arguments", first(2, ["", "--lines", "-p x", "-f -"]))
 def test_a_prompt_that_no_context_holds_is_refused_before_memory_ends(tiny, arguments: str) -> None:
     command = " ".join([*KVGEN, *tiny, arguments])
     endless = "head -c 70000000 /dev/zero | tr '\\0' a" if arguments == "--lines" else "yes ''"
@@ -392,6 +390,7 @@ def test_whole_lines_reach_a_pipe_as_they_are_made_and_ctrl_c_keeps_the_rest(smo
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_line_that_is_not_ended(smollm2_path: Path) -> None:
     with subprocess.Popen(
         [*KVGEN, "generate", "-p", "Once upon a time,", "-t", "0", "-n", "-1", "--regex", r"x\n(a b ){3000}"],
@@ -419,7 +418,7 @@ def test_a_stats_reader_that_leaves_costs_no_output(tiny) -> None:
 def test_a_full_disk_is_one_line(tiny, arguments: list[str]) -> None:
     given = [*tiny, "-p", "x"] if arguments[0] == "generate" else arguments
     with Path("/dev/full").open("w") as full:
-        result = subprocess.run([*KVGEN, *given], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        result = run(*given, stdout=full.fileno())
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "cannot be written" in result.stderr
@@ -434,7 +433,7 @@ def test_a_closed_stdout_is_one_line(tiny) -> None:
 
 def test_a_stdout_that_is_open_to_read_only_is_one_line(tiny) -> None:
     with Path(os.devnull).open() as unwritable:
-        result = subprocess.run([*KVGEN, *tiny, "-p", "x"], stdout=unwritable, stderr=subprocess.PIPE, text=True)
+        result = run(*tiny, "-p", "x", stdout=unwritable.fileno())
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "stdout cannot be written" in result.stderr
 
@@ -454,14 +453,16 @@ def test_a_variable_that_names_no_user_is_one_line(variable: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_file_name_that_is_not_utf8_reaches_a_pipe_as_it_is(smollm2_path: Path, tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_reaches_a_file_as_it_is(smollm2_path: Path, tmp_path: Path) -> None:
     link = tmp_path / "\udcff.gguf"
     link.symlink_to(smollm2_path)
-    result = subprocess.run([*KVGEN, "inspect", str(link)], capture_output=True, timeout=60)
+    with (tmp_path / "shown").open("wb") as shown:
+        result = run("inspect", str(link), stdout=shown.fileno())
     assert result.returncode == 0, result.stderr
-    assert b"/\xff.gguf" in result.stdout
+    assert b"/\xff.gguf" in (tmp_path / "shown").read_bytes()
 
 
+@pytest.mark.slow
 def test_results_reach_a_file_when_stdout_is_closed(tiny, tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a"}\n')
@@ -486,7 +487,7 @@ def test_an_environment_that_forces_colour_changes_no_pipe(tiny) -> None:
     assert "\x1b" not in forced.stderr
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.15, 0.25, 0.4, 0.8])
+@pytest.mark.parametrize("delay", first(2, [0.25, 0.8, 0.05, 0.15, 0.4]))
 def test_ctrl_c_is_heard_while_it_starts(smollm2_path: Path, delay: float) -> None:
     """From when Python itself has started, which takes as long as it takes and dies of the signal in its own ways."""
     code = "from kvgen.__main__ import main; print('up', flush=True); main()"
@@ -601,7 +602,7 @@ def test_a_chat_template_file_takes_the_place_of_the_checkpoints(tiny_llama, tmp
     assert "none: cannot be read" in missing.stderr
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("command", first(1, ["generate", "chat"]))
 def test_a_long_prompt_shows_how_far_it_is_and_can_be_interrupted(smollm2_path: Path, command: str) -> None:
     text = "the city of Nova Haven was a thriving metropolis with towering skyscrapers, " * 400
     code, output = run_on_terminal(command, "-p", text, "-n", "3", interrupt_after="reading the prompt")

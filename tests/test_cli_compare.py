@@ -67,6 +67,7 @@ def test_a_model_that_cannot_be_made_says_where(model_file: str) -> None:
     assert shown.splitlines()[-1].startswith("kvgen: error: ")
 
 
+@pytest.mark.slow  # `kvgen compare --wrong-pattern` of the README is run
 def test_wrong_patterns_do_not_change_the_exit_code(smollm2_path: Path) -> None:
     result = run("compare", "--wrong-pattern", "-n", "8")
     assert result.returncode == 0, result.stderr
@@ -194,6 +195,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(co
     assert "there is no folder" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_of_a_page_and_the_old_one(tiny_llama, tmp_path: Path) -> None:
     folder, _ = tiny_llama()
     page = tmp_path / "report.html"
@@ -215,7 +217,7 @@ def test_a_page_has_no_control_characters_and_goes_to_a_pipe_or_through_a_link(t
     assert link.is_symlink()
     assert "a\\x1b[31m\\u202eb" in target.read_text()
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", target.read_text())
-    piped = subprocess.run([*KVGEN, *arguments, "--html", "/dev/stdout"], capture_output=True, text=True, timeout=60)
+    piped = run(*arguments, "--html", "/dev/stdout")
     assert piped.stdout.startswith(target.read_text()[:500])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -97,24 +99,15 @@ def test_a_line_that_cannot_be_scored_has_an_error_and_the_others_go_on(tiny: st
 
 
 def test_a_line_is_answered_before_the_next_one_is_there(tiny: str, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "kvgen", "score", "-m", tiny, "--jsonl"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin and process.stdout and process.stderr
-        process.stdin.write('"Hello, world!"\n')
-        process.stdin.flush()
-        if not select.select([process.stdout], [], [], 60)[0]:
-            process.kill()
-            pytest.fail("no answer before the end of stdin")
-        assert json.loads(process.stdout.readline())["text"] == "Hello, world!"
-        process.stdin.write("{\n")
-        process.stdin.close()
-        assert process.wait(60) == 1
-        assert json.loads(process.stdout.read())["error"].startswith("stdin, line 2: not JSON")
+    with program.start("score", "-m", tiny, "--jsonl") as (stdin, stdout, process):
+        stdin.write('"Hello, world!"\n')
+        assert select.select([stdout], [], [], 60)[0], "no answer before the end of stdin"
+        assert json.loads(stdout.readline())["text"] == "Hello, world!"
+        stdin.write("{\n")
+        stdin.close()
+        process.join(60)
+        assert process.exitcode == 1
+        assert json.loads(stdout.read())["error"].startswith("stdin, line 2: not JSON")
 
 
 def test_infinity_is_null_in_json_and_not_a_number_an_error(tmp_path: Path) -> None:
@@ -169,28 +162,25 @@ def test_tokens_are_a_line_each(tiny: str) -> None:
     assert all(float(row.split()[1]) >= 0 for row in rows[1:])
 
 
-def on_terminal(*arguments: str, stream: str = "stdout", stdin: int | None = subprocess.DEVNULL) -> tuple[int, str]:
-    """Run with one stream, or with stdin too for None, on a pseudo-terminal. The exit code and what it was sent."""
+def on_terminal(*arguments: str, streams: tuple[str, ...] = ("stdout",)) -> tuple[int, str]:
+    """Run with some streams on a pseudo-terminal. The exit code and what the terminal was sent."""
     leader, follower = pty.openpty()
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: follower}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvgen", "score", *arguments],
-        **streams,
-        stdin=follower if stdin is None else stdin,
-        env=os.environ | {"TERM": "xterm-256color"},
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(_read, leader)
+        environment = os.environ | {"TERM": "xterm-256color"}
+        result = run(*arguments, env=environment, **dict.fromkeys(streams, follower))
+        os.close(follower)
     os.close(leader)
-    return process.wait(), shown.decode()
+    return result.returncode, shown.result().decode()
+
+
+def _read(terminal: int) -> bytes:
+    """All that is written to a terminal until nobody has it open."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 65536):
+            shown += part
+    return shown
 
 
 def test_a_terminal_shows_the_text_in_colours_and_nothing_that_steers_it(tiny: str) -> None:
@@ -203,7 +193,7 @@ def test_a_terminal_shows_the_text_in_colours_and_nothing_that_steers_it(tiny: s
 
 
 def test_a_terminal_without_a_text_is_wrong_usage(tiny: str) -> None:
-    code, text = on_terminal("-m", tiny, stream="stderr", stdin=None)
+    code, text = on_terminal("-m", tiny, streams=("stdin", "stderr"))
     assert code == 2
     assert "no text: give a FILE or --prompt TEXT" in text
 
@@ -211,9 +201,9 @@ def test_a_terminal_without_a_text_is_wrong_usage(tiny: str) -> None:
 @pytest.mark.slow
 def test_a_bar_shows_where_there_is_more_than_one_window(tiny: str) -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 20
-    assert "scoring" in on_terminal("-m", tiny, "-p", text, "--window", "32", stream="stderr")[1]
+    assert "scoring" in on_terminal("-m", tiny, "-p", text, "--window", "32", streams=("stderr",))[1]
     for arguments in (["--window", "32", "--quiet"], []):
-        assert on_terminal("-m", tiny, "-p", text[:100], *arguments, stream="stderr") == (0, "")
+        assert on_terminal("-m", tiny, "-p", text[:100], *arguments, streams=("stderr",)) == (0, "")
 
 
 def test_an_empty_text_is_no_prompt(smollm2_path: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from kvgen.generation.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
 from tests.program import KVGEN, run, run_on_terminal
+from tests.sizes import first
 
 GREEDY = Sampling(temperature=0)
 QUESTIONS = (
@@ -40,9 +41,12 @@ def conversation(smollm2: Loaded) -> Conversation:
     return Conversation(smollm2, Request((), GREEDY, 24, top_logprobs=3))
 
 
-def test_ten_turns_compute_what_is_new_and_equal_fresh_runs(conversation: Conversation, smollm2: Loaded) -> None:
+@pytest.mark.parametrize("turns", first(1, [4, 10]))
+def test_turns_compute_what_is_new_and_equal_fresh_runs(
+    conversation: Conversation, smollm2: Loaded, turns: int
+) -> None:
     known: list[int] = []
-    for question in QUESTIONS:
+    for question in QUESTIONS[:turns]:
         chunks = list(conversation.ask(question))
         prompt = smollm2.tokenizer.encode_chat(conversation.messages[:-1])
         step = chunks[0].step
@@ -58,7 +62,7 @@ def test_ten_turns_compute_what_is_new_and_equal_fresh_runs(conversation: Conver
             smollm2.model(torch.tensor([prompt]), None)[0],
         )
         known = [*prompt, *(chunk.step.token for chunk in chunks[:-1])]
-    assert len(conversation.messages) == 20
+    assert len(conversation.messages) == 2 * turns
 
 
 def test_undo_edit_reset_and_system_change_what_is_rendered(conversation: Conversation) -> None:

@@ -204,6 +204,7 @@ def test_speculation_without_a_cache_or_a_judge_is_refused(smollm2) -> None:
         kvgen.stream(unjudged, [5], drafter=PromptLookup())
 
 
+@pytest.mark.slow  # that drafts change no token, sampled ones included, is tested above
 def test_sampled_tokens_keep_their_distribution(models) -> None:
     """Over many seeds, whatever is guessed, each token comes as often as its probability says."""
     model, prompt = models["llama"], [5, 6, 7, 8]

@@ -44,6 +44,9 @@ every_case = pytest.mark.parametrize(
 )
 
 every_engine = pytest.mark.parametrize("kernels", ["cpp", "off"])
+# What another test holds the fast tests' engine to, the other engine is held to where slow tests run.
+cpp_or_slow = pytest.mark.parametrize("kernels", ["cpp", pytest.param("off", marks=pytest.mark.slow)])
+off_or_slow = pytest.mark.parametrize("kernels", [pytest.param("cpp", marks=pytest.mark.slow), "off"])
 
 
 def load_model(folder: Path, dtype: str = "float32", kernels: str = "auto") -> NativeBackend:
@@ -84,7 +87,7 @@ def test_logits_equal_transformers(kind: str, number: int, kernels: str, tmp_pat
         assert (logits[:, 0] - expected[:, -1]).abs().max() < TOLERANCE
 
 
-@every_engine
+@cpp_or_slow
 @every_case
 def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
@@ -99,7 +102,7 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: st
         assert kernels == "off" or torch.equal(cached, expected)  # the kernels sum in one order
 
 
-@every_engine
+@off_or_slow
 @every_case
 def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
     make_checkpoint(kind, number, tmp_path)
@@ -112,7 +115,7 @@ def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, 
         assert (cached - uncached).abs().max() < TOLERANCE
 
 
-@every_engine
+@off_or_slow
 @every_gguf_file
 def test_a_gguf_file_gives_the_logits_of_the_model_it_came_from(
     kind: str, options: dict[str, Any], kernels: str, tmp_path: Path

@@ -407,7 +407,7 @@ def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and path.read_bytes().count(b"\n") >= least:
             return
-        os.sched_yield()
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
@@ -476,6 +476,7 @@ def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:
     assert [value["index"] for value in results_of(out.read_text())] == list(range(30))
 
 
+@pytest.mark.slow
 def test_a_pipe_with_a_name_gets_all_rows_and_is_left_when_its_reader_leaves(tiny: list[str], tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -552,9 +553,13 @@ def test_wrong_usage_is_one_line(tiny: list[str], arguments: list[str], code: in
     assert len(found.stderr.splitlines()) == 1
 
 
-def test_without_input_nothing_happens_and_a_closed_stdin_is_told(tiny: list[str]) -> None:
+def test_without_input_nothing_happens(tiny: list[str]) -> None:
     empty = run(*tiny, input="")
     assert (empty.returncode, empty.stdout, empty.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_a_closed_stdin_is_told(tiny: list[str]) -> None:
     closed = subprocess.run(["bash", "-c", f"{' '.join([*KVGEN, *tiny])} <&-"], capture_output=True, text=True)
     assert closed.returncode == 2
     assert closed.stderr == "kvgen: error: no rows: give a FILE, or pipe them in\n"

@@ -26,8 +26,9 @@ app = typer.Typer(
     help="Generate text with a KV cache that you can trust.",
     epilog=(
         "Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.\n\n"
-        "Environment: KVGEN_CACHE_DIR is the folder for downloaded models, KVGEN_OFFLINE=1 forbids the network, and "
-        "KVGEN_MODEL, KVGEN_TEMPERATURE and so on set defaults of options; see kvgen config."
+        "Environment: KVGEN_CACHE_DIR is the folder for downloaded models, KVGEN_OFFLINE=1 forbids the network, "
+        "KVGEN_CPU chooses the instructions of the C++ kernels, and KVGEN_MODEL, "
+        "KVGEN_TEMPERATURE and so on set defaults of options; see kvgen config."
     ),
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

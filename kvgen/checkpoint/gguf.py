@@ -17,8 +17,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
+from kvgen.checkpoint.blocks import StoredBlocks, in_groups
 from kvgen.checkpoint.digest import source_file
-from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.quantization import mxfp4
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
@@ -207,8 +207,9 @@ def _read_tensor(
 
 def _read_grouped(
     file: MappedFile, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
-) -> Grouped | None:
-    if len(shape) < 2 or kind in _PLAIN_TYPES:
+) -> StoredBlocks | None:
+    *rows, _ = shape
+    if not rows or not in_groups(kind.name):
         return None
-    blocks = np.frombuffer(file.data, np.uint8, size, offset).reshape(-1, GGML_QUANT_SIZES[kind][1])
-    return read_blocks(kind.name, blocks, *shape[:-1])
+    order = np.arange(math.prod(rows)).reshape(rows)
+    return StoredBlocks(kind.name, np.frombuffer(file.data, np.uint8, size, offset).reshape(order.size, -1), order)

@@ -141,7 +141,10 @@ class _Header:
                 self.fail("a string runs past the end of the file")
             raw.append(data[start:offset])
         self.offset = offset
-        return [self.text(item) for item in raw]
+        try:
+            return [item.decode() for item in raw]
+        except UnicodeDecodeError as error:
+            self.fail(f"text is not UTF-8 ({error.object[:40]!r})")
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, RawTensor]:
         infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}

@@ -75,7 +75,7 @@ def test_an_interrupted_program_waits_for_no_thread_and_runs_what_is_to_run_at_i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["on", "off"])
+@pytest.mark.parametrize("kernels", ["cpp", "off"])
 def test_ctrl_c_in_the_middle_of_a_pass_is_answered_soon(smollm2_path: Path, tmp_path: Path, kernels: str) -> None:
     """On one thread, in seconds of its own time, since the machine may be busy; a pass takes several."""
     prompt = tmp_path / "prompt.txt"

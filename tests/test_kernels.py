@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from transformers import LlamaForCausalLM
 
 import kvgen
 from kvgen.backends.native import NativeBackend
-from kvgen.checkpoint.grouped import Grouped, quantized, read_blocks
+from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.verdict import Verdict
+from kvgen.kernels import packed
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
@@ -51,9 +54,9 @@ def random_blocks(type_name: str, rows: int, columns: int) -> tuple[np.ndarray, 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_blocks_are_read_as_gguf_dequantizes_them(type_name: str) -> None:
     blocks, expected = random_blocks(type_name, rows=50, columns=512)
-    grouped = read_blocks(type_name, blocks, 50)
-    assert grouped is not None
-    assert grouped.shape == (50, 512)
+    stored = StoredBlocks(type_name, blocks.reshape(50, -1), np.arange(50))
+    grouped = stored.whole()
+    assert stored.shape == grouped.shape == (50, 512)
     assert torch.equal(grouped.dequantized(), expected)
     packed = PackedMatrix(grouped)
     rounding = expected.abs().max() * 2**-22  # of a fused multiplication and addition
@@ -61,25 +64,53 @@ def test_blocks_are_read_as_gguf_dequantizes_them(type_name: str) -> None:
     order = torch.randperm(50)
     assert torch.equal(grouped.rows(order).dequantized(), expected[order])
     assert torch.equal(packed.rows(order[None]), packed.unpacked()[order][None])
-    experts = read_blocks(type_name, blocks, 5, 10)
-    assert experts is not None
+    experts = stored.rows(torch.arange(50).view(5, 10)).whole()
     assert torch.equal(experts.dequantized(), expected.view(5, 10, 512))
     assert torch.equal(experts.rows(order.view(5, 10)).dequantized(), expected[order].view(5, 10, 512))
     assert (PackedMatrix(experts).unpacked() - expected.view(5, 10, 512)).abs().max() <= rounding
+
+
+@given(
+    type_name=st.sampled_from(TYPES),
+    experts=st.sampled_from([(), (1,), (3,)]),
+    rows=st.integers(1, 100),
+    piece=st.sampled_from([1, 40, 64, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_pieces_are_packed_as_the_whole_is(
+    type_name: str, experts: tuple[int, ...], rows: int, piece: int, seed: int
+) -> None:
+    """Blocks of a file in any order of rows, and the same integers in memory, whatever a piece's size."""
+    count = math.prod(experts) * rows
+    blocks, weights = random_blocks(type_name, count, 256)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).view(*experts, rows)
+    stored = StoredBlocks(type_name, blocks.reshape(count, -1), np.arange(count)).rows(order)
+    grouped, releases = stored.whole(), 0
+
+    def release() -> None:
+        nonlocal releases
+        releases += 1
+
+    whole = PackedMatrix(grouped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_PIECE", piece * 256)
+        patch.setattr(packed, "_KEPT", 1)
+        pieces = PackedMatrix(stored, release)
+        floats = PackedMatrix(weights[order])
+    assert all(torch.equal(*pair) for pair in zip(whole.tensors, pieces.tensors, strict=True))
+    assert whole.weight.wide == pieces.weight.wide and whole.weight.kind == pieces.weight.kind
+    assert releases == math.prod(experts) * -(-rows // (max(1, piece // 32) * 32))
+    assert torch.equal(floats.unpacked(), weights[order])
+    assert torch.equal(grouped.dequantized(), weights[order])
 
 
 def test_a_q4_0_scale_whose_minimum_leaves_fp16_is_kept() -> None:
     blocks, _ = random_blocks("Q4_0", rows=32, columns=32)
     blocks[:, :2] = np.full((32, 1), 60000, np.float16).view(np.uint8)
     expected = torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q4_0))
-    grouped = read_blocks("Q4_0", blocks, 32)
-    assert grouped is not None
+    grouped = StoredBlocks("Q4_0", blocks, np.arange(32)).whole()
     assert torch.equal(grouped.dequantized(), expected)
     assert torch.equal(PackedMatrix(grouped).unpacked(), expected)
-
-
-def test_types_without_groups_are_left_alone() -> None:
-    assert read_blocks("IQ2_XXS", np.zeros((8, 66), np.uint8), 8) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
 import psutil
 import pytest
 
 import kvgen
 from kvgen import system
 from kvgen.loading import load as loading
+from tests import gguf_files
+from tests.families import make_model
 
 V2 = {
     "kubepods/memory.max": "max\n",
@@ -84,6 +87,32 @@ print(json.dumps([count, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss 
     for more in ([], ["--prompt-cache", str(cache)], ["--prompt-cache", str(cache)]):
         assert peak("-f", str(prompt), *more) - short < 60e6
     assert cache.stat().st_size > 150e6
+
+
+def test_kernels_leave_none_of_the_file_in_memory(smollm2_path: Path) -> None:
+    loaded = kvgen.load(smollm2_path, kernels="on")
+    maps = [mapped for mapped in psutil.Process().memory_maps() if mapped.path == str(smollm2_path.resolve())]
+    assert sum(mapped.rss for mapped in maps) < 1e6
+    assert loaded.model.weight_bytes is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
+def test_loading_takes_little_more_memory_than_the_weights(type_name: str, tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    large = small | {"vocab_size": 50_000, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 4}
+    for name, options in {"small": small, "large": large}.items():
+        kind = gguf.GGMLQuantizationType[type_name]
+        gguf_files.write_gguf(tmp_path / f"{name}.gguf", "llama", make_model("llama", options), type_=kind)
+    script = f"""
+import kvgen, resource
+for size in ("small", "large"):
+    loaded = kvgen.load({str(tmp_path)!r} + f"/{{size}}.gguf", tokenizer="ids", kernels="on")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, loaded.model.weight_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, _, peak, result = map(int, done.stdout.split())
+    assert peak - before < 1.25 * result
 
 
 def test_caches_may_take_half_of_what_the_weights_leave(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.gguf import read as read_gguf
 from kvgen.tokenizer import read_tokenizer
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
+from kvgen.tokenizer.sentencepiece import merges_by_score
 from tests.conftest import CORPUS
 
 any_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\u2581"), max_size=60)
@@ -259,6 +260,23 @@ def test_merging_leads_to_pieces_alone(type_: int) -> None:
     keys["token_type"][id_] = type_  # a control token, or one that is not in use
     ids = read(keys).encode(text)
     assert id_ not in ids and read(keys).decode(ids) == text
+
+
+@given(
+    tokens=st.lists(st.text("ab\u2581é\U0001f600", max_size=6), unique=True, max_size=60),
+    random=st.randoms(use_true_random=False),
+)
+def test_merges_are_all_cuts_of_a_piece_into_two(tokens: list[str], random: Any) -> None:
+    """Best score first, then by the ids of both halves; by trying each cut of each piece."""
+    scores = [random.choice([-1, -2.5, 0, float("-inf"), 3]) for _ in tokens]
+    is_piece = [random.random() < 0.9 for _ in tokens]
+    pieces = {token: id_ for id_, token in enumerate(tokens) if is_piece[id_]}
+    expected = []
+    for token in sorted(pieces, key=lambda token: -scores[pieces[token]]):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [pair for pair in pairs if pieces.keys() >= set(pair)]
+        expected += sorted(known, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
+    assert merges_by_score(tokens, scores, is_piece) == expected
 
 
 def test_scores_may_be_whole_numbers() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
+from kvgen.checkpoint.blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped, quantized, stacked
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of
@@ -18,6 +20,8 @@ from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
 from kvgen.model.moe import RouterModule, StackedLinear
 from kvgen.system import total_memory
+
+_SMALL = 1 << 20  # bytes up to which parameters are copied; as views, each would keep that much of the file in memory
 
 
 class WeightReader:
@@ -59,7 +63,7 @@ class WeightReader:
         names = self.sources[source]
         where = f"{self.raw.path}: tensor {names[0]!r}"
         try:
-            pieces: Sequence[Tensor | Grouped] = self._read_integers(source) or self._read_floats(source)
+            pieces: Sequence[Tensor | Grouped | StoredBlocks] = self._read_integers(source) or self._read_floats(source)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{where} does not fit the config ({error})") from error
         parameters = []
@@ -68,14 +72,17 @@ class WeightReader:
                 raise CheckpointError(f"{where} has the shape {tuple(piece.shape)}, not {self.shapes[name]}")
             change = self.changes.get(name)
             changed = change(piece) if change and isinstance(piece, Tensor) else piece
-            parameters.append((name, self._convert(name, changed)))
+            parameters.append((name, self._convert(name, changed, partial(self._release, names))))
         kept = {parameter.data_ptr() for _, parameter in parameters if isinstance(parameter, Tensor)}
         if kept.isdisjoint(piece.data_ptr() for piece in pieces if isinstance(piece, Tensor)):
-            for name in names:  # no parameter uses the file's memory
-                self.raw.tensors[name].release()
+            self._release(names)  # no parameter uses the file's memory
         return parameters
 
-    def _read_integers(self, source: str) -> list[Grouped] | None:
+    def _release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.raw.tensors[name].release()
+
+    def _read_integers(self, source: str) -> list[Grouped | StoredBlocks] | None:
         """Read quantized weights as stored; None if they are not, or cannot or should not be kept."""
         names = self.sources[source]
         if self.options.quantize == "none" or not self.options.kernels:
@@ -86,8 +93,11 @@ class WeightReader:
         if grouped is None:
             return None
         transform = transform_of(self.transforms, source)
+        if transform is None and len(parts_of(source)) == 1:
+            return [grouped]
         if isinstance(transform, OfColumns):
-            moved = grouped.columns(transform.rows(torch.arange(grouped.shape[-1])[:, None]).squeeze(1))
+            whole = grouped.whole() if isinstance(grouped, StoredBlocks) else grouped
+            moved = whole.columns(transform.rows(torch.arange(grouped.shape[-1])[:, None]).squeeze(1))
             return None if moved is None else [moved]
         rows = grouped.shape[:-1]
         numbers = torch.arange(math.prod(rows), dtype=torch.float64)
@@ -96,19 +106,16 @@ class WeightReader:
         order = transform(index) if transform else index
         if order.shape != (*rows, 1) or not torch.equal(order.flatten().sort().values, numbers):
             return None  # the transform does more than reorder rows
-        pieces = split_fused(order, source, self.config)
-        if len(pieces) == 1 and not transform:
-            return [grouped]
-        return [grouped.rows(piece.squeeze(-1).long()) for piece in pieces]
+        return [grouped.rows(piece.squeeze(-1).long()) for piece in split_fused(order, source, self.config)]
 
-    def _read_grouped(self, source: str) -> Grouped | None:
+    def _read_grouped(self, source: str) -> Grouped | StoredBlocks | None:
         """Read the codes of a source as they are stored; None if one of its tensors has none."""
         names = self.sources[source]
         first = self.raw.tensors[names[0]].read_grouped()
         if first is None or not self._is_stacked(source, first.shape):
             return first
-        rest = [self.raw.tensors[name].read_grouped() for name in names[1:]]
-        whole = [first, *(part for part in rest if part is not None)]
+        parts = [first, *(self.raw.tensors[name].read_grouped() for name in names[1:])]
+        whole = [part.whole() if isinstance(part, StoredBlocks) else part for part in parts if part is not None]
         return stacked(whole) if len(whole) == len(names) else None
 
     def _is_stacked(self, source: str, shape: Sequence[int]) -> bool:
@@ -138,13 +145,18 @@ class WeightReader:
             raise UnsupportedError(f"{self.raw.path}: tensor {name!r} has the type {self.raw.tensors[name].type}")
         return tensor
 
-    def _convert(self, name: str, piece: Tensor | Grouped) -> Tensor | PackedMatrix:
+    def _convert(
+        self, name: str, piece: Tensor | Grouped | StoredBlocks, release: Callable[[], None]
+    ) -> Tensor | PackedMatrix:
         options, is_matrix = self.options, name in self.matrices
         bits = {"int8": 8, "int4": 4}.get(options.quantize)
         if bits is not None and is_matrix and isinstance(piece, Tensor) and piece.shape[-1] % 32 == 0:  # whole groups
             piece = quantized(piece, bits)
         if options.kernels and (is_matrix or name in self.routers):
-            return PackedMatrix(piece)
+            return PackedMatrix(piece, release)
+        assert not isinstance(piece, StoredBlocks)
         floats = piece.dequantized() if isinstance(piece, Grouped) else piece
         floats = floats.to(device=options.device, dtype=options.dtype)
+        if floats.nbytes < _SMALL:
+            return floats.clone(memory_format=torch.contiguous_format)
         return floats.contiguous() if options.kernels else floats

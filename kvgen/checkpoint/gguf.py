@@ -17,8 +17,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
+from kvgen.checkpoint.blocks import StoredBlocks, in_groups
 from kvgen.checkpoint.digest import source_file
-from kvgen.checkpoint.grouped import Grouped, read_blocks
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.quantization import mxfp4
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
@@ -141,7 +141,10 @@ class _Header:
                 self.fail("a string runs past the end of the file")
             raw.append(data[start:offset])
         self.offset = offset
-        return [self.text(item) for item in raw]
+        try:
+            return [item.decode() for item in raw]
+        except UnicodeDecodeError as error:
+            self.fail(f"text is not UTF-8 ({error.object[:40]!r})")
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, RawTensor]:
         infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
@@ -207,8 +210,9 @@ def _read_tensor(
 
 def _read_grouped(
     file: MappedFile, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, size: int
-) -> Grouped | None:
-    if len(shape) < 2 or kind in _PLAIN_TYPES:
+) -> StoredBlocks | None:
+    *rows, _ = shape
+    if not rows or not in_groups(kind.name):
         return None
-    blocks = np.frombuffer(file.data, np.uint8, size, offset).reshape(-1, GGML_QUANT_SIZES[kind][1])
-    return read_blocks(kind.name, blocks, *shape[:-1])
+    order = np.arange(math.prod(rows)).reshape(rows)
+    return StoredBlocks(kind.name, np.frombuffer(file.data, np.uint8, size, offset).reshape(order.size, -1), order)

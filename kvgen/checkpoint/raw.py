@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
+from kvgen.checkpoint.blocks import StoredBlocks
 from kvgen.checkpoint.digest import SourceFile, read_stat
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
@@ -39,7 +40,7 @@ class RawTensor:
     nbytes: int
     read: Callable[[], Tensor]
     release: Callable[[], None] = lambda: None
-    read_grouped: Callable[[], Grouped | None] = lambda: None
+    read_grouped: Callable[[], Grouped | StoredBlocks | None] = lambda: None
     expands: bool = False
     transposed: bool = False
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
+from kvgen.checkpoint.blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.kernels.build import library
 from kvgen.kernels.structs import Weight
@@ -16,25 +18,33 @@ from kvgen.kernels.structs import Weight
 PANEL = 32
 _INT4, _INT8, _CODED4 = 3, 4, 5
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PIECE = 1 << 18  # numbers converted at once: what fits into a core's cache
+_KEPT = 16  # pieces of a file that may be in memory
+_UNITS = {2: torch.int16, 4: torch.int32}  # by size: numpy has no bfloat16
 
 
 class PackedMatrix:
     """A matrix of R rows and K columns, or one for each of E experts. `tensors` own the memory of `weight`."""
 
-    def __init__(self, matrix: Tensor | Grouped) -> None:
-        """matrix: (R, K) or (E, R, K). fp32, bf16, fp16 and grouped integers keep their type; fp64 becomes fp32."""
+    def __init__(self, matrix: Tensor | Grouped | StoredBlocks, release: Callable[[], None] = lambda: None) -> None:
+        """matrix: (R, K) or (E, R, K). fp32, bf16, fp16 and grouped integers keep their type; fp64 becomes fp32.
+
+        release: drop the file's pages from memory; called from time to time.
+        """
         self.shape = tuple(matrix.shape)
-        if isinstance(matrix, Grouped):
-            self.tensors = _pack_groups(matrix)
-            kind, group, wide = (_INT4 if matrix.bits == 4 else _INT8), matrix.group, self.tensors[1].itemsize == 4
-            kind = _CODED4 if matrix.values is not None else kind
-        else:
-            self.tensors = [_interleave(matrix if matrix.dtype in _FLOATS else matrix.float())]
+        values = None
+        if isinstance(matrix, Tensor):
+            self.tensors = [_pack_floats(matrix if matrix.dtype in _FLOATS else matrix.float(), release)]
             kind, group, wide = _FLOATS[self.tensors[0].dtype], 0, False
+        else:
+            sample = matrix.piece(0, 1)
+            self.tensors, group, values = _pack_groups(matrix, release), sample.group, sample.values
+            kind, wide = _INT4 if sample.bits == 4 else _INT8, self.tensors[1].itemsize == 4
+            kind = kind if values is None else _CODED4
         pointers = [tensor.data_ptr() for tensor in self.tensors]
         self.weight = Weight(kind, *self.shape[-2:], group, wide, *pointers)
-        if isinstance(matrix, Grouped) and matrix.values is not None:
-            self.weight.values = (ctypes.c_uint8 * 16)(*(value + 128 for value in matrix.values))
+        if values is not None:
+            self.weight.values = (ctypes.c_uint8 * 16)(*(value + 128 for value in values))
 
     @property
     def nbytes(self) -> int:
@@ -56,20 +66,79 @@ class PackedMatrix:
         return self.rows(torch.arange(math.prod(experts) * padded).view(*experts, padded)[..., :rows])
 
 
-def _interleave(rows: Tensor) -> Tensor:
-    """(..., R, n) to (..., P, n, 32), padded with rows of zeros."""
-    missing = -rows.shape[-2] % PANEL
-    if missing:
-        rows = F.pad(rows, (0, 0, 0, missing))
-    return rows.view(*rows.shape[:-2], -1, PANEL, rows.shape[-1]).transpose(-1, -2).contiguous()
+def _pieces(shape: Sequence[int], release: Callable[[], None]) -> Iterator[tuple[int, int, int]]:
+    """Divide (R, K) or (E, R, K) into pieces: their first panels, first rows and last rows, exclusive, counted on."""
+    *experts, rows, columns = shape
+    step = max(1, _PIECE // (columns * PANEL)) * PANEL
+    pieces = itertools.product(range(math.prod(experts)), range(0, rows, step))
+    for number, (expert, first) in enumerate(pieces):
+        start = expert * rows
+        yield expert * _panels(rows) + first // PANEL, start + first, start + min(first + step, rows)
+        if number % _KEPT == _KEPT - 1:
+            release()
 
 
-def _pack_groups(matrix: Grouped) -> list[Tensor]:
-    codes = matrix.codes.contiguous()
-    if matrix.bits == 8:  # unsigned, and a group's second half between words of its first, as in bytes of two codes
-        shape = *matrix.scales.shape, 2, matrix.group // 8, 4
-        codes = (codes ^ -128).view(shape).transpose(-3, -2).reshape(matrix.codes.shape)
-    words = codes.view(torch.int32)
-    numbers = [matrix.scales] if matrix.mins is None else [matrix.scales, matrix.mins]
-    wide = any(tensor.dtype != torch.float16 for tensor in numbers)
-    return [_interleave(words), *(_interleave(tensor.float() if wide else tensor) for tensor in numbers)]
+def _panels(rows: int) -> int:
+    return -(-rows // PANEL)
+
+
+def _new_panels(shape: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for `width` numbers of each row of (R, K) or (E, R, K): (P, width, 32)."""
+    *experts, rows, _ = shape
+    panels = torch.empty(*experts, _panels(rows), width, PANEL, dtype=dtype)
+    if rows % PANEL:
+        panels[..., -1, :, rows % PANEL :] = 0
+    return panels.flatten(0, -3)
+
+
+def _write(rows: Tensor, panels: Tensor) -> None:
+    """Interleave (R, n) into panels, (P, n, 32)."""
+    units = _UNITS[rows.itemsize]
+    source, target = rows.view(units).numpy(), panels.view(units).numpy()
+    whole = len(source) // PANEL
+    target[:whole] = source[: whole * PANEL].reshape(whole, PANEL, source.shape[1]).transpose(0, 2, 1)
+    if len(source) % PANEL:
+        target[whole, :, : len(source) % PANEL] = source[whole * PANEL :].T
+
+
+def _pack_floats(matrix: Tensor, release: Callable[[], None]) -> Tensor:
+    *experts, rows, columns = matrix.shape
+    panels = _new_panels(matrix.shape, columns, matrix.dtype)
+    matrices = matrix.unbind() if experts else [matrix]
+    for panel, first, last in _pieces(matrix.shape, release):
+        expert, start = divmod(first, rows)
+        _write(matrices[expert][start : start + last - first], panels[panel:])
+    return panels
+
+
+def _words(piece: Grouped) -> Tensor:
+    """Return codes in units of four bytes, int32.
+
+    Those of 8 bits become unsigned, and units of a group's halves take turns, as the halves of bytes do with 4 bits.
+    """
+    codes = piece.codes.contiguous()
+    if piece.bits == 8:
+        units = (codes ^ -128).view(torch.int32).view(*piece.scales.shape, 2, piece.group // 8)
+        codes = units.transpose(-1, -2).reshape(len(codes), -1)
+    return codes.view(torch.int32)
+
+
+def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None]) -> list[Tensor]:
+    """Interleave units of four bytes of codes, and then scales and minimums."""
+    codes: Tensor | None = None
+    numbers: list[tuple[int, list[Tensor]]] = []
+    for panel, first, last in _pieces(matrix.shape, release):
+        piece = matrix.piece(first, last)
+        words = _words(piece)
+        codes = _new_panels(matrix.shape, words.shape[1], words.dtype) if codes is None else codes
+        _write(words, codes[panel:])
+        numbers.append((panel, [piece.scales] if piece.mins is None else [piece.scales, piece.mins]))
+    assert codes is not None
+    wide = any(part.dtype != torch.float16 for _, parts in numbers for part in parts)
+    tensors = [codes]
+    for part in range(len(numbers[0][1])):
+        width = numbers[0][1][part].shape[1]
+        tensors.append(_new_panels(matrix.shape, width, torch.float32 if wide else torch.float16))
+        for panel, parts in numbers:
+            _write(parts[part].float() if wide else parts[part], tensors[-1][panel:])
+    return tensors

@@ -181,7 +181,7 @@ def _add_bos_and_eos(raw: RawCheckpoint, backend: tokenizers.Tokenizer, tokens: 
 
 def _read_eos_ids(raw: RawCheckpoint, tokens: list[str], types: list[Any]) -> frozenset[int]:
     named = {_read_token_id(raw, kind, tokens) for kind in ("eos", "eot", "eom")}
-    known = {id_ for id_, token in enumerate(tokens) if types[id_] == TokenType.CONTROL and token in _END_TOKENS}
+    known = {id_ for id_, token in enumerate(tokens) if token in _END_TOKENS and types[id_] == TokenType.CONTROL}
     return frozenset(known | {id_ for id_ in named if id_ is not None})
 
 

@@ -108,6 +108,31 @@ def llama_cpp_at_length(folder: Path, *, flash: bool, quantized: bool = False) -
     return LlamaCpp(folder, n_ctx=LONG_CONTEXT, flash_attn=flash, type_k=type_, type_v=type_)
 
 
+class IkLlamaCpp:
+    def __init__(self, folder: Path) -> None:
+        from ik_llama_cpp import IkLlama, _ctypes_api, _internals
+
+        self.api, self.make_batch = _ctypes_api, _internals.make_batch_range
+        self.llama = IkLlama(str(folder / "model.gguf"), n_threads=THREADS, verbose=False)
+
+    def _eval(self, ids: list[int], at: int) -> None:
+        context = self.llama._context
+        for start in range(0, len(ids), context._n_ubatch):
+            batch = self.make_batch(ids[start : start + context._n_ubatch], pos_start=at + start, logits_last=True)
+            if context.decode(batch):
+                raise RuntimeError("llama_decode failed")
+            self.api.llama_batch_free(batch)
+
+    def prefill(self, ids: list[int]) -> float:
+        self.llama._context.kv_cache_clear()
+        return seconds(lambda: self._eval(ids, 0))
+
+    def decode(self, ids: list[int]) -> float:
+        self.prefill(ids)
+        tokens = enumerate(random_ids(DECODED), len(ids))
+        return statistics.median([seconds(lambda n=n, token=token: self._eval([token], n)) for n, token in tokens])
+
+
 class OpenVino:
     def __init__(self, folder: Path) -> None:
         import numpy
@@ -213,7 +238,9 @@ class XTransformers:
 
 ENGINES: dict[str, Callable[[Path], Any]] = {
     "kvgen": Kvgen,
+    "kvgen int8": lambda folder: Kvgen(folder, activations="int8"),
     "llama.cpp": LlamaCpp,
+    "ik_llama.cpp": IkLlamaCpp,
     "OpenVINO GenAI": OpenVino,
     "CTranslate2 int8": CTranslate2,
     "transformers bf16": lambda folder: Transformers(folder, "bfloat16"),

@@ -33,6 +33,7 @@ PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 PACKAGES = {
     "kvgen": "torch",
+    "kvgen int8": "torch",
     "llama.cpp": "llama-cpp-python",
     "OpenVINO GenAI": "openvino-genai",
     "CTranslate2 int8": "ctranslate2",
@@ -42,6 +43,7 @@ PACKAGES = {
 }
 CONTEXTS, PROMPTS, LENGTHS = (16, 512, 2048), (128, 512, 2048), (16, 64, 256, 1024)
 SLOW = 10.0
+MEASURED = ("kvgen", "kvgen int8", "llama.cpp", "transformers bf16")  # against exact weights
 TEXT, TEXT_TOKENS = ROOT / "benchmarks" / "texts" / "quality.txt", 1500
 FIRST_TOKEN = {
     "kvgen": ["-m", "kvgen", "generate", "-q", "-n", "1", "-t", "0", "-p", "Once upon a time,", "-m"],
@@ -61,10 +63,11 @@ FIRST_TOKEN = {
 class Engine:
     """A process that has one engine loaded, and measures when told to."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, **environment: str) -> None:
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks" / "peers.py"), name, str(folder)],
+            env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -159,7 +162,10 @@ def quality(names: Sequence[str], folder: Path) -> dict[str, tuple[float, float]
     ids = kvgen.load(kernels="off").tokenizer.encode(TEXT.read_text())[:TEXT_TOKENS]
     found = {}
     expected: Any = None
-    for name in ("kvgen on torch", *(name for name in names if name in ("kvgen", "llama.cpp", "transformers bf16"))):
+    for name in (
+        "kvgen on torch",
+        *(name for name in names if name in ("kvgen", "kvgen int8", "llama.cpp", "transformers bf16")),
+    ):
         engine, file = Engine(name, folder), folder / "log-probabilities.npy"
         engine.ask("log_probabilities", ids=ids, file=str(file))
         engine.close()

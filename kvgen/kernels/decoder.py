@@ -47,7 +47,8 @@ _LayerArray = ctypes.Array[structs.Layer]
 class KernelDecoder(CausalLM):
     """A decoder that keeps weights in the checkpoint's type and computes in fp32.
 
-    activation_bits: of the integers that activations are rounded to, to multiply integer weights: 16, or 8 (lossy).
+    activation_bits: of the integers that activations are rounded to, to multiply integer weights: 16, or 8 (lossy). The
+        head has 16: it costs little, and what it rounds shows in the logits.
     weights: packed matrices, and fp32 vectors and position embeddings, by `Decoder`'s parameter names.
     Raises UnsupportedError if the kernels cannot be built.
     """
@@ -165,7 +166,7 @@ class KernelDecoder(CausalLM):
                 tables=(structs.Table * len(tables))(*tables),
                 rows=rows,
                 sequence_count=len(sequences),
-                activation_bits=self.activation_bits,
+                activation_bits=self.activation_bits if logits is None else 16,
             )
             for first in range(0, len(ops), count):
                 run.ops, run.count = ctypes.pointer(ops[first]), min(count, len(ops) - first)

@@ -168,8 +168,13 @@ class RotaryTables(nn.Module):
         scale: float | Tensor = self.scale
         if self.growth:
             steps = (positions // self.growth_length)[:, None].to(frequencies.dtype)  # (rows, 1)
-            scale = scale * (1 + self.growth * torch.log1p(steps))
-        return angles.cos() * scale, angles.sin() * scale
+            scale = scale * (1 + self.growth * _exactly(torch.log1p, steps))
+        return _exactly(torch.cos, angles) * scale, _exactly(torch.sin, angles) * scale
+
+
+def _exactly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute in float64 on a CPU: processors differ in a function's last bits, which rounding then hides."""
+    return function(x.double()).to(x.dtype) if x.device.type == "cpu" else function(x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

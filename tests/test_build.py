@@ -175,3 +175,28 @@ def test_what_was_not_loaded_for_a_month_is_swept(copying_compiler: Path, tmp_pa
     os.utime(made, (0, 0))
     assert build._compiled(chosen_variant()) == made
     assert time.time() - made.stat().st_mtime < day
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++")
+@pytest.mark.parametrize(
+    "variant", [each for each in VARIANTS if each.machine == processors.machine()], ids=lambda variant: variant.name
+)
+def test_clang_makes_kernels_with_the_same_bits(
+    variant: Variant, smollm2: kvgen.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the compiler that the tests use otherwise, for the processor's best variant."""
+    if lacking := variant.lacking():
+        pytest.skip(f"this processor {lacking}")
+    ids = torch.tensor([smollm2.tokenizer.encode("Once upon a time, in a land far away,")])
+    expected = smollm2.model.all_logits(ids)
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setenv("KVGEN_CPU", variant.name)
+    monkeypatch.setenv("KVGEN_CACHE_DIR", str(tmp_path))
+    build._load.cache_clear()
+    try:
+        loaded = kvgen.load(smollm2.source, kernels="cpp")
+        assert loaded.model.engine == variant.engine
+        assert torch.equal(loaded.model.all_logits(ids), expected)
+    finally:
+        build._load.cache_clear()

@@ -104,6 +104,15 @@ def test_pieces_are_packed_as_the_whole_is(
     assert torch.equal(grouped.dequantized(), weights[order])
 
 
+@pytest.mark.parametrize("type_name", TYPES)
+def test_any_number_of_blocks_is_read(type_name: str) -> None:
+    """Numpy chooses the order of results in memory by shapes."""
+    for rows in (1, 2, 128):
+        blocks, expected = random_blocks(type_name, rows, columns=2048)
+        stored = StoredBlocks(type_name, blocks.reshape(rows, -1), np.arange(rows))
+        assert torch.equal(stored.whole().dequantized(), expected)
+
+
 def test_a_q4_0_scale_whose_minimum_leaves_fp16_is_kept() -> None:
     blocks, _ = random_blocks("Q4_0", rows=32, columns=32)
     blocks[:, :2] = np.full((32, 1), 60000, np.float16).view(np.uint8)

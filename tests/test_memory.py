@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import psutil
@@ -90,10 +94,59 @@ print(json.dumps([count, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss 
 
 
 def test_kernels_leave_none_of_the_file_in_memory(smollm2_path: Path) -> None:
-    loaded = kvgen.load(smollm2_path, kernels="on")
+    loaded = kvgen.load(smollm2_path, kernels="cpp")
     maps = [mapped for mapped in psutil.Process().memory_maps() if mapped.path == str(smollm2_path.resolve())]
     assert sum(mapped.rss for mapped in maps) < 1e6
     assert loaded.model.weight_bytes is not None
+
+
+def test_the_vocabulary_is_read_before_the_weights(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes meanwhile is free again before the weights take theirs."""
+    events = []
+
+    def watch(name: str) -> None:
+        function = getattr(loading, name)
+
+        def watched(*arguments: Any) -> Any:
+            events.append(name)
+            time.sleep(0.05)
+            result = function(*arguments)
+            events.append(f"after {name}")
+            return result
+
+        monkeypatch.setattr(loading, name, watched)
+
+    for name in ("read_tokenizer", "return_freed_memory", "load_native"):
+        watch(name)
+    kvgen.load(tiny_llama()[0], device="cpu")
+    assert [event for event in events if event.startswith("after")] == [
+        "after read_tokenizer",
+        "after return_freed_memory",
+        "after load_native",
+    ]
+    assert events.index("load_native") > events.index("after return_freed_memory")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc_trim")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    c, size = ctypes.CDLL(None), 100_000  # below what the C library maps by itself
+    c.malloc.restype = ctypes.c_void_p
+    parts = [c.malloc(ctypes.c_size_t(size)) for _ in range(1000)]
+    for part in parts:
+        ctypes.memset(part, 1, size)
+    for part in parts[:-1]:
+        c.free(ctypes.c_void_p(part))
+    before = psutil.Process().memory_info().rss
+    system.return_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 80e6
+    c.free(ctypes.c_void_p(parts[-1]))
+
+
+def test_the_command_line_collects_garbage_rarely() -> None:
+    script = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_threshold()[0]))\n"
+    script += "sys.argv = ['kvgen', '--version']\nfrom kvgen.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) == 50_000
 
 
 @pytest.mark.slow
@@ -107,7 +160,7 @@ def test_loading_takes_little_more_memory_than_the_weights(type_name: str, tmp_p
     script = f"""
 import kvgen, resource
 for size in ("small", "large"):
-    loaded = kvgen.load({str(tmp_path)!r} + f"/{{size}}.gguf", tokenizer="ids", kernels="on")
+    loaded = kvgen.load({str(tmp_path)!r} + f"/{{size}}.gguf", tokenizer="ids", kernels="cpp")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, loaded.model.weight_bytes)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.build import library
 from kvgen.kernels.processors import NATIVE, asked_variant, chosen_variant
-from kvgen.system import available_memory
+from kvgen.system import available_memory, return_freed_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
 KERNELS = ("auto", "cpp", "off")
@@ -125,8 +125,11 @@ def _load_checkpoint(
         raise UsageError(f"{raw.path} runs in the x-transformers library, which takes no adapter")
     model: Backend
     config: Any
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # read the vocabulary while the weights are read
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
+        if own_tokenizer is not None:  # before the weights are in memory: a large vocabulary takes 100 MB meanwhile
+            wait([own_tokenizer])
+            return_freed_memory()
         if raw.format == "x-transformers":
             model, config = load_xtransformers(raw, options.dtype, options.device), raw.metadata
         else:

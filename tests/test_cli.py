@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -609,3 +610,17 @@ def test_a_long_prompt_shows_how_far_it_is_and_can_be_interrupted(smollm2_path: 
     assert code == 130
     assert output.rstrip().endswith("\x1b[2K")  # the bar is taken away, and nothing has come
     assert re.search(r"[1-9]\d*/[56]\d\d\d", output)
+
+
+@pytest.mark.parametrize("shown", ["row_progress(3, model, quiet=False)", "status('comparing', model, quiet=False)"])
+def test_batch_and_compare_show_how_much_of_a_long_prompt_is_read(shown: str) -> None:
+    program = (
+        "import time; from types import SimpleNamespace; from kvgen.cli.render import row_progress, status\n"
+        "told = []; model = SimpleNamespace(watch=told.append)\n"
+        f"with {shown}:\n told[0](512, 2048); time.sleep(0.5)\n"
+    )
+    terminal, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env=environment, check=True)
+    os.set_blocking(terminal, False)
+    assert b"(reading 2,048 tokens: 25 %)" in os.read(terminal, 10000)

@@ -24,6 +24,7 @@ from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 
 if TYPE_CHECKING:
     from kvgen import Loaded
+    from kvgen.contract import Backend
     from kvgen.pipeline.complete import Result
     from kvgen.pipeline.results import ResultsFile
     from kvgen.pipeline.rows import InputRow
@@ -104,15 +105,17 @@ def batch(
     run = _Run(source, reading, defaults, limit, batch_size, max_cache_bytes, file, quiet)
     done, failed = ({}, 0) if file is None else (file.done, file.failed)
     todo = not_done(read_rows(lines), done, output)
+    model: Backend | None = None
     if ray is None:
-        complete = run.complete_locally(todo, prompt_cache)
+        complete, model = run.complete_locally(todo, prompt_cache)
     else:
         complete = run.complete_on_ray(todo, None if ray == "here" else ray, ray_workers)
     write = file.write if file else write_json if sys.stdout.isatty() else Lines(sys.stdout.fileno()).write
     expected = None if rows is None else _count_rows(rows, len(done))
     with ending_softly(quiet=quiet) as going_on:
         put = write if unordered else InOrder(write, done)
-        totals = _write_results(complete(going_on), put, expected, strict=strict, quiet=quiet)
+        with row_progress(expected, model, quiet=quiet) as show:
+            totals = _write_results(complete(going_on), put, show, strict=strict, quiet=quiet)
         interrupted = not going_on()
     if file is not None:
         file.close()
@@ -152,8 +155,8 @@ class _Run:
     file: ResultsFile | None
     quiet: bool
 
-    def complete_locally(self, rows: Iterable[InputRow], prompt_cache: Path | None) -> _Complete:
-        """Load the model in this process."""
+    def complete_locally(self, rows: Iterable[InputRow], prompt_cache: Path | None) -> tuple[_Complete, Backend]:
+        """Load the model in this process, and return it too."""
         loaded = self.reading.prepared(self.source.load(quiet=self.quiet))
         self._claim_file(loaded)
 
@@ -171,7 +174,7 @@ class _Run:
             if prompt_cache is not None and engine.cache is not None:
                 save_prompt_cache(prompt_cache, engine.cache, loaded)
 
-        return complete
+        return complete, loaded.model
 
     def complete_on_ray(self, rows: Iterable[InputRow], address: str | None, workers: int | None) -> _Complete:
         """Load the model in each worker of a Ray cluster."""
@@ -194,21 +197,25 @@ class _Run:
 
 
 def _write_results(
-    results: Iterable[Result], put: Callable[[dict[str, Any]], None], expected: int | None, *, strict: bool, quiet: bool
+    results: Iterable[Result],
+    put: Callable[[dict[str, Any]], None],
+    show: Callable[[int], None],
+    *,
+    strict: bool,
+    quiet: bool,
 ) -> Totals:
     totals = Totals()
-    with row_progress(expected, quiet=quiet) as show:
-        for result in results:
-            try:
-                put(result.value)
-            except BrokenPipeError:
-                if not quiet:
-                    print_note(f"stdout was closed after {totals.rows} rows")
-                raise
-            if result.failed and strict:
-                raise KvgenError(f"row {result.row.id!r}: {result.value['error']}")
-            totals.add(result)
-            show(result.tokens)
+    for result in results:
+        try:
+            put(result.value)
+        except BrokenPipeError:
+            if not quiet:
+                print_note(f"stdout was closed after {totals.rows} rows")
+            raise
+        if result.failed and strict:
+            raise KvgenError(f"row {result.row.id!r}: {result.value['error']}")
+        totals.add(result)
+        show(result.tokens)
     return totals
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +13,7 @@ from kvgen.cli import options
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import check_page, terminal, write_json, write_page
+from kvgen.cli.render import check_page, status, write_json, write_page
 from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
@@ -76,9 +74,7 @@ def compare(
 
     from kvgen.comparison.report import as_data
 
-    shows_status = sys.stderr.isatty() and not quiet
-    status: AbstractContextManager[object] = terminal(sys.stderr).status("comparing") if shows_status else nullcontext()
-    with status:
+    with status("comparing", loaded.model, quiet=quiet):
         comparisons = [_compare(loaded, given, names, max_tokens, forced=text is not None) for given in texts]
     report: dict[str, Any] = {
         "model": loaded.source,

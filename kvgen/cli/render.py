@@ -200,10 +200,10 @@ def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Ite
 
 
 @contextmanager
-def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Yield a callback for the tokens of each finished row; it shows a bar and rates on a terminal.
 
-    total: number of rows; None if unknown.
+    total: number of rows; None if unknown. model: whose long prompts are shown in place of the rates.
     """
     started, done, generated = time.perf_counter(), 0, 0
     columns = progress.TextColumn("rows"), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}")
@@ -217,7 +217,25 @@ def row_progress(total: int | None, *, quiet: bool) -> Iterator[Callable[[int], 
             seconds = time.perf_counter() - started
             bar.update(task, completed=done, rate=f"{done / seconds:.1f} rows/s, {generated / seconds:.0f} tok/s")
 
+        if model is not None:
+            model.watch(lambda read, length: bar.update(task, rate=format_reading(read, length)))
         yield show
+
+
+@contextmanager
+def status(text: str, model: Backend, *, quiet: bool) -> Iterator[None]:
+    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    with terminal(sys.stderr).status(text) as shown:
+        model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
+        yield
+
+
+def format_reading(done: int, total: int) -> str:
+    """Format how much of a sequence the model has read; nothing at its end."""
+    return f"(reading {total:,} tokens: {100 * done // total} %)" if done < total else ""
 
 
 @contextmanager

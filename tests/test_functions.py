@@ -81,7 +81,7 @@ def test_edges(name: str, tmp_path: Path) -> None:
     assert np.array_equal(found, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["expm1", "tanh", "erf"])
+@pytest.mark.parametrize("name", ["tanh", "erf"])
 def test_zero_keeps_its_sign(name: str, tmp_path: Path) -> None:
     zeros = np.array([0.0, -0.0], np.float32)
     assert np.signbit(apply(name, HERE[0], zeros, tmp_path)).tolist() == [False, True]

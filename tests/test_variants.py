@@ -110,7 +110,7 @@ def test_another_compiler_gives_the_same_bits(variant: str, name: str, folder: P
 def test_the_default_model_gives_the_same_logits_on_every_variant(smollm2: kvgen.Loaded, stored: str) -> None:
     """And whatever instructions torch uses, which computes rotations."""
     ids = [str(number) for number in smollm2.tokenizer.encode("\n".join(CORPUS))]
-    command = [sys.executable, "-c", LOGITS, str(smollm2.path), stored, *ids]
+    command = [sys.executable, "-c", LOGITS, str(smollm2.source), stored, *ids]
     found = {}
     for name in HERE:
         for capability in ("default", "avx2"):

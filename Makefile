@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests run side by side, a process for each processor.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# Tests run side by side, a process for each processor. Bytecode is kept, for the processes that they start.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 PROMPT_FILE ?= prompts/story.txt
 INPUTS ?= 10000
 
@@ -41,8 +41,10 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+# pip compiles on one processor, and everything. What is left out, Python compiles when it is imported.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	-@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/testing/|/transformers/models/' $(VENV)/lib
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.bench: $(VENV)/.dev benchmarks/requirements.txt

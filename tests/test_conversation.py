@@ -18,6 +18,7 @@ from kvgen.cli.markdown import MarkdownWriter
 from kvgen.generation.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
+from kvgen.system import cache_dir
 from tests.program import KVGEN, run, run_on_terminal
 from tests.sizes import first
 
@@ -147,7 +148,8 @@ READY = "\x1b[?2004h"  # what a terminal is told when a line can be typed
 
 @pytest.fixture
 def environment(smollm2_path: Path, tmp_path: Path) -> dict[str, str]:
-    return {"KVGEN_MODEL": str(smollm2_path), "HOME": str(tmp_path)}
+    # Another home has no history of what was typed, but would have no kernels either, which take long to compile.
+    return {"KVGEN_MODEL": str(smollm2_path), "HOME": str(tmp_path), "KVGEN_CACHE_DIR": str(cache_dir())}
 
 
 def test_a_session_on_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
-from tests.program import run
+from tests.program import run, run_on_terminal
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
@@ -468,6 +468,8 @@ def test_a_compiler_that_fails_is_named(tiny_llama, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+    _, shown_to_people = run_on_terminal(*command, environment=environment)
+    assert "compiling the kernels for this processor" in shown_to_people
 
 
 def test_options_that_do_not_go_together_are_refused(tiny_llama) -> None:

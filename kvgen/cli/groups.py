@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, wraps
@@ -76,10 +77,13 @@ class ModelOptions:
         import torch
 
         from kvgen import load
+        from kvgen.kernels.build import must_compile
 
         raise_interrupts()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if self.kernels != "off" and must_compile():
+            notes(quiet=quiet or not sys.stderr.isatty())("compiling the kernels for this processor, once")
         with download_progress(quiet=quiet) as progress:
             loaded = load(**self.arguments(), progress=progress)
         if loaded.note:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from kvgen.errors import UnsupportedError
+from kvgen.errors import KvgenError, UnsupportedError
 from kvgen.kernels.compiler import compile_kernels, find_compiler, library_name
 from kvgen.kernels.processors import Variant, chosen_variant
 from kvgen.system import cache_dir
@@ -37,6 +37,15 @@ def available_variant() -> Variant:
     return variant
 
 
+def must_compile() -> bool:
+    """Whether `library` would compile, which takes some ten seconds."""
+    try:
+        variant = chosen_variant()
+        return not ((PREBUILT / library_name(variant)).exists() or _cached(variant, find_compiler()).exists())
+    except KvgenError:
+        return False
+
+
 @cache
 def _load(variant: Variant) -> ctypes.CDLL:
     path = PREBUILT / library_name(variant)
@@ -50,7 +59,7 @@ def _load(variant: Variant) -> ctypes.CDLL:
 
 def _compiled(variant: Variant) -> Path:
     compiler = find_compiler()
-    path = cache_dir() / "kernels" / library_name(variant, compiler)
+    path = _cached(variant, compiler)
     if path.exists():
         with suppress(OSError):  # a cache folder that cannot be written to
             os.utime(path)
@@ -58,6 +67,10 @@ def _compiled(variant: Variant) -> Path:
         compile_kernels(compiler, variant, path)
         _sweep(path.parent)
     return path
+
+
+def _cached(variant: Variant, compiler: str) -> Path:
+    return cache_dir() / "kernels" / library_name(variant, compiler)
 
 
 def _sweep(folder: Path) -> None:

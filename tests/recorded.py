@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvgen.checkpoint.grouped import Grouped, read_blocks
+from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.grouped import Grouped
 from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.config import DecoderConfig, Layer
@@ -134,9 +136,9 @@ def _stored(matrix: Tensor, stored: str) -> Tensor | Grouped:
     *experts, rows, columns = matrix.shape
     if columns % (256 if "K" in stored or "XS" in stored else 32):
         return matrix
-    blocks, _ = random_blocks(stored, matrix[..., 0].numel(), columns)
-    grouped = read_blocks(stored, blocks, *experts, rows)
-    assert grouped is not None
+    count = matrix[..., 0].numel()
+    blocks, _ = random_blocks(stored, count, columns)
+    grouped = StoredBlocks(stored, blocks.reshape(count, -1), np.arange(count).reshape(*experts, rows)).whole()
     size = grouped.dequantized().view(*grouped.scales.shape, -1).square().mean(-1).sqrt()
     factor = torch.where(size > 0, 0.7 * columns**-0.5 / size, 0)
     mins = None if grouped.mins is None else (grouped.mins * factor).to(grouped.mins.dtype)

@@ -12,16 +12,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
-from speed import CONTEXTS, PROMPTS, Engine, alternate, installed, table
+from speed import CONTEXTS, PROMPTS, Engine, alternate, table
 
 from kvgen.hub.names import resolve
+
+TORCH_ON_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 
 
 def engines(folder: Path, variant: str, llama_cpp: Path | None, names: list[str]) -> list[Engine]:
     peer = {} if llama_cpp is None else {"LLAMA_CPP_LIB_PATH": str(llama_cpp), "LD_LIBRARY_PATH": str(llama_cpp)}
-    environments = {"llama.cpp": peer}
+    environments = {"llama.cpp": peer, "kvgen on torch": {} if "512" in variant else TORCH_ON_AVX2}
     return [Engine(name, folder, **environments.get(name, {"KVGEN_CPU": variant})) for name in names]
 
 
@@ -35,8 +42,8 @@ def main() -> None:
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)))
     options = parser.parse_args()
-    packages = {"llama.cpp": "llama-cpp-python", "ik_llama.cpp": "ik-llama-cpp-python"}
-    names = [name for name in options.engines.split(",") if installed(packages.get(name, "torch"))]
+    modules = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
+    names = [name for name in options.engines.split(",") if find_spec(modules.get(name, "torch"))]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(resolve(options.model))
         running = engines(Path(folder), options.variant, options.llama_cpp, names)

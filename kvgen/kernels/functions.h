@@ -2,7 +2,7 @@
 // are minimax fits.
 #pragma once
 
-#include "vectors.h"
+#include "instructions.h"
 
 namespace {
 

@@ -116,5 +116,7 @@ def test_torch_has_no_integer_activations(tmp_path: Path) -> None:
         kvgen.load(tmp_path, tokenizer="ids", activations="int8", kernels="off")
     with pytest.raises(kvgen.UsageError, match="compute in float32 on a CPU, not in bfloat16"):
         kvgen.load(tmp_path, tokenizer="ids", activations="int8", dtype="bfloat16")
+    with pytest.raises(kvgen.UsageError, match="has no integer weights"):
+        kvgen.load(tmp_path, tokenizer="ids", activations="int8")
     with pytest.raises(kvgen.UsageError, match="activations 'int4' is not one of int16, int8"):
         kvgen.load(tmp_path, tokenizer="ids", activations="int4")

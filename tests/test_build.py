@@ -168,7 +168,7 @@ def test_what_was_not_loaded_for_a_month_is_swept(copying_compiler: Path, tmp_pa
     (folder / "tmp-left-behind").mkdir()
     for name in ("other-version", "old", "old-format.so", "tmp-left-behind/half.so"):
         (folder / name).write_text("")
-    for name, days in (("other-version", 29), ("old", 31), ("old-format.so", 400), ("tmp-left-behind", 31)):
+    for name, days in (("other-version", 29), ("old", 31), ("old-format.so", 400), ("tmp-left-behind", 0.1)):
         os.utime(folder / name, (time.time() - days * day,) * 2)
     made = build._compiled(chosen_variant())
     assert sorted(folder.iterdir()) == sorted([made, folder / "other-version"])

@@ -468,6 +468,10 @@ def test_a_compiler_that_fails_is_named(tiny_llama, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+    compiler.write_text("#!/bin/sh\n")
+    assert "cannot build the kernels: it wrote nothing" in run(*command, "--stats", env=environment).stderr
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    assert "it ended with exit code 3" in run(*command, "--stats", env=environment).stderr
     _, shown_to_people = run_on_terminal(*command, environment=environment)
     assert "compiling the kernels for this processor" in shown_to_people
 

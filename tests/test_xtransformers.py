@@ -253,9 +253,12 @@ def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path, monkey
 
 def test_options_of_the_decoder_are_refused(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "x", bytes_net(), "rotary")
-    for option in ({"kernels": "cpp"}, {"quantize": "int8"}, {"kv_dtype": "int8"}):
-        with pytest.raises(UsageError, match="runs in the x-transformers library"):
+    for option in ({"kernels": "cpp"}, {"quantize": "int8"}, {"kv_dtype": "int8"}, {"activations": "int8"}):
+        (name, value), *_ = option.items()
+        with pytest.raises(UsageError, match=f"in the x-transformers library, for which {name} '{value}' cannot be"):
             kvgen.load(folder, **option)
+        with pytest.raises(UsageError, match=f"is a program, for which {name} '{value}' cannot be chosen"):
+            kvgen.load("model.py:factory", tokenizer="ids", **option)
 
 
 def test_inspect_says_what_runs_it(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
-from kvgen.errors import UnsupportedError
+from kvgen.errors import UnsupportedError, UsageError
 from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.lacking import lacking
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.moe import used_share
@@ -106,7 +107,8 @@ def load_native(
     adapter: merged into the weights.
 
     Raises CheckpointError for tensors that do not fit, UnsupportedError for models that kvgen does not implement or
-    that need more memory than there is, or if the kernels are required and lack a mechanism of the model.
+    that need more memory than there is, or if the kernels are required and lack a mechanism of the model. Raises
+    UsageError for 8-bit activations without integer weights.
     """
     adapted = adapt(raw, adapter)
     blueprint = adapted.blueprint
@@ -119,6 +121,9 @@ def load_native(
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
     decoder: Decoder | KernelDecoder
     if options.kernels:
+        integers = any(isinstance(weight, PackedMatrix) and weight.weight.group for weight in state.values())
+        if options.activation_bits != 16 and not integers:
+            raise UsageError(f"{raw.path} has no integer weights, to which activations of int8 belong; see quantize")
         decoder = KernelDecoder(blueprint.decoder.config, state)
         decoder.activation_bits = options.activation_bits
     else:

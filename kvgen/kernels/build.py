@@ -19,6 +19,7 @@ PREBUILT = Path(__file__).parent / "libraries"  # only in wheels; see setup.py
 # Seconds. Libraries are touched when they are loaded. So versions of kvgen that are used side by side keep theirs, and
 # what an update leaves behind, 0.3 MB each, goes when it has not been loaded for this long.
 _KEEP_UNUSED = 30 * 24 * 3600
+_KEEP_UNFINISHED = 3600
 
 
 def library() -> ctypes.CDLL:
@@ -75,8 +76,11 @@ def _cached(variant: Variant, compiler: str) -> Path:
 
 def _sweep(folder: Path) -> None:
     """Delete libraries that were not loaded for long, and what interrupted compilers left."""
-    oldest = time.time() - _KEEP_UNUSED
+    now = time.time()
     for entry in folder.iterdir():
         with suppress(OSError):  # another process may be sweeping too
-            if entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            age = now - entry.stat().st_mtime
+            if entry.is_dir() and age > _KEEP_UNFINISHED:
+                shutil.rmtree(entry)
+            elif age > _KEEP_UNUSED:
+                entry.unlink()

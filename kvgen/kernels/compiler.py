@@ -58,8 +58,11 @@ def compile_kernels(compiler: str, variant: Variant, path: Path) -> None:
             command = [compiler, *_FLAGS, *variant.flags, str(_SOURCE), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
             if done.returncode:
-                why = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
+                ended = f"it ended with exit code {done.returncode}"
+                why = next((line for line in done.stderr.splitlines() if "error" in line), ended)
                 raise UnsupportedError(f"{compiler} cannot build the kernels: {why}")
+            if not built.exists():
+                raise UnsupportedError(f"{compiler} cannot build the kernels: it wrote nothing")
             built.replace(path)  # atomically: another process may be building it too
     except subprocess.TimeoutExpired:
         raise UnsupportedError(f"{compiler} cannot build the kernels in {_TIMEOUT} seconds") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,14 @@ from kvgen.kernels.processors import NATIVE, asked_variant, chosen_variant
 from kvgen.system import available_memory, return_freed_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
-KERNELS = ("auto", "cpp", "off")
-QUANTIZE = ("auto", "none", "int8", "int4")
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ACTIVATIONS = {"int16": 16, "int8": 8}
+CHOICES = {  # the defaults first
+    "kernels": ("auto", "cpp", "off"),
+    "quantize": ("auto", "none", "int8", "int4"),
+    "kv_dtype": tuple(KV_DTYPES),
+    "activations": tuple(ACTIVATIONS),
+}
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -102,17 +106,25 @@ def load(
 
     Raises NotFoundError, CheckpointError, UnsupportedError, UsageError.
     """
+    chosen = {"kernels": kernels, "quantize": quantize, "kv_dtype": kv_dtype, "activations": activations}
+    for option, value in chosen.items():
+        _check_choice(option, value, CHOICES[option])
     name = str(reference or default_reference())
     if re.search(r"\.py:\w+$", name):
         if adapter is not None:
             raise UsageError(f"model {name!r} is a program, which takes no adapter")
+        _check_defaults(f"model {name!r} is a program", chosen)
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
     device = _choose_device(device)
     raw = read_checkpoint(resolve(name, progress=progress))
     dtype = _choose_dtype(dtype, device, raw)
-    options = _compute_options(raw, dtype, device, kernels, quantize, kv_dtype, activations)
+    if raw.format == "x-transformers":
+        _check_defaults(f"{raw.path} runs in the x-transformers library", chosen)
+        options = ComputeOptions(dtype, device)
+    else:
+        options = _compute_options(dtype, device, **chosen)
     return _load_checkpoint(raw, options, tokenizer, adapter)
 
 
@@ -159,27 +171,10 @@ def _cache_budget(model: Backend, available: int) -> int:
 
 
 def _compute_options(
-    raw: RawCheckpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: str,
-    quantize: str,
-    kv_dtype: str,
-    activations: str,
+    dtype: torch.dtype, device: torch.device, kernels: str, quantize: str, kv_dtype: str, activations: str
 ) -> ComputeOptions:
-    """Raises UsageError for invalid options, UnsupportedError if kernels are required and cannot be had."""
-    _check_choice("kernels", kernels, KERNELS)
-    _check_choice("quantize", quantize, QUANTIZE)
-    _check_choice("kv_dtype", kv_dtype, KV_DTYPES)
-    _check_choice("activations", activations, ACTIVATIONS)
+    """Raises UsageError for options that exclude each other, UnsupportedError if kernels are required and missing."""
     required = kernels == "cpp" or activations != "int16"
-    if raw.format == "x-transformers":
-        if required or quantize != "auto" or kv_dtype != "auto":
-            raise UsageError(
-                f"{raw.path} runs in the x-transformers library, which has no kernels, "
-                "quantize, kv_dtype and activations"
-            )
-        return ComputeOptions(dtype, device)
     fits = device.type == "cpu" and dtype == torch.float32
     if required and kernels == "off":
         raise UsageError(f"only the kernels have {activations} activations; they are off")
@@ -203,6 +198,13 @@ def _compute_options(
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise UsageError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_defaults(what: str, chosen: Mapping[str, str]) -> None:
+    """Refuse options that only kvgen's own decoders have."""
+    for name, value in chosen.items():
+        if value not in (CHOICES[name][0], "off"):
+            raise UsageError(f"{what}, for which {name} {value!r} cannot be chosen")
 
 
 def _choose_device(device: str | torch.device) -> torch.device:

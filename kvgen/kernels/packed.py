@@ -125,20 +125,14 @@ def _words(piece: Grouped) -> Tensor:
 
 def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None]) -> list[Tensor]:
     """Interleave units of four bytes of codes, and then scales and minimums."""
-    codes: Tensor | None = None
-    numbers: list[tuple[int, list[Tensor]]] = []
+    tensors: list[Tensor] = []
     for panel, first, last in _pieces(matrix.shape, release):
         piece = matrix.piece(first, last)
-        words = _words(piece)
-        codes = _new_panels(matrix.shape, words.shape[1], words.dtype) if codes is None else codes
-        _write(words, codes[panel:])
-        numbers.append((panel, [piece.scales] if piece.mins is None else [piece.scales, piece.mins]))
-    assert codes is not None
-    wide = any(part.dtype != torch.float16 for _, parts in numbers for part in parts)
-    tensors = [codes]
-    for part in range(len(numbers[0][1])):
-        width = numbers[0][1][part].shape[1]
-        tensors.append(_new_panels(matrix.shape, width, torch.float32 if wide else torch.float16))
-        for panel, parts in numbers:
-            _write(parts[part].float() if wide else parts[part], tensors[-1][panel:])
+        parts = [_words(piece), piece.scales, *([] if piece.mins is None else [piece.mins])]
+        if not tensors:
+            tensors = [_new_panels(matrix.shape, part.shape[1], part.dtype) for part in parts]
+        if any(part.dtype != torch.float16 for part in (*parts[1:], *tensors[1:])):  # all fp32, if any is
+            tensors[1:], parts[1:] = ([part.float() for part in some[1:]] for some in (tensors, parts))
+        for part, panels in zip(parts, tensors, strict=True):
+            _write(part, panels[panel:])
     return tensors

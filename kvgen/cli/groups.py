@@ -82,8 +82,8 @@ class ModelOptions:
         raise_interrupts()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.kernels != "off" and must_compile():
-            notes(quiet=quiet or not sys.stderr.isatty())("compiling the kernels for this processor, once")
+        if sys.stderr.isatty() and self.kernels != "off" and must_compile():
+            notes(quiet=quiet)("compiling the kernels for this processor, once")
         with download_progress(quiet=quiet) as progress:
             loaded = load(**self.arguments(), progress=progress)
         if loaded.note:

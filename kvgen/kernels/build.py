@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
 def available_variant() -> Variant:
     """Return `chosen_variant`, if it is compiled or a compiler is found. Raises as `library` does."""
     variant = chosen_variant()
-    if not (PREBUILT / library_name(variant)).exists():
+    if _prebuilt(variant) is None:
         find_compiler()
     return variant
 
@@ -42,16 +42,14 @@ def must_compile() -> bool:
     """Whether `library` would compile, which takes some ten seconds."""
     try:
         variant = chosen_variant()
-        return not ((PREBUILT / library_name(variant)).exists() or _cached(variant, find_compiler()).exists())
+        return _prebuilt(variant) is None and not _cached(variant, find_compiler()).exists()
     except KvgenError:
         return False
 
 
 @cache
 def _load(variant: Variant) -> ctypes.CDLL:
-    path = PREBUILT / library_name(variant)
-    if not path.exists():
-        path = _compiled(variant)
+    path = _prebuilt(variant) or _compiled(variant)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -68,6 +66,11 @@ def _compiled(variant: Variant) -> Path:
         compile_kernels(compiler, variant, path)
         _sweep(path.parent)
     return path
+
+
+def _prebuilt(variant: Variant) -> Path | None:
+    path = PREBUILT / library_name(variant)
+    return path if path.exists() else None
 
 
 def _cached(variant: Variant, compiler: str) -> Path:

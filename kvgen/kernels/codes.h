@@ -12,7 +12,7 @@ bool uses_bytes(const Run &run, const Weight &w) { return run.activation_bits ==
 // further, d (side 1). `quad` has a byte for each of the four, for 16 of the rows. Word w counts from the first group.
 // Activations of a word are pairs of 16 bits, (c0, c2), (d0, d2), (c1, c3), (d1, d3), or the bytes c0 to c3, d0 to d3.
 struct Codes4 { // [word][row]: bytes whose halves are the sides
-    static constexpr int ZERO = 0;   // the code of 0
+    static constexpr int ZERO = 0; // the code of 0
     const int32_t *at;
     INLINED i32x16 quad(size_t w, int side, int half) const {
         return load<i32x16>(at + w * PANEL + half * 16) >> 4 * side & 0x0f0f0f0f;

@@ -6,8 +6,8 @@
 
 namespace {
 
-constexpr int PANEL = 32;                                // interleaved rows of a weight: two halves of a vector each
-constexpr int TILE = ACCUMULATORS / std::max(PARTS, 2);  // input rows multiplied at once, at most
+constexpr int PANEL = 32;   // interleaved rows of a weight: two halves of a vector each
+constexpr int TILE = ACCUMULATORS / std::max(PARTS, 2); // input rows multiplied at once, at most
 constexpr int TOKENS = 120; // input rows per panel of a weight: few enough for a core's cache
 constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
 constexpr int FEW = 12;     // tokens of a sequence whose attention is divided among threads by chunks, at most

@@ -14,7 +14,6 @@ from kvgen.comparison.trial import Finding
 _CLOSER = 3.0  # times closer to the answer predicted than to the right one
 _SMALL = 0.1  # of what one missing token changes
 _EXPLAINED = 3  # wrong probes
-_WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
 _CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
 _SPACED = 4  # smallest chunk
 
@@ -50,9 +49,8 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     assert trial is not None
     beside = bool(trial.beside)
     for name, text, prompt in _predictions(session, trial):
-        control = session.reference.of(prompt)
-        apart = distance(control.answer, trial.answer)
-        if apart <= control.limit and apart * _CLOSER < probe.distance:
+        apart = distance(session.reference.answer(prompt), trial.answer)
+        if apart * _CLOSER < probe.distance and apart <= session.reference.of(prompt).limit:
             return Finding(
                 name, text, f"{probe.name}: {apart:.2g} nats from it, {probe.distance:.2g} from the right one"
             )
@@ -63,11 +61,11 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     if finding := _chunks(session, probe):
         return finding
     control = session.reference.of(trial.prompt)
-    one = distance(control.answer, session.reference.of(trial.prompt[:-1]).answer)
+    one = distance(control.answer, session.reference.answer(trial.prompt[:-1]))
     evidence = f"{probe.name}: {probe.distance:.2g} nats, {probe.distance / probe.noise:.2g} times the noise; "
     evidence += f"a missing token changes {one:.2g}"
     if probe.distance < _SMALL * one:
-        text = "Lower precision of the cache: the difference is small, and none of the known faults explains it."
+        text = "The difference is small, as of a cache of lower precision: no text without the fault has this answer."
         return Finding("lower precision", text, evidence)
     return Finding("unexplained", "None of the known explanations fits.", evidence)
 
@@ -92,10 +90,21 @@ def _predictions(session: Session, trial: Trial) -> Iterator[tuple[str, str, Pro
             yield "newest token missing", _NEWEST, prompt[:place] + prompt[place + 1 :]
     yield "beginning lost", _OLDEST, prompt[1:]
     yield "beginning lost", _OLDEST, prompt[:1] + prompt[2:]
-    for window in _WINDOWS:
-        for kept in (window, window + 1):
-            if kept < len(prompt):
-                yield "beginning lost", _OLDEST, prompt[-kept:]
+    yield "beginning lost", _OLDEST, prompt[-_window(session, trial) :]
+
+
+def _window(session: Session, trial: Trial) -> int:
+    """The number of last tokens whose uncached answer is closest to that of a trial, by ternary search."""
+    low, high = 1, len(trial.prompt) - 1
+    while high - low > 2:
+        third = (high - low) // 3
+        near, far = (
+            distance(session.reference.answer(trial.prompt[-kept:]), trial.answer)
+            for kept in (low + third, high - third)
+        )
+        low, high = (low, high - third) if near < far else (low + third, high)
+    kept = range(low, high + 1)
+    return min(kept, key=lambda last: distance(session.reference.answer(trial.prompt[-last:]), trial.answer))
 
 
 def _only_shorter(predicted: Prompt, prompt: Prompt) -> bool:

@@ -14,6 +14,7 @@ from kvgen.comparison.servers.server import Answer, Prompt, Server
 from kvgen.comparison.verdict import Verdict
 
 _ROUNDS = 2  # of requests at the same time
+_CHUNK = 64  # positions; what servers compute or keep at once is often a multiple, or a part
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def same_prompt(session: Session) -> Iterator[Trial]:
 
 def continued_prompt(session: Session) -> Iterator[Trial]:
     text, half = session.text, len(session.text) // 2
-    for cut in (half // 32 * 32 or half, half + 3):
+    for cut in (half * 3 // 2 // _CHUNK * _CHUNK or half, half + 3):
         yield session.hit(text, text[:cut])
 
 

@@ -58,11 +58,18 @@ class Reference:
     def __init__(self, server: Server, steps: int) -> None:
         self.server, self.steps = server, steps
         self._kept: dict[Prompt, Control] = {}
+        self._answers: dict[Prompt, Answer] = {}
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The uncached answer to a prompt, without its control."""
+        if prompt not in self._answers:
+            self._answers[prompt] = self._uncached(prompt, self.steps)
+        return self._answers[prompt]
 
     def of(self, prompt: Prompt) -> Control:
         """The uncached answer to a prompt with its control; asked for once."""
         if prompt not in self._kept:
-            answer = self._uncached(prompt, self.steps)
+            answer = self.answer(prompt)
             again = [self._uncached(prompt, self.steps) for _ in range(_REPEATS if self.server.repeats else 0)]
             ends = {1, len(answer.tokens) - 1} if self.server.repeats else set()
             self._kept[prompt] = Control(
@@ -82,9 +89,6 @@ class Reference:
         decoded = self._decoded(prompt, known.answer, range(1, len(known.answer.tokens)))
         self._kept[prompt] = replace(known, decoded=decoded)
         return self._kept[prompt]
-
-    def seen(self, prompt: Prompt) -> bool:
-        return prompt in self._kept
 
     def _decoded(self, prompt: Prompt, answer: Answer, steps: list[int] | range) -> float | None:
         """Largest distance between steps of decoding and uncached requests of the same texts."""

@@ -1,11 +1,14 @@
-"""SGLang's own API. A request for the log-probabilities of its whole prompt (`logprob_start_len` 0) does not read the
-cache; if `meta_info.cached_tokens` says that it did, the cache is flushed first.
+"""SGLang's own API. An `extra_key` of its own keeps a request from what others cached.
+
+Where `cached_tokens` says that a request read the cache all the same, as in versions without that field, the cache is
+flushed, and the request made again for the log-probabilities of its whole prompt, which need all of it.
 
 Source: python/sglang/srt/managers/io_struct.py and entrypoints/http_server.py of SGLang.
 """
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
@@ -43,19 +46,20 @@ class SglangServer:
             return tuple(int(id_) for id_ in answer["tokens"])
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
-        answer = self._ask(prompt, steps, whole=space is None)
+        answer = self._ask(prompt, steps, space or uuid.uuid4().hex, -1)
         if space is None and answer.reused:
             self._client.text("/flush_cache", "POST")
-            answer = self._ask(prompt, steps, whole=True)
+            answer = self._ask(prompt, steps, uuid.uuid4().hex, 0)
         return answer
 
-    def _ask(self, prompt: Prompt, steps: int, *, whole: bool) -> Answer:
+    def _ask(self, prompt: Prompt, steps: int, space: str, start: int) -> Answer:
         body = {
             "input_ids": list(prompt),
+            "extra_key": space,
             "sampling_params": {"max_new_tokens": steps, "temperature": 0, "ignore_eos": True},
             "return_logprob": True,
             "top_logprobs_num": _TOP,
-            "logprob_start_len": 0 if whole else -1,
+            "logprob_start_len": start,
         }
         answer, seconds = timed(self._client, _PATH, body)
         with self._client.parsing(_PATH):

@@ -49,7 +49,6 @@ class Toy:
     stored: list[tuple[str, list[int]]] = field(default_factory=list)
     running: list[list[int]] = field(default_factory=list)
     lock: threading.Condition = field(default_factory=threading.Condition)
-    names: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         source = np.random.default_rng(self.seed)
@@ -61,11 +60,9 @@ class Toy:
         self.head = source.normal(size=(WIDTH, VOCAB)) * 2
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for word in text.split(" "):
-            ids.append(zlib.crc32(word.encode()) % VOCAB)
-            self.names.setdefault(ids[-1], f" {word}")
-        return ids
+        """Ids of the words of a text: those that the server writes itself are `w17` and so on."""
+        words = (word.removeprefix("w") for word in text.split(" "))
+        return [int(word) if word.isdigit() else zlib.crc32(word.encode()) % VOCAB for word in words]
 
     def complete(self, ids: list[int], steps: int, top: int, space: str | None) -> tuple[list[dict[int, float]], int]:
         """Log-probabilities of each step, and the number of positions said to be reused."""
@@ -182,15 +179,15 @@ def answer(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
     if kind in ("vllm", "openai") and path == "/v1/completions":
         ids = body["prompt"] if kind == "vllm" else toy.encode(body["prompt"])
         steps, reused = toy.complete(ids, body["max_tokens"], body["logprobs"], body.get("cache_salt", "all"))
-        named = [{_name(toy, kind, token): value for token, value in step.items()} for step in steps]
+        named = [{_name(kind, token): value for token, value in step.items()} for step in steps]
         logprobs = {"tokens": [next(iter(step)) for step in named], "top_logprobs": named}
         usage = {"prompt_tokens": len(ids), "prompt_tokens_details": {"cached_tokens": reused}}
         return {"choices": [{"logprobs": logprobs}], "usage": usage}
     return None
 
 
-def _name(toy: Toy, kind: str, token: int) -> str:
-    return f"token_id:{token}" if kind == "vllm" else toy.names.get(token, f" <{token}>")
+def _name(kind: str, token: int) -> str:
+    return f"token_id:{token}" if kind == "vllm" else f" w{token}"
 
 
 def _content(steps: list[dict[int, float]]) -> list[dict[str, Any]]:

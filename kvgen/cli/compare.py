@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from kvgen.cli import options
+from kvgen.cli.compare_url import ServerOptions, compare_url
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _option = partial(Option, rich_help_panel="What to compare")
 _DEFAULT_PROMPT = "Once upon a time,"
 _PATTERNS = ("batched", "last-token", "stale-chunk", "wrong-offset", "left-pad-ignored")  # repeated: importing is slow
+_SERVER_STEPS = 8  # for --url, where each request repeats them
 _TEXT_PROMPT_TOKENS = 8  # prompt length for --text, or half of a shorter text
 
 
@@ -56,6 +58,7 @@ def compare(
     ] = None,
     max_tokens: Annotated[int, _option("--max-tokens", "-n", min=2, help="Number of steps to compare.")] = 32,
     source: ModelOptions,
+    running: ServerOptions,
     json: options.Json = False,
     html: options.Html = None,
     quiet: options.Quiet = False,
@@ -66,6 +69,11 @@ def compare(
     what is new. The exit code is 0 if it is equivalent to uncached decoding or declared lossy, else 1. Wrong patterns
     do not count.
     """
+    running.check()
+    if running.url is not None:
+        _refuse_beside_url(source, wrong_pattern, pattern, prompt_file, html)
+        start = read_file(text) if text else prompt or _DEFAULT_PROMPT
+        compare_url(running, start, steps=min(max_tokens, _SERVER_STEPS), thorough=False, json=json, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
@@ -93,6 +101,11 @@ def compare(
         else:
             for data in report["comparisons"]:
                 print_comparison(data, report)
+
+
+def _refuse_beside_url(source: ModelOptions, *others: object) -> None:
+    if any(others) or source != ModelOptions():
+        raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
 
 
 def _read_texts(prompt: str | None, prompt_file: Path | None, text: Path | None, *, ids: bool) -> list[str]:

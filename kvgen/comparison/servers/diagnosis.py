@@ -49,6 +49,8 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     assert trial is not None
     beside = bool(trial.beside)
     for name, text, prompt in _predictions(session, trial):
+        if not session.server.repeats and not session.reference.knows(prompt):
+            continue
         apart = distance(session.reference.answer(prompt), trial.answer)
         if apart * _CLOSER < probe.distance and apart <= session.reference.of(prompt).limit:
             return Finding(
@@ -61,6 +63,9 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     if finding := _chunks(session, probe):
         return finding
     control = session.reference.of(trial.prompt)
+    if not session.server.repeats:
+        text = "The cause cannot be looked for: the server computes a text without its cache only once."
+        return Finding("unexplained", text, f"{probe.name}: {probe.distance:.2g} nats")
     one = distance(control.answer, session.reference.answer(trial.prompt[:-1]))
     evidence = f"{probe.name}: {probe.distance:.2g} nats, {probe.distance / probe.noise:.2g} times the noise; "
     evidence += f"a missing token changes {one:.2g}"
@@ -90,7 +95,8 @@ def _predictions(session: Session, trial: Trial) -> Iterator[tuple[str, str, Pro
             yield "newest token missing", _NEWEST, prompt[:place] + prompt[place + 1 :]
     yield "beginning lost", _OLDEST, prompt[1:]
     yield "beginning lost", _OLDEST, prompt[:1] + prompt[2:]
-    yield "beginning lost", _OLDEST, prompt[-_window(session, trial) :]
+    if session.server.repeats:
+        yield "beginning lost", _OLDEST, prompt[-_window(session, trial) :]
 
 
 def _window(session: Session, trial: Trial) -> int:

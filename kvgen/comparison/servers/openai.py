@@ -20,10 +20,8 @@ class OpenAIServer:
     kind = "openai"
     repeats = False
 
-    def __init__(self, client: Client, model: dict[str, Any]) -> None:
-        self._client = client
-        with client.parsing("/v1/models"):
-            self.model = str(model["id"])
+    def __init__(self, client: Client, model: str) -> None:
+        self._client, self.model = client, model
         self.context: int | None = None
         self._logprobs: dict[str, Any] = {"logprobs": _TOP}
 
@@ -34,16 +32,14 @@ class OpenAIServer:
         except AbsentError:
             return None
         with client.parsing("/v1/models"):
-            if not models["data"]:
-                raise UnsupportedError(f"{client.url}: the server lists no model")
-            return cls(client, models["data"][0])
+            return cls(client, str(models["data"][0]["id"]) if models["data"] else "")
 
     def encode(self, text: str) -> Prompt:
         return pieces(text)
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         body = {
-            "model": self.model,
+            **({"model": self.model} if self.model else {}),
             "prompt": "".join(str(piece) for piece in prompt),
             "max_tokens": steps,
             "temperature": 0,

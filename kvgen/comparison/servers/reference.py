@@ -66,6 +66,10 @@ class Reference:
             self._answers[prompt] = self._uncached(prompt, self.steps)
         return self._answers[prompt]
 
+    def knows(self, prompt: Prompt) -> bool:
+        """Whether the prompt was asked for."""
+        return prompt in self._answers
+
     def of(self, prompt: Prompt) -> Control:
         """The uncached answer to a prompt with its control; asked for once."""
         if prompt not in self._kept:

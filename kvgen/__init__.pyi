@@ -1,5 +1,7 @@
 from .comparison import Comparison as Comparison
 from .comparison import compare as compare
+from .comparison.engines import EngineOptions as EngineOptions
+from .comparison.engines import load_engine as load_engine
 from .contract import Backend as Backend
 from .contract import Model as Model
 from .errors import CacheError as CacheError

@@ -11,7 +11,7 @@ from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.errors import exiting_with
-from kvgen.cli.groups import ModelOptions, takes_groups
+from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
 from kvgen.cli.render import check_page, status, write_json, write_page
 from kvgen.cli.report import print_comparison
@@ -56,6 +56,7 @@ def compare(
     ] = None,
     max_tokens: Annotated[int, _option("--max-tokens", "-n", min=2, help="Number of steps to compare.")] = 32,
     source: ModelOptions,
+    engine: EngineChoice,
     json: options.Json = False,
     html: options.Html = None,
     quiet: options.Quiet = False,
@@ -70,7 +71,7 @@ def compare(
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
         check_page(html)
-    loaded = source.load(quiet=quiet)
+    loaded = engine.load(source, quiet=quiet)
 
     from kvgen.comparison.report import as_data
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +54,14 @@ def compare(
         Path | None, _option(metavar="FILE", help="Feed this text instead of the model's own completion.")
     ] = None,
     max_tokens: Annotated[int, _option("--max-tokens", "-n", min=2, help="Number of steps to compare.")] = 32,
+    thorough: Annotated[
+        bool,
+        _option(
+            "--thorough",
+            help="Also try long texts, every window, many chunk sizes, edits far back, saved caches, padding and more "
+            "rows. Takes minutes.",
+        ),
+    ] = False,
     source: ModelOptions,
     engine: EngineChoice,
     json: options.Json = False,
@@ -75,8 +82,10 @@ def compare(
 
     from kvgen.comparison.report import as_data
 
-    with status("comparing", loaded.model, quiet=quiet):
-        comparisons = [_compare(loaded, given, names, max_tokens, forced=text is not None) for given in texts]
+    with status("comparing", loaded.model, quiet=quiet) as show:
+        chosen: dict[str, Any] = {"patterns": names, "steps": max_tokens, "thorough": thorough}
+        chosen["progress"] = lambda name, number, count: show(f"comparing: {name} ({number + 1} of {count})")
+        comparisons = [_compare(loaded, given, forced=text is not None, **chosen) for given in texts]
     report: dict[str, Any] = {
         "model": loaded.source,
         "backend": loaded.model.name,
@@ -111,7 +120,7 @@ def _read_texts(prompt: str | None, prompt_file: Path | None, text: Path | None,
     return [_DEFAULT_PROMPT if prompt is None else prompt]
 
 
-def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, forced: bool) -> Comparison:
+def _compare(loaded: Loaded, text: str, *, forced: bool, **chosen: Any) -> Comparison:
     """Compare on a completion of `text`, or if `forced` on the text itself, split into prompt and continuation."""
     from kvgen.comparison import compare as compare_patterns
 
@@ -121,4 +130,4 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
         if len(prompt) - cut < 2 or not cut:
             raise UsageError("--text must hold at least three tokens")
         prompt, continuation = prompt[:cut], prompt[cut:]
-    return compare_patterns(loaded, prompt, patterns=names, steps=steps, continuation=continuation)
+    return compare_patterns(loaded, prompt, continuation=continuation, **chosen)

@@ -223,14 +223,22 @@ def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> It
 
 
 @contextmanager
-def status(text: str, model: Backend, *, quiet: bool) -> Iterator[None]:
-    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read."""
+def status(text: str, model: Backend, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read.
+
+    Yields a function that replaces the text.
+    """
     if quiet or not sys.stderr.isatty():
-        yield
+        yield lambda text: None
         return
     with terminal(sys.stderr).status(text) as shown:
-        model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
-        yield
+
+        def show(text: str) -> None:
+            shown.update(text)
+            model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
+
+        show(text)
+        yield show
 
 
 def format_reading(done: int, total: int) -> str:

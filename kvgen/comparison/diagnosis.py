@@ -153,18 +153,28 @@ _UNREPEATED = (
 
 
 def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
-    """One finding for each kind of wrong use. Edits leave several tokens to compute, so they add nothing where calls
-    with several new tokens are wrong already."""
-    names = {probe.name for probe in wrong}
+    """One finding for each kind of wrong use, without those that another one explains."""
     found: dict[str, Finding] = {}
     for probe in wrong:
-        if probe.name == "edits" and "several new tokens at once" in names:
+        if any(_explains(other, probe) for other in wrong):
             continue
         name, text = probe.finding if probe.repeats else _UNREPEATED
         far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
         far += f"; the logits are those of {probe.like}" if probe.like else ""
         found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))
     return list(found.values())
+
+
+def _explains(other: Probe, probe: Probe) -> bool:
+    """Whether one wrong use is the reason for another.
+
+    Edits and rewinds leave several tokens to compute at once, and texts in large chunks are long.
+    """
+    kind, reason = probe.finding[0], other.finding[0]
+    if kind == "edits not noticed" and not probe.like and probe.name != "rewinds":
+        return reason in ("multi-token calls", "chunk boundary")
+    earlier = other.length is not None and probe.length is not None and other.length <= probe.length
+    return kind == "chunk boundary" and reason == "longer texts" and earlier
 
 
 def _harmless(pattern: Pattern, judged: Judgement) -> Finding:

@@ -122,7 +122,7 @@ def _long_rewinds(case: Case) -> Iterator[Check]:
         new = text.flip(1)[:, :3].clone()
         new[0, 0] = another(case, int(text[0, other.shape[1]]))
         other = torch.cat((other, new), dim=1)
-        lengths = range(other.shape[1] - 2, other.shape[1] + 1)
+        lengths = range(other.shape[1] - 1, other.shape[1] + 1)
         yield Check(other, lengths, run_forced(case.subject, other, 1, lengths, cache).logits, {"the old text": text})
 
 

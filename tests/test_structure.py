@@ -71,6 +71,7 @@ IMPORT_ORDER = [
     "kvgen.pipeline",
     "kvgen.bench",
     "kvgen.comparison",
+    "kvgen.testing",
     "kvgen",
     "kvgen.cli",
 ]

@@ -12,7 +12,7 @@ from kvgen.cli import options
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import check_page, status, write_json, write_page
+from kvgen.cli.render import check_file, check_page, status, write_file, write_json
 from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
@@ -66,6 +66,12 @@ def compare(
     engine: EngineChoice,
     json: options.Json = False,
     html: options.Html = None,
+    junit: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", rich_help_panel="Output", help="Write a JUnit XML report: a test for each use of the cache."
+        ),
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Check that cached decoding gives the same logits as uncached decoding, or show where and why it does not.
@@ -78,6 +84,8 @@ def compare(
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
         check_page(html)
+    if junit is not None:
+        check_file("--junit", junit)
     loaded = engine.load(source, quiet=quiet)
 
     from kvgen.comparison.report import as_data
@@ -96,7 +104,11 @@ def compare(
     if html is not None:
         from kvgen.pages import render_comparison
 
-        write_page(html, render_comparison(report))
+        write_file("--html", html, render_comparison(report))
+    if junit is not None:
+        from kvgen.comparison.junit import as_junit
+
+        write_file("--junit", junit, as_junit(report))
     with exiting_with(0 if report["acceptable"] else 1):
         if json:
             write_json(report)

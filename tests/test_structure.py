@@ -63,6 +63,7 @@ IMPORT_ORDER = [
     "kvgen.generation.prefetch",
     "kvgen.generation.constraint",
     "kvgen.generation.text",
+    "kvgen.generation.events",
     "kvgen.generation.batch",
     "kvgen.generation.stream",
     "kvgen.generation.prompt_cache",

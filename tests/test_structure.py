@@ -70,6 +70,7 @@ IMPORT_ORDER = [
     "kvgen.generation.conversation",
     "kvgen.generation.scoring",
     "kvgen.pipeline",
+    "kvgen.server",
     "kvgen.bench",
     "kvgen.comparison",
     "kvgen.testing",

@@ -73,6 +73,7 @@ def serve(
     log = (lambda line: None) if quiet else (lambda line: print_note(escape_controls(line)))
     server = Server(engine, name or _name(loaded.source), Limits(largest, timeout), log, log_prompts)
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None else ["*"]
+    listening.listen()  # from here on, clients are kept waiting instead of refused
     notes(quiet=quiet)(f"serving {server.model} on {_address(listening)}/v1; Ctrl-C stops")
     run_server(make_app(server, key=key, hosts=hosts), listening, engine, idle_timeout)
 

@@ -79,9 +79,8 @@ class Tokenizer:
         if parse_special or not any(self._escaper.is_needed(text) for text in _texts([*messages, tools])):
             text = self.chat_template.render_with_system(messages, tools)
             return encode_text(self.backend, text, parse_special=True, add_special_tokens=False).ids
-        escaped: list[Any] = [
-            {**_mapped(message, self._escaper.escape), "role": message["role"]} for message in messages
-        ]
+        escape = self._escaper.escape
+        escaped: list[Any] = [{**_mapped(message, escape), "role": message["role"]} for message in messages]
         return self._escaper.encode(self.chat_template.render_with_system(escaped, _mapped(tools, escape)))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -6,9 +6,9 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
-import kvgen
 from kvgen.errors import ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
 from kvgen.generation.completion import Step
 from kvgen.generation.text import Chunk
@@ -53,7 +53,7 @@ class Answer:
             "object": "chat.completion" if job.chat else "text_completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": f"kvgen-{kvgen.__version__}",
+            "system_fingerprint": f"kvgen-{version('kvgen')}",
         }
         self._opened: set[int] = set()  # choices of a stream whose first piece was sent
 

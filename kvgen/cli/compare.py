@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +11,9 @@ from typer import Option
 from kvgen.cli import options
 from kvgen.cli.compare_url import ServerOptions, compare_url
 from kvgen.cli.errors import exiting_with
-from kvgen.cli.groups import ModelOptions, takes_groups
+from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import check_page, status, write_json, write_page
+from kvgen.cli.render import check_file, check_page, status, write_file, write_json
 from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
@@ -57,10 +56,25 @@ def compare(
         Path | None, _option(metavar="FILE", help="Feed this text instead of the model's own completion.")
     ] = None,
     max_tokens: Annotated[int, _option("--max-tokens", "-n", min=2, help="Number of steps to compare.")] = 32,
+    thorough: Annotated[
+        bool,
+        _option(
+            "--thorough",
+            help="Also try long texts, every window, many chunk sizes, edits far back, saved caches, padding and more "
+            "rows. Takes minutes.",
+        ),
+    ] = False,
     source: ModelOptions,
+    engine: EngineChoice,
     running: ServerOptions,
     json: options.Json = False,
     html: options.Html = None,
+    junit: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", rich_help_panel="Output", help="Write a JUnit XML report: a test for each use of the cache."
+        ),
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Check that cached decoding gives the same logits as uncached decoding, or show where and why it does not.
@@ -71,19 +85,25 @@ def compare(
     """
     running.check()
     if running.url is not None:
-        _refuse_beside_url(source, wrong_pattern, pattern, prompt_file, html)
-        start = read_file(text) if text else prompt or _DEFAULT_PROMPT
-        compare_url(running, start, steps=min(max_tokens, _SERVER_STEPS), thorough=False, json=json, quiet=quiet)
+        refused = source != ModelOptions() or engine != EngineChoice()
+        if refused or any((wrong_pattern, pattern, prompt_file, html, junit)):
+            raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
+        start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
+        compare_url(running, start, steps=steps, thorough=thorough, json=json, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
         check_page(html)
-    loaded = source.load(quiet=quiet)
+    if junit is not None:
+        check_file("--junit", junit)
+    loaded = engine.load(source, quiet=quiet)
 
     from kvgen.comparison.report import as_data
 
-    with status("comparing", loaded.model, quiet=quiet):
-        comparisons = [_compare(loaded, given, names, max_tokens, forced=text is not None) for given in texts]
+    with status("comparing", loaded.model, quiet=quiet) as show:
+        chosen: dict[str, Any] = {"patterns": names, "steps": max_tokens, "thorough": thorough}
+        chosen["progress"] = lambda name, number, count: show(f"comparing: {name} ({number + 1} of {count})")
+        comparisons = [_compare(loaded, given, forced=text is not None, **chosen) for given in texts]
     report: dict[str, Any] = {
         "model": loaded.source,
         "backend": loaded.model.name,
@@ -94,18 +114,17 @@ def compare(
     if html is not None:
         from kvgen.pages import render_comparison
 
-        write_page(html, render_comparison(report))
+        write_file("--html", html, render_comparison(report))
+    if junit is not None:
+        from kvgen.comparison.junit import as_junit
+
+        write_file("--junit", junit, as_junit(report))
     with exiting_with(0 if report["acceptable"] else 1):
         if json:
             write_json(report)
         else:
             for data in report["comparisons"]:
                 print_comparison(data, report)
-
-
-def _refuse_beside_url(source: ModelOptions, *others: object) -> None:
-    if any(others) or source != ModelOptions():
-        raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
 
 
 def _read_texts(prompt: str | None, prompt_file: Path | None, text: Path | None, *, ids: bool) -> list[str]:
@@ -123,7 +142,7 @@ def _read_texts(prompt: str | None, prompt_file: Path | None, text: Path | None,
     return [_DEFAULT_PROMPT if prompt is None else prompt]
 
 
-def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, forced: bool) -> Comparison:
+def _compare(loaded: Loaded, text: str, *, forced: bool, **chosen: Any) -> Comparison:
     """Compare on a completion of `text`, or if `forced` on the text itself, split into prompt and continuation."""
     from kvgen.comparison import compare as compare_patterns
 
@@ -133,4 +152,4 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
         if len(prompt) - cut < 2 or not cut:
             raise UsageError("--text must hold at least three tokens")
         prompt, continuation = prompt[:cut], prompt[cut:]
-    return compare_patterns(loaded, prompt, patterns=names, steps=steps, continuation=continuation)
+    return compare_patterns(loaded, prompt, continuation=continuation, **chosen)

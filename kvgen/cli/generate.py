@@ -157,7 +157,7 @@ def _complete(
 
     If a prompt fails, iterating over its chunks raises KvgenError. Read the chunks to the end before the next prompt.
     """
-    from kvgen.generation.batch import in_order
+    from kvgen.generation.events import in_order
 
     started: dict[int, tuple[GivenPrompt, Request]] = {}
     meters: dict[int, Meter] = defaultdict(Meter)

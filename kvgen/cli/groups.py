@@ -74,14 +74,10 @@ class ModelOptions:
 
     def load(self, *, quiet: bool) -> Loaded:
         """Call `kvgen.load`, with a progress bar for downloads."""
-        import torch
-
         from kvgen import load
         from kvgen.kernels.build import must_compile
 
-        raise_interrupts()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        self.prepare()
         if sys.stderr.isatty() and self.kernels != "off" and must_compile():
             notes(quiet=quiet)("compiling the kernels for this processor, once")
         with download_progress(quiet=quiet) as progress:
@@ -90,11 +86,50 @@ class ModelOptions:
             notes(quiet=quiet)(f"note: {loaded.note}")
         return loaded
 
+    def prepare(self) -> None:
+        """Prepare the process for a model: Ctrl-C raises, torch has the chosen threads."""
+        import torch
+
+        raise_interrupts()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for `kvgen.load`."""
         names = ("adapter", "dtype", "device", "kernels", "quantize", "kv_dtype", "activations")
         tokenizer = "ids" if self.ids else self.tokenizer
         return {"reference": self.model, "tokenizer": tokenizer, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Options of `kvgen compare` for models that run in other libraries."""
+
+    backend: options.Backend = "native"
+    cache: options.EngineCache = "auto"
+    attention: options.EngineAttention = "auto"
+
+    def load(self, source: ModelOptions, *, quiet: bool) -> Loaded:
+        """Load the model in the chosen library. Raises UsageError for options that it does not have."""
+        if self.backend == "native":
+            for name in ("cache", "attention"):
+                if getattr(self, name) != "auto":
+                    raise UsageError(f"--{name} belongs to other backends: give --backend {' or '.join(_ENGINES)}")
+            return source.load(quiet=quiet)
+        from kvgen.comparison.engines import EngineOptions, load_engine
+
+        for name in ("adapter", "kernels", "quantize", "activations"):
+            if getattr(source, name) != getattr(ModelOptions, name):
+                raise UsageError(f"--{name} belongs to kvgen's own decoder, not to --backend {self.backend}")
+        source.prepare()
+        arguments = source.arguments()
+        shared = {name: arguments[name] for name in ("dtype", "kv_dtype", "device", "tokenizer")}
+        chosen = EngineOptions(cache=self.cache, attention=self.attention, **shared)
+        with download_progress(quiet=quiet) as progress:
+            return load_engine(self.backend, source.model, chosen, progress)
+
+
+_ENGINES = ("transformers", "llama.cpp")
 
 
 @dataclass(frozen=True)

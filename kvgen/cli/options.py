@@ -102,6 +102,13 @@ KVDtype = Annotated[
         "quarter of the memory of float32 (lossy)."
     ),
 ]
+_engine = partial(Option, rich_help_panel="Another library")
+Backend = Annotated[
+    Literal["native", "transformers", "llama.cpp"],
+    _engine(help="What runs the model: kvgen (native), or another library, whose cache is then checked."),
+]
+EngineCache = Annotated[str, _engine("--cache", help="Which cache of that library. auto: its own choice.")]
+EngineAttention = Annotated[str, _engine("--attention", help="Which of its implementations of attention.")]
 Activations = Annotated[
     Literal["int16", "int8"],
     _model(

@@ -124,18 +124,23 @@ def check_page(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("--html needs matplotlib: pip install 'kvgen[report]'")
+    check_file("--html", path)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Check that the file of an option can be written, before anything is computed. Raises KvgenError."""
     if not path.parent.is_dir():
-        raise KvgenError(f"--html {path}: there is no folder {path.parent}")
+        raise KvgenError(f"{option} {path}: there is no folder {path.parent}")
     places = [path] if path.exists() else []
     if not _is_device(path):
         places.append(path.resolve().parent)
     if path.is_dir() or not all(os.access(place, os.W_OK) for place in places):
-        raise KvgenError(f"--html {path}: cannot be written")
+        raise KvgenError(f"{option} {path}: cannot be written")
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write the page for --html: whole or not at all, unless to a pipe or a device. Raises KvgenError."""
-    data = escape_controls(page).encode("utf-8", "backslashreplace")
+def write_file(option: str, path: Path, content: str) -> None:
+    """Write the file of an option: whole or not at all, unless to a pipe or a device. Raises KvgenError."""
+    data = escape_controls(content).encode("utf-8", "backslashreplace")
     try:
         if _is_device(path):
             path.write_bytes(data)
@@ -143,7 +148,7 @@ def write_page(path: Path, page: str) -> None:
         with atomic_file(path.resolve()) as file:
             file.write(data)
     except OSError as error:
-        raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error
+        raise KvgenError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def _is_device(path: Path) -> bool:
@@ -223,14 +228,22 @@ def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> It
 
 
 @contextmanager
-def status(text: str, model: Backend, *, quiet: bool) -> Iterator[None]:
-    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read."""
+def status(text: str, model: Backend, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read.
+
+    Yields a function that replaces the text.
+    """
     if quiet or not sys.stderr.isatty():
-        yield
+        yield lambda text: None
         return
     with terminal(sys.stderr).status(text) as shown:
-        model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
-        yield
+
+        def show(text: str) -> None:
+            shown.update(text)
+            model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
+
+        show(text)
+        yield show
 
 
 def format_reading(done: int, total: int) -> str:

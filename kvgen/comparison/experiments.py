@@ -16,6 +16,8 @@ from kvgen.comparison.case import CALL_ERRORS
 from kvgen.comparison.rounding import distance, size
 from kvgen.comparison.trial import Finding, Trial, nondeterministic
 
+VALUES_WRONG = "values wrong"
+STAYS = "the difference stays on a text of one repeated token, where any key is as good as another"
 _OFFSETS = (-2, -1, 1, 2)
 _MAX_PADDING = 8
 _MAX_EDITS = 24
@@ -207,9 +209,9 @@ def lookup_or_values(trial: Trial) -> Finding | None:
     if left < _STAYED * before:
         return None
     return Finding(
-        "values wrong",
+        VALUES_WRONG,
         "Stored values are wrong: mixed up, changed or inexact, whichever key is found.",
-        "the difference stays on a text of one repeated token, where any key is as good as another",
+        STAYS,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import tokenizers
 
@@ -61,23 +62,26 @@ class Tokenizer:
         """
         return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=True).ids
 
-    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, parse_special: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation, up to the start of the assistant's answer.
 
         Special tokens of the template become tokens; text in messages that looks like one stays text, unless
         `parse_special`. If the template does not take a system message, it is prepended to the first user message.
+        Messages may have more fields than `Message` for a template that knows them. tools: for such a template, in
+        JSON types.
 
         Raises UsageError if there is no chat template or it refuses these messages, CheckpointError if it fails.
         """
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
-        if parse_special or not any(self._escaper.is_needed(message["content"]) for message in messages):
-            text = self.chat_template.render_with_system(messages)
+        if parse_special or not any(self._escaper.is_needed(text) for text in _texts([*messages, tools])):
+            text = self.chat_template.render_with_system(messages, tools)
             return encode_text(self.backend, text, parse_special=True, add_special_tokens=False).ids
-        escaped: list[Message] = [
-            {"role": message["role"], "content": self._escaper.escape(message["content"])} for message in messages
-        ]
-        return self._escaper.encode(self.chat_template.render_with_system(escaped))
+        escape = self._escaper.escape
+        escaped: list[Any] = [{**_mapped(message, escape), "role": message["role"]} for message in messages]
+        return self._escaper.encode(self.chat_template.render_with_system(escaped, _mapped(tools, escape)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens. Invalid UTF-8 becomes U+FFFD."""
@@ -90,3 +94,21 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """Return a new detokenizer for a stream of ids."""
         return Detokenizer(self.backend, self.special_ids)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in JSON types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return JSON types with all texts but the keys changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +14,12 @@ from typer import Option
 
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.interrupts import raise_interrupts
-from kvgen.cli.render import count_progress, escape_controls, terminal, write_json
+from kvgen.cli.render import escape_controls, terminal, write_json
 from kvgen.cli.tables import number_table
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvgen.comparison.servers.client import Client
     from kvgen.comparison.servers.comparison import ServerComparison
 
 _option = partial(Option, rich_help_panel="A running server")
@@ -82,7 +85,7 @@ def compare_url(options: ServerOptions, prompt: str, *, steps: int, thorough: bo
         max_seconds=options.max_seconds or seconds,
     )
     try:
-        with count_progress("comparing", quiet=quiet) as show:
+        with _progress(client, quiet=quiet) as show:
             server = connect(client, options.server)
             result = compare_server(client, server, prompt, steps=steps, thorough=thorough, progress=show)
     finally:
@@ -92,6 +95,16 @@ def compare_url(options: ServerOptions, prompt: str, *, steps: int, thorough: bo
             write_json(as_data(result))
         else:
             print_server_comparison(result)
+
+
+@contextmanager
+def _progress(client: Client, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show on a terminal how many probes are done, and how many requests were made."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with terminal(sys.stderr).status(f"comparing: asking {escape_controls(client.url)}") as shown:
+        yield lambda done, total: shown.update(f"comparing: {done} of {total} probes, {client.requests} requests")
 
 
 def as_data(result: ServerComparison) -> dict[str, Any]:

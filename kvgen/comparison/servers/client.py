@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class Client:
     """Requests to one server. Threads may share it.
 
     key_variable: environment variable that holds an API key. timeout: seconds for each request.
-    max_requests, max_seconds: limits on all requests together. progress: called with the number of requests so far.
+    max_requests, max_seconds: limits on all requests together. requests: their number so far.
     """
 
     def __init__(
@@ -40,14 +40,13 @@ class Client:
         timeout: float = 60,
         max_requests: int = 400,
         max_seconds: float = 300,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         try:
             self._http = httpx2.Client(base_url=self.url, timeout=timeout, headers=_headers(key_variable))
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, ValueError) as error:
             raise UsageError(f"--url {url}: {in_one_line(error)}") from None
-        self._timeout, self._max_requests, self._progress = timeout, max_requests, progress
+        self._timeout, self._max_requests = timeout, max_requests
         self._max_seconds, self._ends = max_seconds, time.monotonic() + max_seconds
         self._lock = threading.Lock()
         self.requests = 0
@@ -107,7 +106,6 @@ class Client:
             if time.monotonic() > self._ends:
                 raise LimitError(f"{self._max_seconds:g} seconds are used up; raise --max-seconds")
             self.requests += 1
-            self._progress(self.requests)
 
     def _json(self, path: str, data: bytes, _: httpx2.Headers) -> Any:
         try:

@@ -15,6 +15,7 @@ _CLOSER = 3.0  # times closer to the answer predicted than to the right one
 _SMALL = 0.1  # of what one missing token changes
 _EXPLAINED = 3  # wrong probes
 _CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
+_VAGUE = {"lower precision", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
 _SPACED = 4  # smallest chunk
 
 _STALE = "Stale state: the answer is that of an earlier prompt; an edit is not noticed."
@@ -35,8 +36,8 @@ def diagnose(session: Session, probes: Sequence[ServerProbe]) -> list[Finding]:
         except LimitError as error:
             finding = Finding("not diagnosed", "The cause was not looked for.", str(error))
         found.setdefault(finding.name, finding)
-    if len(found) > 1:
-        found.pop("unexplained", None)
+    if found.keys() - _VAGUE:
+        found = {name: finding for name, finding in found.items() if name not in _VAGUE}
     for probe in probes:
         if probe.unproven:
             text = "Claimed hits: the server counts reused positions, but takes as long as without its cache."

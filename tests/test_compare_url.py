@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,12 +235,18 @@ def test_the_command_prints_a_table_or_json() -> None:
     assert shown.stdout.startswith("llama.cpp: equivalent\n")
     assert "edit in the middle" in shown.stdout and "Not tested: " in shown.stdout
     report = json.loads(data.stdout)
-    assert report["acceptable"] and report["verdict"] == "equivalent" and report["server"] == "llama.cpp"
-    assert {probe["verdict"] for probe in report["probes"]} == {"equivalent"}
+    assert report["acceptable"] and report["backend"] == "llama.cpp"
+    [pattern] = report["comparisons"][0]["patterns"]
+    assert {probe["verdict"] for probe in pattern["probes"]} == {"equivalent"}
+
+
+def test_a_wrong_server_fails_with_its_cause(tmp_path: Path) -> None:
     with serving(Toy("stale edit")) as url:
-        wrong = run("compare", "--url", url)
+        wrong = run("compare", "--url", url, "--junit", str(tmp_path / "report.xml"))
     assert wrong.returncode == 1 and wrong.stdout.startswith("llama.cpp: different\n")
     assert "an edit is not noticed" in wrong.stdout
+    report = (tmp_path / "report.xml").read_text()
+    assert 'name="cached: edit in the middle"' in report and "an edit is not noticed" in report
 
 
 def test_interrupting_ends_at_once() -> None:

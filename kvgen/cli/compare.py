@@ -86,10 +86,10 @@ def compare(
     running.check()
     if running.url is not None:
         refused = source != ModelOptions() or engine != EngineChoice()
-        if refused or any((wrong_pattern, pattern, prompt_file, html, junit)):
+        if refused or any((wrong_pattern, pattern, prompt_file, html)):
             raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
         start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
-        compare_url(running, start, steps=steps, thorough=thorough, json=json, quiet=quiet)
+        compare_url(running, start, steps=steps, thorough=thorough, json=json, junit=junit, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:

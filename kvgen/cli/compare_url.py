@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 from typer import Option
 
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.interrupts import raise_interrupts
-from kvgen.cli.render import escape_controls, terminal, write_json
+from kvgen.cli.render import check_file, escape_controls, terminal, write_file, write_json
 from kvgen.cli.tables import number_table
 from kvgen.errors import UsageError
 
@@ -68,14 +69,19 @@ class ServerOptions:
             raise UsageError(f"--{given[0].replace('_', '-')} needs --url")
 
 
-def compare_url(options: ServerOptions, prompt: str, *, steps: int, thorough: bool, json: bool, quiet: bool) -> None:
+def compare_url(
+    options: ServerOptions, prompt: str, *, steps: int, thorough: bool, json: bool, junit: Path | None, quiet: bool
+) -> None:
     """Compare a server's cached answers with uncached ones, print the result, and exit with its code."""
     from kvgen.comparison.servers.client import Client
     from kvgen.comparison.servers.comparison import compare_server
     from kvgen.comparison.servers.connect import connect
+    from kvgen.comparison.servers.report import as_data
 
     assert options.url is not None
     raise_interrupts()
+    if junit is not None:
+        check_file("--junit", junit)
     requests, seconds = _LIMITS[thorough]
     client = Client(
         options.url,
@@ -90,6 +96,10 @@ def compare_url(options: ServerOptions, prompt: str, *, steps: int, thorough: bo
             result = compare_server(client, server, prompt, steps=steps, thorough=thorough, progress=show)
     finally:
         client.close()
+    if junit is not None:
+        from kvgen.comparison.junit import as_junit
+
+        write_file("--junit", junit, as_junit(as_data(result)))
     with exiting_with(0 if result.acceptable else 1):
         if json:
             write_json(as_data(result))
@@ -105,26 +115,6 @@ def _progress(client: Client, *, quiet: bool) -> Iterator[Callable[[int, int], N
         return
     with terminal(sys.stderr).status(f"comparing: asking {escape_controls(client.url)}") as shown:
         yield lambda done, total: shown.update(f"comparing: {done} of {total} probes, {client.requests} requests")
-
-
-def as_data(result: ServerComparison) -> dict[str, Any]:
-    """The comparison in JSON types."""
-    data = {name: value for name, value in vars(result).items() if name not in ("probes", "findings")}
-    probes = [
-        {name: _number(value) for name, value in vars(probe).items() if name != "worst"} for probe in result.probes
-    ]
-    return {
-        **data,
-        "verdict": result.verdict.value,
-        "acceptable": result.acceptable,
-        "probes": [{**probe, "verdict": probe["verdict"].value} for probe in probes],
-        "findings": [asdict(finding) for finding in result.findings],
-    }
-
-
-def _number(value: Any) -> Any:
-    """A value, or None for infinity, which JSON lacks."""
-    return None if value == float("inf") else value
 
 
 def print_server_comparison(result: ServerComparison) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.diagnosis import diagnose
 from kvgen.comparison.servers.probes import ONCE, PROBES, ServerProbe, Session, decoding, run_probe
-from kvgen.comparison.servers.reference import LARGEST_NOISE, Reference, ReusedError
-from kvgen.comparison.servers.server import Prompt, Server
+from kvgen.comparison.servers.reference import LARGEST_NOISE, Reference
+from kvgen.comparison.servers.server import Server
 from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.servers.thorough import LONG, claimed_hits, past
 from kvgen.comparison.servers.thorough import PROBES as THOROUGH
@@ -31,8 +31,9 @@ Progress = Callable[[int, int], None]
 class ServerComparison:
     """Result for one server.
 
-    text: the prompt, as far as it is compared in most probes. length: its tokens, or words for a server of text.
-    reason: why the verdict is what it is, if no probe says. untried: names of the probes that limits left out.
+    prompt: how the texts begin. length: tokens of most prompts, or words for a server that takes text only.
+    reason: why the verdict is what it is, if no probe says. not_tested: what was not tested, in words.
+    requests, seconds: that the comparison took.
     """
 
     server: str
@@ -40,6 +41,7 @@ class ServerComparison:
     model: str
     verdict: Verdict
     reason: str
+    prompt: str
     length: int
     steps: int
     probes: tuple[ServerProbe, ...]
@@ -96,6 +98,7 @@ def compare_server(
         server.model,
         verdict,
         reason,
+        prompt,
         len(session.text),
         steps,
         tuple(probes),
@@ -174,6 +177,3 @@ def _not_tested(session: Session, untried: list[str], *, thorough: bool) -> str:
     if not session.server.repeats:
         parts.append("edits, rewinds and noise: the server computes a text without its cache only once")
     return "; ".join(parts + untried)
-
-
-__all__ = ["Prompt", "ReusedError", "ServerComparison", "compare_server"]

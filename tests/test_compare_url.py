@@ -95,8 +95,17 @@ def test_noise_is_measured_and_hides_nothing_larger() -> None:
     assert all(0.005 < probe.noise < 0.1 for probe in result.probes if probe.name != "decoding")
 
 
-def test_nothing_reused_is_not_comparable() -> None:
-    result = compare(Toy(block=10_000))
+def beginning_only(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+    """A server that reuses no more than the token that all prompts begin with."""
+    found = answer(toy, kind, path, body)
+    if "timings" in (found or {}):
+        found["timings"]["cache_n"] = min(1, found["timings"]["cache_n"])
+    return found
+
+
+@pytest.mark.parametrize(("block", "reply"), [(10_000, answer), (1, beginning_only)])
+def test_nothing_reused_is_not_comparable(block: int, reply: Any) -> None:
+    result = compare(Toy(block=block), reply=reply)
     assert result.verdict is Verdict.NOT_COMPARABLE and "nothing was reused" in result.reason
     assert not result.acceptable
 
@@ -273,6 +282,7 @@ def test_distance_counts_tokens_that_one_side_names() -> None:
     assert step_distance({1: -1.0, 2: -3.0}, {1: -1.0, 3: -3.0}) == 0  # 2 may have been just below
     assert step_distance({1: -1.0, 2: -2.0}, {1: -1.0, 3: -3.0}) == pytest.approx((1 / 3) ** 0.5)
     assert step_distance({1: float("nan")}, {1: -1.0}) == float("inf")
+    assert distance(of(), of()) == 0 and distance(of(), of({1: -1.0})) == float("inf")
     ends, other = of({1: -1.0, 2: -2.0}, {5: -1.0}, {6: -1.0}), of({1: -1.0, 2: -2.0}, {4: -1.0}, {7: -9.0})
     assert distance(ends, other) == step_distance({5: -1.0}, {4: -1.0})  # later steps follow other texts
 

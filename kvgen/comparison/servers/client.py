@@ -128,7 +128,9 @@ def _status_error(where: str, status: int, data: bytes) -> KvgenError:
     if status in (401, 403):
         return KvgenError(f"{where}: the server wants another API key ({status}); see --api-key-env")
     if status in (404, 405):
-        return AbsentError(f"{where}: the server has no such path ({status}): it is of another kind; see --server")
+        return AbsentError(
+            f"{where}: not there ({status}: {_excerpt(data)}); is the server of another kind? See --server"
+        )
     if status == 429:
         return KvgenError(f"{where}: too many requests for the server (429); try again later")
     if status >= 500:

@@ -128,10 +128,10 @@ def _session(server: Server, reference: Reference, prompt: str, longest: int) ->
         session = Session(server, reference, source, others, tried, True)
         space, text = session.space(), session.fresh(source[:tried])
         server.ask(text[: tried // 2], 1, space)
-        reused = server.ask(text, 1, space).reused
-        counts = counts or reused is not None
-        if reused or not counts:
-            length = tried if reused else length
+        answer = server.ask(text, 1, space)
+        counts = counts or answer.reused is not None
+        if answer.hit or not counts:
+            length = tried if answer.hit else length
             break
     return Session(server, reference, source, others, length, counts)
 
@@ -166,7 +166,7 @@ def _verdict(session: Session, probes: list[ServerProbe], findings: list[Finding
         return Verdict.NOT_COMPARABLE, "the server claims hits, but takes as long as without its cache"
     if not session.counts:
         return Verdict.NOT_COMPARABLE, "all answers are equal, but the server does not say whether it reused anything"
-    if not any(probe.reused and probe.verdict is Verdict.EQUIVALENT for probe in probes):
+    if not any(probe.verdict is Verdict.EQUIVALENT and probe.worst and probe.worst.answer.hit for probe in probes):
         return Verdict.NOT_COMPARABLE, "nothing was reused: the server's cache is off, or needs longer texts"
     return Verdict.EQUIVALENT, ""
 

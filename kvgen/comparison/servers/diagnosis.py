@@ -129,7 +129,7 @@ def _chunks(session: Session, probe: ServerProbe) -> Finding | None:
     control = session.reference.of(trial.prompt)
     for cut in (cut for cut in _CUTS if cut < len(trial.prompt)):
         answer = session.hit(trial.prompt, trial.prompt[:cut]).answer
-        if answer.reused or not session.counts:
+        if answer.hit or not session.counts:
             (wrong if distance(control.answer, answer) > control.limit else right).append(cut)
     size = math.gcd(*wrong)
     if not wrong or not right or size < _SPACED or any(cut % size == 0 for cut in right):

@@ -39,7 +39,7 @@ def distances(a: Answer, b: Answer) -> list[float]:
     """Distance of each step that follows the same text: up to the first token that differs, and of that step itself."""
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a.tokens, b.tokens, strict=False))))
     pairs = zip(a.steps[: same + 1], b.steps[: same + 1], strict=False)
-    return [step_distance(*pair) for pair in pairs] or [math.inf]
+    return [step_distance(*pair) for pair in pairs] or [math.inf if a.steps or b.steps else 0.0]
 
 
 def distance(a: Answer, b: Answer) -> float:

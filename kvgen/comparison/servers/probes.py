@@ -124,8 +124,9 @@ def continued_conversation(session: Session) -> Iterator[Trial]:
 
 
 def edit_near_the_end(session: Session) -> Iterator[Trial]:
-    text, other = session.text, session.others[0]
-    yield session.hit(text, (*text[:-3], other[-3], *text[-2:]))
+    text = session.text
+    other = next(token for token in session.others[0][::-1] if token != text[-3])
+    yield session.hit(text, (*text[:-3], other, *text[-2:]))
 
 
 def edit_in_the_middle(session: Session) -> Iterator[Trial]:
@@ -203,7 +204,7 @@ def _judge(session: Session, trial: Trial) -> ServerProbe:
         control = session.reference.widened(trial.prompt)
     wrong = apart > control.limit
     verdict, note = (Verdict.DIFFERENT if wrong else Verdict.EQUIVALENT), ""
-    if not wrong and trial.reads_cache and not trial.answer.reused and not (trial.beside and session.counts):
+    if not wrong and trial.reads_cache and not trial.answer.hit and not (trial.beside and session.counts):
         verdict = Verdict.NOT_COMPARABLE
         note = "nothing was reused" if session.counts else "equal, but the server does not say whether it reused"
     near_tie = not wrong and _tokens_differ(control.answer, trial.answer)

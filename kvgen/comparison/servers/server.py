@@ -17,6 +17,8 @@ Prompt = tuple[Token, ...]
 Step = Mapping[Token, float]
 """Log-probabilities of the most likely tokens at one position, in nats."""
 
+_COMMON = 4  # positions: a beginning-of-text token, for example
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -32,6 +34,11 @@ class Answer:
     reused: int | None
     length: int | None
     seconds: float
+
+    @property
+    def hit(self) -> bool:
+        """Whether more was reused than the beginning that all prompts share."""
+        return self.reused is not None and self.reused > _COMMON
 
 
 class Server(Protocol):

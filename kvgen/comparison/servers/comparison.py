@@ -172,8 +172,8 @@ def _verdict(session: Session, probes: list[ServerProbe], findings: list[Finding
 
 
 def _not_tested(session: Session, untried: list[str], *, thorough: bool) -> str:
-    longest = max(LONG) if thorough else len(session.text)
-    parts = [f"texts beyond {min(longest + 64, len(session.source)):,} tokens", "chats and other templates", "images"]
+    longest = len(session.source) if thorough else len(session.text)
+    parts = [f"texts beyond {longest:,} tokens", "chats and other templates", "images"]
     if not session.server.repeats:
         parts.append("edits, rewinds and noise: the server computes a text without its cache only once")
     return "; ".join(parts + untried)

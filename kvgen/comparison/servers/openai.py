@@ -52,6 +52,7 @@ class OpenAIServer:
             self._logprobs = {"logprobs": True, "top_logprobs": _TOP}  # as in chats: mlx-lm
             answer, seconds = timed(self._client, _PATH, body | self._logprobs)
         with self._client.parsing(_PATH):
-            found, tokens = read_logprobs(answer["choices"][0].get("logprobs"))
+            found, _ = read_logprobs(answer["choices"][0].get("logprobs"))
+            tokens = tuple(max(step, key=step.__getitem__) for step in found)  # mlx-lm 0.32 names others of the top
             usage = answer.get("usage") or {}
             return Answer(found, tokens, cached_tokens(usage), usage.get("prompt_tokens"), seconds)

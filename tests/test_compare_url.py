@@ -216,6 +216,14 @@ def test_a_server_without_log_probabilities_is_refused() -> None:
     assert (result.returncode, "gives no log-probabilities" in result.stderr) == (1, True)
 
 
+def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
+    def nameless(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        assert "model" not in body
+        return {"data": []} if path == "/v1/models" else answer(toy, kind, path, body)
+
+    assert compare(Toy(), "openai", nameless).verdict is Verdict.EQUIVALENT
+
+
 def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, pieces, read_logprobs, timed
+from kvgen.comparison.servers.server import (
+    Answer,
+    Prompt,
+    Server,
+    cached_tokens,
+    first_model,
+    pieces,
+    read_logprobs,
+    timed,
+)
 from kvgen.errors import UnsupportedError
 
 _PATH = "/v1/completions"
@@ -28,11 +37,9 @@ class OpenAIServer:
     @classmethod
     def detect(cls, client: Client) -> Server | None:
         try:
-            models = client.get("/v1/models")
+            return cls(client, str(first_model(client).get("id", "")))
         except AbsentError:
             return None
-        with client.parsing("/v1/models"):
-            return cls(client, str(models["data"][0]["id"]) if models["data"] else "")
 
     def encode(self, text: str) -> Prompt:
         return pieces(text)

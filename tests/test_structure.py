@@ -64,6 +64,7 @@ IMPORT_ORDER = [
     "kvgen.generation.constraint",
     "kvgen.generation.text",
     "kvgen.generation.events",
+    "kvgen.generation.row",
     "kvgen.generation.batch",
     "kvgen.generation.stream",
     "kvgen.generation.prompt_cache",

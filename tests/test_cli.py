@@ -269,6 +269,17 @@ def test_help_and_import_do_not_load_torch() -> None:
         assert result.stderr == "False"
 
 
+def test_generate_loads_only_what_it_needs(tiny) -> None:
+    code = """
+import atexit, sys, kvgen.__main__ as m
+atexit.register(lambda: print(sorted({"rich.markdown", "kvgen.comparison"} & sys.modules.keys()), file=sys.stderr))
+m.main()
+"""
+    arguments = [*tiny, "-p", "Hello", "--max-tokens", "1"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.stderr == "[]\n"
+
+
 def test_bare_command_shows_help_and_version_is_told() -> None:
     result = run()
     assert result.returncode == 0

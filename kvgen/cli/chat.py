@@ -14,7 +14,6 @@ from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
-from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.prompts import with_piped_text
 from kvgen.cli.render import TextWriter, escape_controls, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
     from kvgen import Conversation
+    from kvgen.cli.markdown import MarkdownWriter
 
 _MAKE_ROOM = "/undo takes back the last question, /reset forgets the conversation"
 _COMMANDS = {
@@ -128,7 +128,7 @@ class Talk:
         """Ask the model, and stream its answer to stdout."""
         meter, began = Meter(), time.perf_counter()
         answer = with_prefill_bar(self.conversation.ask(question), self.conversation.loaded.model, quiet=self.quiet)
-        with MarkdownWriter(terminal(sys.stdout)) if self.markdown else TextWriter(raw=False) as writer:
+        with _markdown_writer() if self.markdown else TextWriter(raw=False) as writer:
             for chunk in answer:
                 meter.add(chunk, began)
                 writer.write(chunk.text)
@@ -196,6 +196,12 @@ class Talk:
             self.conversation.save(file)
         self.file = file
         print_note(f"{'saved' if name == '/save' else 'loaded'}: {len(self.conversation.messages)} messages")
+
+
+def _markdown_writer() -> MarkdownWriter:
+    from kvgen.cli.markdown import MarkdownWriter
+
+    return MarkdownWriter(terminal(sys.stdout))
 
 
 def _confirm(question: str) -> bool:

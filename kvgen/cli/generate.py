@@ -49,13 +49,13 @@ class CacheOptions:
 
     def verified(self, loaded: Loaded) -> Loaded:
         """Check the cache as --verify-cache says; a cache that is not kvgen's own is checked once in any case."""
+        if self.no_cache or (self.verify_cache is None and loaded.model.name == "native"):
+            return loaded
         from kvgen.comparison.verified import VerifiedBackend
 
         def warn(found: str) -> None:
             print_note(f"the cache is wrong, continuing without it: {found}", "yellow")
 
-        if self.no_cache or (self.verify_cache is None and loaded.model.name == "native"):
-            return loaded
         on_wrong = warn if self.verify_cache is None else None
         return replace(loaded, model=VerifiedBackend(loaded.model, self.verify_cache, on_wrong))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,8 +137,7 @@ class Talk:
     def _print_notes(self, meter: Meter) -> None:
         """Print how an answer was cut short, and its statistics."""
         tokens = format_tokens(len(meter.chunks))
-        lengths = [self.conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
-        if any(after < before for before, after in pairwise(lengths)):
+        if meter.last.step.dropped:
             print_note("(--max-context: the middle of the conversation was dropped for this answer)")
         if meter.last.finish_reason == "length":
             print_note(f"(cut off by --max-tokens: {tokens})")

@@ -210,6 +210,7 @@ def _print_all(
     """Print completions as they come. Return how many failed, of how many; without --lines, raise the error instead."""
     count = failed = 0
     show_stats = output.stats and not output.quiet
+    tell_dropped = sys.stderr.isatty() and not output.quiet
     for given, request, meter, chunks in completions:
         count += 1
         if lines and not output.quiet and sys.stderr.isatty():
@@ -236,6 +237,9 @@ def _print_all(
             continue
         if show_reuse and count == 1:
             print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
+        if tell_dropped and meter.last.step.dropped:
+            print_note("--max-context: the middle of the text was dropped, which the model no longer sees")
+            tell_dropped = False
         if show_stats:
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
     return failed, count

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,6 +162,32 @@ def test_a_library_of_another_source_or_compiler_is_not_used(tmp_path: Path, mon
         name = compiler.library_name(VARIANTS[0], str(tool))
         assert name not in before
         before.add(name)
+
+
+def test_two_processes_compile_a_library_once(copying_compiler: Path, tmp_path: Path) -> None:
+    """Lines of `events`: a process asks for the lock, or the compiler runs, which ends when `gate` has had a writer."""
+    for name in ("events", "gate"):
+        os.mkfifo(tmp_path / name)
+    start, *rest = copying_compiler.read_text().splitlines(keepends=True)
+    waiting = f"echo compiles > {tmp_path}/events\ncat {tmp_path}/gate\n"
+    copying_compiler.write_text("".join((start, waiting, *rest)))
+    code = f"""
+from pathlib import Path
+from kvgen.kernels import build
+class Lock(build.FileLock):
+    def acquire(self, *args, **options):
+        Path("{tmp_path}/events").write_text("locks\\n")
+        return super().acquire(*args, **options)
+build.FileLock = Lock
+build.library()
+"""
+    with os.fdopen(os.open(tmp_path / "events", os.O_RDWR)) as events:
+        processes = [subprocess.Popen([sys.executable, "-c", code])]
+        assert [events.readline(), events.readline()] == ["locks\n", "compiles\n"]
+        processes.append(subprocess.Popen([sys.executable, "-c", code]))
+        assert events.readline() == "locks\n"
+        (tmp_path / "gate").write_text("")
+        assert [process.wait(60) for process in processes] == [0, 0]
 
 
 def test_what_was_not_loaded_for_a_month_is_swept(copying_compiler: Path, tmp_path: Path) -> None:

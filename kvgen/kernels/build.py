@@ -6,9 +6,12 @@ import ctypes
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+
+from filelock import FileLock
 
 from kvgen.errors import KvgenError, UnsupportedError
 from kvgen.kernels.compiler import compile_kernels, find_compiler, library_name
@@ -63,9 +66,23 @@ def _compiled(variant: Variant) -> Path:
         with suppress(OSError):  # a cache folder that cannot be written to
             os.utime(path)
     else:
-        compile_kernels(compiler, variant, path)
+        with _locked(path.parent):
+            if not path.exists():
+                compile_kernels(compiler, variant, path)
         _sweep(path.parent)
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for other processes that compile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock").acquire()  # outside of what is swept
+    except OSError as error:
+        raise UnsupportedError(f"the kernels cannot be built: {error}") from error
+    with lock:
+        yield
 
 
 def _prebuilt(variant: Variant) -> Path | None:

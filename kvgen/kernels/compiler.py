@@ -63,7 +63,7 @@ def compile_kernels(compiler: str, variant: Variant, path: Path) -> None:
                 raise UnsupportedError(f"{compiler} cannot build the kernels: {why}")
             if not built.exists():
                 raise UnsupportedError(f"{compiler} cannot build the kernels: it wrote nothing")
-            built.replace(path)  # atomically: another process may be building it too
+            built.replace(path)  # atomically: another process may load it at once
     except subprocess.TimeoutExpired:
         raise UnsupportedError(f"{compiler} cannot build the kernels in {_TIMEOUT} seconds") from None
     except OSError as error:

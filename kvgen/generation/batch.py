@@ -188,7 +188,7 @@ class Batch:
             cache = model.cache_for(ids, positions, donors, self._kept)
             shared = getattr(cache, "length", 0)
             for row in (row for row in self._rows if row.use_cache and (row in begun or row.is_long)):
-                if (common := _common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
+                if (common := common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
                     model.expect_branch(row.cache, min(common, len(prompt) - 1))
                     return None  # the next pass can copy more from that row
         new = len(prompt) - shared
@@ -285,6 +285,6 @@ class Batch:
         self._cancelled.clear()
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -118,6 +118,8 @@ void multiply_panel(const Weight &w, int panel, Shared &shared, int first, int c
     else multiply_codes<BYTES>(w, Coded4{{at}, w.values}, panel, shared, first, count, out);
 }
 
+constexpr uint64_t LOW_BYTES = 0x00ff00ff00ff00ff;
+
 // Rounds a row to integers of at most `limit`.
 void round_row(const float *x, int group, int groups, int limit, bool bytes, Rounded to) {
     int words = group / 8, length = bytes ? 2 * words : 4 * words;
@@ -132,13 +134,11 @@ void round_row(const float *x, int group, int groups, int limit, bool bytes, Rou
             store(sides[0], c), std::memcpy(sides[1], sides[0] + 8, 32);
             c = load<i32x16>(sides[0]), d = load<i32x16>(sides[1]);
         }
-        int32_t pairs[16];
-        store(pairs, (interleave<0>(c, d) & 0xffff) | interleave<1>(c, d) << 16);
-        int32_t *numbers = to.numbers + g * length;
-        for (int i = 0; i < length; i++) {
-            int word = i / 2 * 4 + i % 2;
-            numbers[i] = bytes ? (pairs[word] & 0x00ff00ff) | (pairs[word + 2] & 0x00ff00ff) << 8 : pairs[i];
-        }
+        uint64_t numbers[8]; // two of a word: (c0, c2), (d0, d2) and (c1, c3), (d1, d3)
+        store(numbers, (interleave<0>(c, d) & 0xffff) | interleave<1>(c, d) << 16);
+        for (int w = 0; w < words && bytes; w++)
+            numbers[w] = (numbers[2 * w] & LOW_BYTES) | (numbers[2 * w + 1] & LOW_BYTES) << 8;
+        std::memcpy(to.numbers + g * length, numbers, length * sizeof(int32_t));
     }
 }
 

@@ -52,7 +52,8 @@ def copying_compiler(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("machine", "capabilities", "chosen"),
     [
-        ("x86_64", [*V4, "avx512_vnni", "avx_vnni"], "avx512-vnni"),
+        ("x86_64", [*V4, "avx512_vnni", "amx_tile", "amx_int8"], "amx"),
+        ("x86_64", [*V4, "avx512_vnni", "avx_vnni", "amx_tile"], "avx512-vnni"),
         ("x86_64", V4, "avx512"),
         ("x86_64", [*V3, "avx_vnni", "avx512_f", "avx512_vnni"], "avx-vnni"),
         ("AMD64", V3, "avx2"),
@@ -91,7 +92,7 @@ def test_a_processor_without_any_runs_on_torch(
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_a_variant_that_is_named_is_used(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, variant.machine, [*V4, "avx512_vnni", "avx_vnni", "neon", "dot"])
+    pretend(monkeypatch, variant.machine, [*V4, "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "neon", "dot"])
     monkeypatch.setenv("KVGEN_CPU", variant.name)
     assert chosen_variant() == variant
     for name in variant.needs:
@@ -104,7 +105,7 @@ def test_a_name_that_cannot_be_is_refused_in_a_line(tiny_llama, monkeypatch: pyt
     folder, _ = tiny_llama()
     for command in (["generate", "--ids", "-p", "1 2 3", "-m"], ["inspect"]):
         refused = run(*command, str(folder), env=os.environ | {"KVGEN_CPU": "avx"})
-        names = "native, avx512-vnni, avx512, avx-vnni, avx2, neon"
+        names = "native, amx, avx512-vnni, avx512, avx-vnni, avx2, neon"
         assert refused.stderr == f"kvgen: error: KVGEN_CPU is 'avx', which is not one of {names}\n"
         assert refused.returncode == 2
     foreign = next(variant for variant in VARIANTS if variant.machine != processors.machine())

@@ -143,6 +143,20 @@ def test_a_prebuilt_library_of_this_source_needs_no_compiler(
     build._load.cache_clear()  # of this folder
 
 
+def test_an_old_compiler_gets_the_best_variant_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, second = [variant for variant in processors.machine_variants() if not variant.lacking()][:2]
+    new = next(flag for flag in best.flags if flag not in second.flags)
+    old = tmp_path / "old-compiler"
+    old.write_text(f'#!/bin/sh\ncase " $* " in *" {new} "*) exit 1;; esac\nexec {compiler.find_compiler()} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setenv("KVGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("KVGEN_CPU", raising=False)
+    assert build.available_variant() == second
+    monkeypatch.setenv("KVGEN_CPU", best.name)
+    assert build.available_variant() == best
+
+
 def test_a_library_of_another_source_or_compiler_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names() -> set[str]:
         return {compiler.library_name(variant) for variant in VARIANTS}

@@ -23,8 +23,8 @@ from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
-from kvgen.kernels.build import library
-from kvgen.kernels.processors import NATIVE, asked_variant, chosen_variant
+from kvgen.kernels.build import available_variant, library
+from kvgen.kernels.processors import NATIVE, asked_variant
 from kvgen.system import available_memory, return_freed_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
@@ -190,7 +190,7 @@ def _compute_options(
     if use_kernels:
         try:
             library()
-            engine = chosen_variant().engine
+            engine = available_variant().engine
             engine += f", {activations} activations" * (activations != "int16")
         except UnsupportedError as error:
             if required or asked_variant() != NATIVE:

@@ -81,7 +81,7 @@ def describe(error: BaseException) -> str:
 def examine(model_type: str, cache: str) -> dict[str, Any]:
     """One row: what `kvgen compare` finds, and the loop."""
     backend = TransformersBackend(tiny_model(model_type), cache)
-    row = compare_ids(backend, _PROMPT, steps=_STEPS).rows[1]
+    reference, row = compare_ids(backend, _PROMPT, steps=_STEPS).rows
     wrong = [probe for probe in row.probes if probe.wrong]
     found = {
         "made": made_by(backend),
@@ -91,8 +91,8 @@ def examine(model_type: str, cache: str) -> dict[str, Any]:
         "difference": row.gap.max_abs if row.gap else None,
         "ratio": max([row.ratio or 0.0, *(probe.ratio or 0.0 for probe in wrong)]),
         "uses": [probe.name for probe in wrong],
-        "causes": [finding.name for finding in row.findings],
-        "evidence": [finding.evidence for finding in row.findings],
+        "causes": [finding.name for finding in (*reference.findings, *row.findings)],
+        "evidence": [finding.evidence for finding in (*reference.findings, *row.findings)],
     }
     return found | {"loop": loop(model_type, cache)}
 

@@ -54,7 +54,7 @@ _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "dots3_note_text"), _LATENT),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LATENT | _HYBRID),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _HYBRID),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": _HYBRID}),
+    **{name: {"text_config": _HYBRID} for name in ("qwen3_5", "qwen3_5_moe")},
     "dots3_note": {"text_config": _LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

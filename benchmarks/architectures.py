@@ -19,7 +19,8 @@ _SIZES: dict[int | float, str] = {
     "pronunciation_vocab_size audio_vocab_size",
     512: "max_position_embeddings n_positions context_length max_seq_len max_target_positions n_ctx",
     32: "hidden_size d_model n_embd emb_dim lru_width d_inner output_embedding_size input_embedding_size "
-    "embedding_size word_embed_proj_dim hidden_size_per_layer_input attention_hidden_size backbone_hidden_size",
+    "embedding_size word_embed_proj_dim hidden_size_per_layer_input attention_hidden_size backbone_hidden_size "
+    "hidden_size_global",
     48: "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim feed_forward_size dim_ff dff ffn_hidden_size "
     "prefix_dense_intermediate_size dense_intermediate_size intermediate_size_mlp",
     24: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
@@ -29,14 +30,14 @@ _SIZES: dict[int | float, str] = {
     4: "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads num_experts n_routed_experts num_local_experts "
     "moe_num_experts linear_num_value_heads linear_num_heads swa_num_attention_heads o_groups zero_expert_num "
-    "index_n_heads mamba_num_heads indexer_n_heads",
+    "mamba_num_heads indexer_n_heads",
     2: "num_key_value_heads num_experts_per_tok moe_topk moe_k mamba_n_groups linear_num_key_heads "
     "swa_num_key_value_heads n_mamba_heads n_groups top_k_experts type_vocab_size num_codebooks max_window_layers",
     8: "head_dim sliding_window window_size kv_lora_rank q_lora_rank v_head_dim qk_nope_head_dim qk_rope_head_dim "
     "mamba_d_state state_size ssm_state_size mamba_n_heads mamba_d_head mamba_head_dim linear_key_head_dim "
     "linear_value_head_dim linear_head_dim dim_head attention_head_size index_head_dim rotary_dim "
     "sliding_window_size attention_window_size local_attention attention_chunk_size laurel_rank swa_head_dim "
-    "kv_channels o_lora_rank hc_lowrank adapter_rank gated_norm_rank index_topk d_rel indexer_head_dim",
+    "kv_channels o_lora_rank hc_lowrank adapter_rank gated_norm_rank index_topk index_n_heads d_rel indexer_head_dim",
     16: "mamba_chunk_size chunk_size block_size moe_latent_size keep_window_size local_attention_window_len",
     1: "first_k_dense_replace n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts "
     "eos_token_id",

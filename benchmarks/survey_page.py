@@ -21,9 +21,9 @@ models (`MODEL_FOR_CAUSAL_LM_MAPPING`), with each cache that `generate` has: `au
 which is its `DynamicCache` or a cache of the model's own.
 
 Written by `benchmarks/survey.py` on {date} with transformers {transformers}, torch {torch} and Python {python}, in
-float32 on a CPU. Each row is judged twice: by `kvgen compare`, and by a loop around the library alone (`library_alone` in that
-file), which compares the logits of `generate` with those that it computes without a cache, in float64 where the model
-allows it. The loop sees single steps only. **The two agree on {agreed} of {judged} rows.**
+float32 on a CPU. Each row is judged twice: by `kvgen compare`, and by a loop around the library alone
+(`library_alone` in that file), which compares the logits of `generate` with those that it computes without a cache, in
+float64 where the model allows it. The loop sees single steps only. **The two agree on {agreed} of {judged} rows.**
 
 `python benchmarks/survey.py --only MODEL --cache CACHE` repeats one row and prints all that was found.
 """

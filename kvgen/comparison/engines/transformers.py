@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +118,16 @@ def load(path: Path, options: EngineOptions) -> Loaded:
     default = torch.float32 if device.type == "cpu" else "auto"
     file = {} if path.is_dir() else {"gguf_file": path.name}
     try:
-        net: Any = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else path.parent,
-            dtype=DTYPES.get(options.dtype, default),
-            attn_implementation=None if options.attention == "auto" else options.attention,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **file,
-        )
+        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
+            net: Any = AutoModelForCausalLM.from_pretrained(
+                path if path.is_dir() else path.parent,
+                dtype=DTYPES.get(options.dtype, default),
+                attn_implementation=None if options.attention == "auto" else options.attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **file,
+            )
         backend = TransformersBackend(net.to(device), options.cache)
     except (*CALL_ERRORS, OSError, ImportError, SafetensorError) as error:
         raise UnsupportedError(f"{path}: transformers refuses it: {in_one_line(error)}") from error

@@ -47,7 +47,6 @@ def slow(values: list[str], fast: tuple[str, ...]) -> list[Any]:
 def test_correct_models_raise_no_alarm(which: str) -> None:
     row = compare(*which.split(":")).rows[1]
     assert row.verdict is Verdict.EQUIVALENT, row.findings
-    assert row.ratio is not None and row.ratio < 3
 
 
 @pytest.mark.slow

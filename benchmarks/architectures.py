@@ -48,6 +48,7 @@ _TINY = {name: size for size, names in _SIZES.items() for name in names.split()}
 
 _LATENT = {"num_key_value_heads": 4}  # every head has keys of its own
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA = {"initializer_range": 0.1}  # with more, delta nets divide by small numbers, which enlarges rounding
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QSA = {"indexer_kv_heads": 1, "indexer_budget": 16, "indexer_compress_ratio": 4}
 _ENCODERS = (
@@ -72,8 +73,8 @@ _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "dots3_note_text"), _LATENT),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LATENT | _HYBRID),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _HYBRID),
-    **{name: {"text_config": _HYBRID} for name in ("qwen3_5", "qwen3_5_moe")},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _HYBRID | _DELTA),
+    **{name: {"text_config": _HYBRID | _DELTA} for name in ("qwen3_5", "qwen3_5_moe")},
     "dots3_note": {"text_config": _LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

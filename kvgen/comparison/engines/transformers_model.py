@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from typing import Any
 
@@ -181,11 +182,17 @@ class TransformersBackend(Backend):
         empty = torch.empty(batch, 0, dtype=torch.int64, device=self.device)
         return TransformersCache(state, empty, room if isinstance(own, StaticCache) else None)
 
+    @cached_property
+    def _chooses(self) -> bool:
+        """Whether the model returns logits of the positions that it is asked for."""
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=self.device)
+        kept = torch.tensor([0, 1], device=self.device)
+        found = self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits
+        return "logits_to_keep" in self.accepts and found.shape[1] == len(kept)
+
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
         kept = torch.tensor(positions, device=ids.device)
         logits = self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits
-        if "logits_to_keep" not in self.accepts:
-            if logits.shape[1] != ids.shape[1]:
-                return None
-            logits = logits[:, kept]
-        return iter([logits[0]])
+        if self._chooses:
+            return iter([logits[0]])
+        return iter([logits[0, kept]]) if logits.shape[1] == ids.shape[1] > 1 else None

@@ -27,6 +27,8 @@ from kvgen.loading.load import DTYPES, Loaded, choose_device
 from kvgen.system import available_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
+__all__ = ["TransformersBackend", "TransformersSubject", "load"]
+
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "attention_window_size")
 _CHUNKS = ("chunk_size", "mamba_chunk_size", "block_size")
 

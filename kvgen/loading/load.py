@@ -117,7 +117,7 @@ def load(
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
-    device = _choose_device(device)
+    device = choose_device(device)
     return _load_checkpoint(resolve(name, progress=progress), dtype, device, tokenizer, adapter, chosen)
 
 
@@ -213,7 +213,7 @@ def _check_defaults(what: str, chosen: Mapping[str, str]) -> None:
             raise UsageError(f"{what}, for which {name} {value!r} cannot be chosen")
 
 
-def _choose_device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name, is_available in available.items() if is_available]
     try:

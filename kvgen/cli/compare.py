@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from kvgen.cli import options
+from kvgen.cli.compare_url import ServerOptions, compare_url
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _option = partial(Option, rich_help_panel="What to compare")
 _DEFAULT_PROMPT = "Once upon a time,"
 _PATTERNS = ("batched", "last-token", "stale-chunk", "wrong-offset", "left-pad-ignored")  # repeated: importing is slow
+_SERVER_STEPS = 8  # for --url, where each request repeats them
 _TEXT_PROMPT_TOKENS = 8  # prompt length for --text, or half of a shorter text
 
 
@@ -65,6 +67,7 @@ def compare(
     ] = False,
     source: ModelOptions,
     engine: EngineChoice,
+    running: ServerOptions,
     json: options.Json = False,
     html: options.Html = None,
     junit: Annotated[
@@ -81,6 +84,13 @@ def compare(
     what is new. The exit code is 0 if it is equivalent to uncached decoding or declared lossy, else 1. Wrong patterns
     do not count; a library given by --reference does, if it differs by more than rounding.
     """
+    running.check()
+    if running.url is not None:
+        refused = source != ModelOptions() or engine != EngineChoice()
+        if refused or any((wrong_pattern, pattern, prompt_file, html)):
+            raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
+        start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
+        compare_url(running, start, steps=steps, thorough=thorough, json=json, junit=junit, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:

@@ -8,13 +8,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich import filesize, progress
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
@@ -251,13 +252,43 @@ def format_reading(done: int, total: int) -> str:
     return f"(reading {total:,} tokens: {100 * done // total} %)" if done < total else ""
 
 
+class _Bar(progress.Progress):
+    """A progress bar without the parts that do not fit into the terminal. The count stays."""
+
+    def __init__(
+        self,
+        label: progress.ProgressColumn,
+        count: progress.ProgressColumn,
+        *rates: progress.ProgressColumn,
+        console: Console,
+        **options: Any,
+    ) -> None:
+        bar, left = progress.BarColumn(bar_width=20), progress.TimeRemainingColumn()
+        numbers = count, *rates
+        self._choices = (
+            (label, bar, *numbers, left),
+            (label, *numbers, left),
+            (label, *numbers),
+            (label, count),
+            (count,),
+        )
+        self._terminal = console
+        super().__init__(*self._choices[0], console=console, **options)
+
+    def make_tasks_table(self, tasks: Iterable[progress.Task]) -> Table:
+        tasks, unlimited = list(tasks), self._terminal.options.update(max_width=sys.maxsize)
+        for columns in self._choices:
+            self.columns = columns
+            table = super().make_tasks_table(tasks)
+            if self._terminal.measure(table, options=unlimited).maximum <= self._terminal.width:
+                break
+        return table
+
+
 @contextmanager
-def _bar(
-    first: progress.ProgressColumn, *others: progress.ProgressColumn, hidden: bool, transient: bool = False
-) -> Iterator[progress.Progress]:
-    """Yield a progress bar on stderr, which the caller starts, and stop it at the end."""
-    columns = first, progress.BarColumn(bar_width=20), *others, progress.TimeRemainingColumn()
-    bar = progress.Progress(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
+def _bar(*columns: progress.ProgressColumn, hidden: bool, transient: bool = False) -> Iterator[progress.Progress]:
+    """Yield a progress bar on stderr, which the caller starts, and stop it at the end. columns: label, count, rates."""
+    bar = _Bar(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:
         yield bar
     finally:

@@ -20,9 +20,13 @@ from kvgen.tokenizer import Tokenizer
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
+class TimeLimitError(KvgenError):
+    """A request took too long."""
+
+
 @dataclass
 class Choice:
-    """What has come of one request. tools: whether calls are parsed from the text."""
+    """What has come of one request."""
 
     index: int
     prompt_tokens: int
@@ -145,6 +149,8 @@ def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
     code: str | None = None
     if isinstance(error, BusyError):
         status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    elif isinstance(error, TimeLimitError):
+        status, kind = 408, "timeout_error"
     elif isinstance(error, NotFoundError):
         status, kind, code = 404, "invalid_request_error", "model_not_found"
     elif isinstance(error, UsageError | UnsupportedError):

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import parse_json
-from kvgen.server.answers import Answer, Choice, error_body
+from kvgen.server.answers import Answer, Choice, TimeLimitError, error_body
 from kvgen.server.engine import Engine
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, parse_chat, parse_completion
@@ -95,7 +95,8 @@ class Server:
         events = _Events(self.engine, job, began, self.limits.timeout)
         done = partial(self._done, request.url.path, answer, began)
         if job.stream:
-            first = await events.first()  # so that an error has its status
+            async with _watched(request):
+                first = await events.first()  # so that an error has its status
             return StreamingResponse(self._stream(answer, first, events, done), media_type="text/event-stream")
         async with aclosing(events), _watched(request):
             async for index, chunk in events:
@@ -189,7 +190,7 @@ class _Events:
         try:
             index, event = await asyncio.wait_for(self._queue.get(), left)
         except TimeoutError:
-            raise HTTPException(408, f"the request took longer than {self._timeout:g} s") from None
+            raise TimeLimitError(f"the request took longer than {self._timeout:g} s") from None
         if isinstance(event, KvgenError):
             del self._open[index]
             raise event
@@ -261,20 +262,13 @@ def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
         server.log(f"{request.method} {request.url.path} {status}: {body['error']['message']:.200}")
         return JSONResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
 
-    def counted(route: Callable[[Request], Any]) -> Callable[[Request], Any]:
-        async def answer(request: Request) -> Response:
-            response: Response = await route(request)
-            return response
-
-        return answer
-
     routes = [
         Route("/health", server.health),
         Route("/metrics", server.show_metrics),
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.one_model),
-        Route("/v1/completions", counted(partial(server.complete, parse=parse_completion)), methods=["POST"]),
-        Route("/v1/chat/completions", counted(partial(server.complete, parse=parse_chat)), methods=["POST"]),
+        Route("/v1/completions", partial(server.complete, parse=parse_completion), methods=["POST"]),
+        Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     if key is not None:

@@ -326,3 +326,19 @@ def test_texts_are_as_long_as_asked_for_and_differ_from_the_first_word() -> None
     assert {len(text) for text in texts} == {200}
     assert len({text[0] for text in texts}) == 4
     assert LIMIT > 1 and list(KINDS)[-1] == "openai"
+
+
+@pytest.mark.slow  # a real model
+def test_the_server_of_llama_cpp_is_equivalent(smollm2_path: Path) -> None:
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's server: pip install xllamacpp")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.port = str(smollm2_path), port
+    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 4096, 2, 1
+    server = xllamacpp.Server(parameters)
+    client = Client(server.listening_address, timeout=300)
+    result = compare_server(client, connect(client), "Once upon a time,")
+    client.close()
+    assert (result.server, result.verdict) == ("llama.cpp", Verdict.EQUIVALENT)
+    assert {probe.name: probe.reused for probe in result.probes}["same prompt"] == 95

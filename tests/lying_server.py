@@ -63,7 +63,7 @@ class Toy:
     def encode(self, text: str) -> list[int]:
         """Ids of the words of a text: those that the server writes itself are `w17` and so on."""
         words = (word.removeprefix("w") for word in text.split(" "))
-        return [int(word) if word.isdigit() else zlib.crc32(word.encode()) % VOCAB for word in words]
+        return [int(word) % VOCAB if word.isdecimal() else zlib.crc32(word.encode()) % VOCAB for word in words]
 
     def complete(self, ids: list[int], steps: int, top: int, space: str | None) -> tuple[list[dict[int, float]], int]:
         """Log-probabilities of each step, and the number of positions said to be reused."""

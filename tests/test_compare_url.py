@@ -158,6 +158,24 @@ def test_limits_leave_probes_out_and_say_so() -> None:
     assert "beside others" in result.not_tested and result.requests == 30
 
 
+def test_a_server_may_take_log_probabilities_as_chats_do_and_in_any_order() -> None:
+    """As mlx-lm does, whose `token` is not the generated one but the first of an unsorted list."""
+
+    def chatty(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        if path != "/v1/completions":
+            return answer(toy, kind, path, body)
+        if body["logprobs"] is not True:
+            return 422, b'{"error": "logprobs must be of type bool"}'
+        found = answer(toy, kind, path, {**body, "logprobs": body["top_logprobs"]})
+        steps = found["choices"][0]["logprobs"]["top_logprobs"]
+        tops = [[{"token": name, "logprob": value} for name, value in step.items()][::-1] for step in steps]
+        found["choices"][0]["logprobs"] = {"content": [{**top[0], "top_logprobs": top} for top in tops]}
+        return found
+
+    assert compare(Toy(), "openai", chatty).verdict is Verdict.EQUIVALENT
+    assert compare(Toy("another state"), "openai", chatty).verdict is Verdict.DIFFERENT
+
+
 def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
     calls = 0
 
@@ -196,6 +214,14 @@ def test_a_server_without_log_probabilities_is_refused() -> None:
     with serving(Toy(), "openai", bare) as url:
         result = run("compare", "--url", url)
     assert (result.returncode, "gives no log-probabilities" in result.stderr) == (1, True)
+
+
+def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
+    def nameless(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        assert "model" not in body
+        return {"data": []} if path == "/v1/models" else answer(toy, kind, path, body)
+
+    assert compare(Toy(), "openai", nameless).verdict is Verdict.EQUIVALENT
 
 
 def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:

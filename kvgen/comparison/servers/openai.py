@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, pieces, read_logprobs, timed
+from kvgen.comparison.servers.server import (
+    Answer,
+    Prompt,
+    Server,
+    cached_tokens,
+    first_model,
+    pieces,
+    read_logprobs,
+    timed,
+)
 from kvgen.errors import UnsupportedError
 
 _PATH = "/v1/completions"
@@ -28,11 +37,9 @@ class OpenAIServer:
     @classmethod
     def detect(cls, client: Client) -> Server | None:
         try:
-            models = client.get("/v1/models")
+            return cls(client, str(first_model(client).get("id", "")))
         except AbsentError:
             return None
-        with client.parsing("/v1/models"):
-            return cls(client, str(models["data"][0]["id"]) if models["data"] else "")
 
     def encode(self, text: str) -> Prompt:
         return pieces(text)
@@ -52,6 +59,7 @@ class OpenAIServer:
             self._logprobs = {"logprobs": True, "top_logprobs": _TOP}  # as in chats: mlx-lm
             answer, seconds = timed(self._client, _PATH, body | self._logprobs)
         with self._client.parsing(_PATH):
-            found, tokens = read_logprobs(answer["choices"][0].get("logprobs"))
+            found, _ = read_logprobs(answer["choices"][0].get("logprobs"))
+            tokens = tuple(max(step, key=step.__getitem__) for step in found)  # mlx-lm 0.32 names others of the top
             usage = answer.get("usage") or {}
             return Answer(found, tokens, cached_tokens(usage), usage.get("prompt_tokens"), seconds)

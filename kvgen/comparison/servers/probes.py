@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 
 from kvgen.comparison.servers.distance import distance
 from kvgen.comparison.servers.reference import LARGEST_NOISE, Reference
@@ -70,11 +69,13 @@ class Session:
         self.server, self.reference, self.counts = server, reference, counts
         self.source, self.text = source, source[:length]
         self.others = [other[:length] for other in others]
-        self._numbers = count(1)
 
     def fresh(self, prompt: Prompt) -> Prompt:
         """The prompt, with an unused beginning if the server computes each text only once without its cache."""
-        return prompt if self.server.repeats else (f"Number {uuid.uuid4().hex[:6]}{next(self._numbers)}:", *prompt)
+        if self.server.repeats:
+            return prompt
+        number = uuid.uuid4().hex
+        return (number[:4], *(f" {number[place : place + 4]}" for place in (4, 8, 12)), " ", *prompt)
 
     def space(self) -> str:
         return uuid.uuid4().hex

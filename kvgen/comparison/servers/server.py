@@ -115,3 +115,10 @@ def timed(client: Client, path: str, body: dict[str, Any]) -> tuple[Any, float]:
     """Answer to a POST, and the seconds that it took."""
     began = time.perf_counter()
     return client.post(path, body), time.perf_counter() - began
+
+
+def first_model(client: Client) -> dict[str, Any]:
+    """What `/v1/models` says of the first model; empty if it lists none. Raises AbsentError without that path."""
+    models = client.get("/v1/models")
+    with client.parsing("/v1/models"):
+        return dict(models["data"][0]) if models["data"] else {}

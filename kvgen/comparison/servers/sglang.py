@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, Step, Token, timed
+from kvgen.comparison.servers.server import Answer, Prompt, Server, Step, Token, first_model, timed
 from kvgen.errors import UnsupportedError
 
 _PATH = "/generate"
@@ -33,12 +33,10 @@ class SglangServer:
     @classmethod
     def detect(cls, client: Client) -> Server | None:
         try:
-            models = client.get("/v1/models")
+            model = first_model(client)
         except AbsentError:
             return None
-        with client.parsing("/v1/models"):
-            model = models["data"][0]
-            return cls(client, model) if model.get("owned_by") == cls.kind else None
+        return cls(client, model) if model.get("owned_by") == cls.kind else None
 
     def encode(self, text: str) -> Prompt:
         answer = self._client.post("/tokenize", {"model": self.model, "prompt": text})

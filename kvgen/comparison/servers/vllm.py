@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, read_logprobs, timed
+from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, first_model, read_logprobs, timed
 
 _PATH = "/v1/completions"
 _TOP = 20  # the server's default limit, --max-logprobs
@@ -36,12 +36,10 @@ class VllmServer:
     @classmethod
     def detect(cls, client: Client) -> Server | None:
         try:
-            models = client.get("/v1/models")
+            model = first_model(client)
         except AbsentError:
             return None
-        with client.parsing("/v1/models"):
-            model = models["data"][0]
-            return cls(client, model) if model.get("owned_by") == cls.kind else None
+        return cls(client, model) if model.get("owned_by") == cls.kind else None
 
     def encode(self, text: str) -> Prompt:
         answer = self._client.post("/tokenize", {"model": self.model, "prompt": text})

@@ -191,7 +191,7 @@ class TransformersBackend(Backend):
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
         kept = torch.tensor(positions, device=ids.device)
         chosen = kept if self._chooses else 0  # 0: all
-        logits = self.forward(ids, None, None, chosen, use_cache=False, is_first_iteration=True).logits
+        logits: Tensor = self.forward(ids, None, None, chosen, use_cache=False, is_first_iteration=True).logits
         if self._chooses:
             return iter(logits)
         return iter([logits[0, kept]]) if logits.shape[1] == ids.shape[1] > 1 else None

@@ -193,5 +193,5 @@ class TransformersBackend(Backend):
         chosen = kept if self._chooses else 0  # 0: all
         logits: Tensor = self.forward(ids, None, None, chosen, use_cache=False, is_first_iteration=True).logits
         if self._chooses:
-            return iter(logits)
+            return iter([logits[0]])
         return iter([logits[0, kept]]) if logits.shape[1] == ids.shape[1] > 1 else None

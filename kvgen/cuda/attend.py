@@ -1,0 +1,197 @@
+"""The Triton kernel for attention of one new position: norms and rotation, the cache's new entry, and the sum.
+
+The positions of each key and value head are divided among programs (Dao et al. 2023, "Flash-Decoding"); the last one
+to finish puts their sums together.
+"""
+# The annotations of parameters are read by Triton, so they are not postponed.
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+PLACES = 4
+"""Entries of `table` before those of layers: token, position, cached positions, length of the whole text."""
+
+PLACE = 4
+"""Entries of a layer: addresses of its keys and values, their stride between heads, and the position of the first."""
+
+
+@triton.jit
+def attend(
+    qkv,
+    q_norm,
+    k_norm,
+    q_cos,
+    q_sin,
+    k_cos,
+    k_sin,
+    sinks,
+    table,
+    place,
+    sums,
+    stats,
+    arrivals,
+    out,
+    eps,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    Q_ROTATED: tl.constexpr,
+    K_ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STORED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (key and value heads, SPLITS).
+
+    qkv: projections of the new position, (HEADS + 2 * kv heads) * DIM numbers. q_cos to k_sin: (ROTATED,) each.
+    place: index in `table` of the layer's entries. STORED: dtype of the cache; int8 has an fp32 scale after each DIM.
+    sums: (HEADS, SPLITS, D) fp32, and stats: (2, HEADS, SPLITS) fp32, of each program. arrivals: (kv heads,) int32, zero
+    before and after. out: (HEADS * DIM). WINDOW: 0 for none. G, D: GROUP and DIM, padded.
+    """
+    dtype = qkv.dtype.element_ty
+    head, split = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    length = tl.load(table + 2)
+    stride, first = tl.load(table + place + 2), tl.load(table + place + 3)
+    ROW: tl.constexpr = DIM + 4 if STORED == tl.int8 else DIM
+    keys = tl.load(table + place).to(tl.pointer_type(STORED)) + head * stride
+    values = tl.load(table + place + 1).to(tl.pointer_type(STORED)) + head * stride
+    if STORED != tl.int8 and DIM % 16 == 0:
+        keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
+
+    g, d = tl.arange(0, G), tl.arange(0, D)
+    within = d < DIM
+    heads = head * GROUP + g
+    real = (g < GROUP)[:, None] & within[None, :]
+    q = _turned(qkv + heads[:, None] * DIM, q_norm, q_cos, q_sin, d[None, :], real, eps, DIM, Q_ROTATED)
+    k = _turned(qkv + (HEADS + head) * DIM, k_norm, k_cos, k_sin, d, within, eps, DIM, K_ROTATED)
+    v = tl.load(qkv + (HEADS + HEADS // GROUP + head) * DIM + d, mask=within, other=0.0).to(tl.float32)
+    k, k_scale = _encoded(k, STORED)
+    v, v_scale = _encoded(v, STORED)
+    if split == 0:
+        at = (length - first) * ROW
+        tl.store(keys + at + d, k, mask=within)
+        tl.store(values + at + d, v, mask=within)
+        if STORED == tl.int8:
+            tl.store((keys + at + DIM).to(tl.pointer_type(tl.float32)), k_scale)
+            tl.store((values + at + DIM).to(tl.pointer_type(tl.float32)), v_scale)
+    k = (k.to(tl.float32) * k_scale).to(dtype).to(tl.float32)
+    v = (v.to(tl.float32) * v_scale).to(dtype).to(tl.float32)
+
+    # The first program begins with the new position and the sink, the others with nothing.
+    score = _capped(tl.sum(q.to(tl.float32) * k[None, :], 1) * scale, softcap, SOFTCAP)  # (G,)
+    top = score
+    if sinks is not None:
+        sink = tl.load(sinks + heads, mask=g < GROUP, other=0.0).to(tl.float32)
+        top = tl.maximum(score, sink)
+    share = tl.exp(score - top)
+    total = share
+    if sinks is not None:
+        total += tl.exp(sink - top)
+    begins = split == 0
+    mixed = tl.where(begins, share[:, None] * v[None, :], 0.0)  # (G, D)
+    total = tl.where(begins, total, 0.0)
+    top = tl.where(begins, top, float("-inf"))
+
+    seen = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else 0
+    each = tl.cdiv(tl.maximum(tl.cdiv(length - seen, SPLITS), 1), BLOCK) * BLOCK
+    start = seen + split * each
+    end = tl.minimum(start + each, length)
+    for block in range(start, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        used = at < end
+        entries = (at - first) * ROW
+        k_at = keys + entries[None, :] + d[:, None]
+        k_block = _decoded(k_at, keys + entries[None, :] + DIM, used[None, :], within[:, None], dtype, STORED)
+        v_at = values + entries[:, None] + d[None, :]
+        v_block = _decoded(v_at, values + entries[:, None] + DIM, used[:, None], within[None, :], dtype, STORED)
+        scores = _capped(tl.dot(q, k_block, input_precision="ieee") * scale, softcap, SOFTCAP)  # (G, BLOCK)
+        scores = tl.where(used[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shrunk = tl.exp(top - higher)
+        shares = tl.exp(scores - higher[:, None])
+        total = total * shrunk + tl.sum(shares, 1)
+        mixed = mixed * shrunk[:, None] + tl.dot(shares.to(dtype), v_block, input_precision="ieee")
+        top = higher
+
+    row = heads * SPLITS + split
+    tl.store(sums + row[:, None] * D + d[None, :], mixed, mask=(g < GROUP)[:, None])
+    tl.store(stats + row, top, mask=g < GROUP)
+    tl.store(stats + HEADS * SPLITS + row, total, mask=g < GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrivals + head, 0)
+        for one in range(GROUP):
+            _combine(sums, stats, out, head * GROUP + one, HEADS, SPLITS, DIM, D)
+
+
+@triton.jit
+def _combine(sums, stats, out, head, HEADS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """Write the output of one head from the sums of all programs. They are in L2: L1 may hold older ones."""
+    rows, d = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, D)
+    tops = tl.load(stats + rows, cache_modifier=".cg")
+    shares = tl.exp(tops - tl.max(tops, 0))
+    total = tl.sum(tl.load(stats + HEADS * SPLITS + rows, cache_modifier=".cg") * shares, 0)
+    mixed = tl.load(sums + rows[:, None] * D + d[None, :], cache_modifier=".cg")
+    mixed = tl.sum(mixed * shares[:, None], 0) / total
+    tl.store(out + head * DIM + d, mixed.to(out.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _turned(x, norm, cos, sin, d, inside, eps, DIM: tl.constexpr, ROTATED: tl.constexpr):
+    """Normalize and rotate heads at x, (..., D), in the dtype of x; see `layers.rotate`."""
+    dtype = x.dtype.element_ty
+    turned, second = d < ROTATED, d >= ROTATED // 2
+    partner = tl.where(turned, tl.where(second, d - ROTATED // 2, d + ROTATED // 2), d)
+    own = tl.load(x + d, mask=inside, other=0.0).to(tl.float32)
+    across = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
+    if norm is not None:
+        factor = tl.rsqrt(tl.sum(own * own, len(own.shape) - 1, keep_dims=True) / DIM + eps)
+        own = (own * factor).to(dtype) * tl.load(norm + d, mask=d < DIM, other=0.0)
+        across = (across * factor).to(dtype) * tl.load(norm + partner, mask=d < DIM, other=0.0)
+        own, across = own.to(tl.float32), across.to(tl.float32)
+    if ROTATED > 0:
+        across = tl.where(second, across, -across)
+        cosines = tl.load(cos + d, mask=turned, other=1.0).to(tl.float32)
+        sines = tl.load(sin + d, mask=turned, other=0.0).to(tl.float32)
+        own = own * cosines + across * sines
+    return own.to(dtype)
+
+
+@triton.jit
+def _capped(scores, softcap, SOFTCAP: tl.constexpr):
+    """softcap * tanh(scores / softcap), if SOFTCAP."""
+    return softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1) if SOFTCAP else scores
+
+
+@triton.jit
+def _encoded(x, STORED: tl.constexpr):
+    """Return what the cache stores of one head, (D,), and the scale that belongs to it; see `states.encode`."""
+    if STORED == tl.int8:
+        x = x.to(tl.float32)
+        scale = tl.max(tl.abs(x), 0) / 127
+        magic: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even integer
+        codes = (tl.where(scale > 0, x / scale, 0.0) + magic) - magic
+        return codes.to(tl.int8), scale
+    else:
+        return x.to(STORED), 1.0
+
+
+@triton.jit
+def _decoded(at, scale_at, used, within, dtype: tl.constexpr, STORED: tl.constexpr):
+    """Read cached numbers; see `states.decode`."""
+    if STORED == tl.int8:
+        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32)), mask=used, other=0.0)
+        return (tl.load(at, mask=used & within, other=0).to(tl.float32) * scale).to(dtype)
+    else:
+        return tl.load(at, mask=used & within, other=0.0).to(dtype)

@@ -139,6 +139,9 @@ def load_native(
     else:
         blueprint.decoder.load_state_dict(state, strict=True, assign=True)
         decoder = blueprint.decoder.requires_grad_(False).to(options.device)
+        if options.device.type == "cuda":
+            # It plans anew for each length, so each step of each layer takes milliseconds.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if options.step_kernels:
             decoder, options = _with_step_kernels(decoder, options)
     decoder.kv_dtype = options.kv_dtype

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+TURNS = 256
+"""Positions in the tables of rotations."""
+
 PLACES = 4
 """Entries of `table` before those of layers: token, position, cached positions, length of the whole text."""
 
@@ -47,20 +50,20 @@ def attend(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (key and value heads, SPLITS).
 
-    qkv: projections of the new position, (HEADS + 2 * kv heads) * DIM numbers. q_cos to k_sin: (ROTATED,) each.
+    qkv: projections of the new position, ((HEADS + 2 * kv heads) * DIM,). q_cos to k_sin: rotations of positions
+    from a multiple of TURNS, (TURNS, ROTATED) each.
     place: index in `table` of the layer's entries. STORED: dtype of the cache; int8 has an fp32 scale after each DIM.
-    sums: (HEADS, SPLITS, D) fp32, and stats: (2, HEADS, SPLITS) fp32, of each program. arrivals: (kv heads,) int32, zero
-    before and after. out: (HEADS * DIM). WINDOW: 0 for none. G, D: GROUP and DIM, padded.
+    sums: (HEADS, SPLITS, D), and stats: (2, HEADS, SPLITS), of each program, in fp32. arrivals: (kv heads,) int32,
+    zero before and after. out: (HEADS * DIM,). WINDOW: 0 for none. G, D: GROUP and DIM, padded.
     """
     dtype = qkv.dtype.element_ty
     head, split = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     length = tl.load(table + 2)
     stride, first = tl.load(table + place + 2), tl.load(table + place + 3)
     ROW: tl.constexpr = DIM + 4 if STORED == tl.int8 else DIM
@@ -71,10 +74,24 @@ def attend(
 
     g, d = tl.arange(0, G), tl.arange(0, D)
     within = d < DIM
+    seen = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else 0
+    each = tl.cdiv(tl.maximum(tl.cdiv(length - seen, SPLITS), 1), BLOCK) * BLOCK
+    start = seen + split * each
+    end = tl.minimum(start + each, length)
+    # What earlier steps have written need not wait for the projections of this one.
+    positions = tl.arange(0, BLOCK)
+    k_block = _decoded(keys, d[:, None], (start + positions)[None, :], end, first, within[:, None], dtype, ROW, STORED)
+    v_block = _decoded(
+        values, d[None, :], (start + positions)[:, None], end, first, within[None, :], dtype, ROW, STORED
+    )
+    turn = tl.load(table + 1) % TURNS  # row in the tables of rotations
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     heads = head * GROUP + g
     real = (g < GROUP)[:, None] & within[None, :]
-    q = _turned(qkv + heads[:, None] * DIM, q_norm, q_cos, q_sin, d[None, :], real, eps, DIM, Q_ROTATED)
-    k = _turned(qkv + (HEADS + head) * DIM, k_norm, k_cos, k_sin, d, within, eps, DIM, K_ROTATED)
+    q = _turned(qkv + heads[:, None] * DIM, q_norm, q_cos, q_sin, turn, d[None, :], real, eps, DIM, Q_ROTATED)
+    k = _turned(qkv + (HEADS + head) * DIM, k_norm, k_cos, k_sin, turn, d, within, eps, DIM, K_ROTATED)
     v = tl.load(qkv + (HEADS + HEADS // GROUP + head) * DIM + d, mask=within, other=0.0).to(tl.float32)
     k, k_scale = _encoded(k, STORED)
     v, v_scale = _encoded(v, STORED)
@@ -103,25 +120,22 @@ def attend(
     total = tl.where(begins, total, 0.0)
     top = tl.where(begins, top, float("-inf"))
 
-    seen = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else 0
-    each = tl.cdiv(tl.maximum(tl.cdiv(length - seen, SPLITS), 1), BLOCK) * BLOCK
-    start = seen + split * each
-    end = tl.minimum(start + each, length)
     for block in range(start, end, BLOCK):
-        at = block + tl.arange(0, BLOCK)
-        used = at < end
-        entries = (at - first) * ROW
-        k_at = keys + entries[None, :] + d[:, None]
-        k_block = _decoded(k_at, keys + entries[None, :] + DIM, used[None, :], within[:, None], dtype, STORED)
-        v_at = values + entries[:, None] + d[None, :]
-        v_block = _decoded(v_at, values + entries[:, None] + DIM, used[:, None], within[None, :], dtype, STORED)
-        scores = _capped(tl.dot(q, k_block, input_precision="ieee") * scale, softcap, SOFTCAP)  # (G, BLOCK)
+        used = block + positions < end
+        k_used, v_used = k_block, v_block
+        k_block = _decoded(
+            keys, d[:, None], (block + BLOCK + positions)[None, :], end, first, within[:, None], dtype, ROW, STORED
+        )
+        v_block = _decoded(
+            values, d[None, :], (block + BLOCK + positions)[:, None], end, first, within[None, :], dtype, ROW, STORED
+        )
+        scores = _capped(tl.dot(q, k_used, input_precision="ieee") * scale, softcap, SOFTCAP)  # (G, BLOCK)
         scores = tl.where(used[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shrunk = tl.exp(top - higher)
         shares = tl.exp(scores - higher[:, None])
         total = total * shrunk + tl.sum(shares, 1)
-        mixed = mixed * shrunk[:, None] + tl.dot(shares.to(dtype), v_block, input_precision="ieee")
+        mixed = mixed * shrunk[:, None] + tl.dot(shares.to(dtype), v_used, input_precision="ieee")
         top = higher
 
     row = heads * SPLITS + split
@@ -131,24 +145,44 @@ def attend(
     tl.debug_barrier()
     if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(arrivals + head, 0)
-        for one in range(GROUP):
-            _combine(sums, stats, out, head * GROUP + one, HEADS, SPLITS, DIM, D)
+        for first_head in range(head * GROUP, (head + 1) * GROUP, TOGETHER):
+            _combine(sums, stats, out, first_head, (head + 1) * GROUP, HEADS, TOGETHER, SPLITS, DIM, D)
 
 
 @triton.jit
-def _combine(sums, stats, out, head, HEADS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
-    """Write the output of one head from the sums of all programs. They are in L2: L1 may hold older ones."""
-    rows, d = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, D)
-    tops = tl.load(stats + rows, cache_modifier=".cg")
-    shares = tl.exp(tops - tl.max(tops, 0))
-    total = tl.sum(tl.load(stats + HEADS * SPLITS + rows, cache_modifier=".cg") * shares, 0)
-    mixed = tl.load(sums + rows[:, None] * D + d[None, :], cache_modifier=".cg")
-    mixed = tl.sum(mixed * shares[:, None], 0) / total
-    tl.store(out + head * DIM + d, mixed.to(out.dtype.element_ty), mask=d < DIM)
+def _combine(
+    sums,
+    stats,
+    out,
+    head,
+    end,
+    HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write the outputs of TOGETHER heads, up to `end`, from the sums of all programs.
+
+    These are read from L2, as L1 may hold older ones.
+    """
+    heads, d = head + tl.arange(0, TOGETHER), tl.arange(0, D)
+    real = heads < end
+    rows = heads[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]  # (TOGETHER, SPLITS)
+    tops = tl.load(stats + rows, mask=real[:, None], other=0.0, cache_modifier=".cg")
+    totals = tl.load(stats + HEADS * SPLITS + rows, mask=real[:, None], other=1.0, cache_modifier=".cg")
+    mixed = tl.load(
+        sums + rows[:, :, None] * D + d[None, None, :], mask=real[:, None, None], other=0.0, cache_modifier=".cg"
+    )
+    shares = tl.exp(tops - tl.max(tops, 1)[:, None])
+    shares = shares / tl.sum(totals * shares, 1)[:, None]
+    mixed = tl.sum(mixed * shares[:, :, None], 1)  # (TOGETHER, D)
+    at = out + heads[:, None] * DIM + d[None, :]
+    tl.store(at, mixed.to(out.dtype.element_ty), mask=real[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit
-def _turned(x, norm, cos, sin, d, inside, eps, DIM: tl.constexpr, ROTATED: tl.constexpr):
+def _turned(x, norm, cos, sin, turn, d, inside, eps, DIM: tl.constexpr, ROTATED: tl.constexpr):
     """Normalize and rotate heads at x, (..., D), in the dtype of x; see `layers.rotate`."""
     dtype = x.dtype.element_ty
     turned, second = d < ROTATED, d >= ROTATED // 2
@@ -162,8 +196,8 @@ def _turned(x, norm, cos, sin, d, inside, eps, DIM: tl.constexpr, ROTATED: tl.co
         own, across = own.to(tl.float32), across.to(tl.float32)
     if ROTATED > 0:
         across = tl.where(second, across, -across)
-        cosines = tl.load(cos + d, mask=turned, other=1.0).to(tl.float32)
-        sines = tl.load(sin + d, mask=turned, other=0.0).to(tl.float32)
+        cosines = tl.load(cos + turn * ROTATED + d, mask=turned, other=1.0).to(tl.float32)
+        sines = tl.load(sin + turn * ROTATED + d, mask=turned, other=0.0).to(tl.float32)
         own = own * cosines + across * sines
     return own.to(dtype)
 
@@ -188,10 +222,13 @@ def _encoded(x, STORED: tl.constexpr):
 
 
 @triton.jit
-def _decoded(at, scale_at, used, within, dtype: tl.constexpr, STORED: tl.constexpr):
-    """Read cached numbers; see `states.decode`."""
+def _decoded(head, d, positions, end, first, within, dtype: tl.constexpr, ROW: tl.constexpr, STORED: tl.constexpr):
+    """Read cached numbers at positions before `end`; see `states.decode`. head: address of that at `first`."""
+    inside = (positions < end) & within
+    at = head + (positions - first) * ROW + d
     if STORED == tl.int8:
-        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32)), mask=used, other=0.0)
-        return (tl.load(at, mask=used & within, other=0).to(tl.float32) * scale).to(dtype)
+        scale = (head + (positions - first) * ROW + ROW - 4).to(tl.pointer_type(tl.float32))
+        codes = tl.load(at, mask=inside, other=0).to(tl.float32)
+        return (codes * tl.load(scale, mask=positions < end, other=0.0)).to(dtype)
     else:
-        return tl.load(at, mask=used & within, other=0.0).to(dtype)
+        return tl.load(at, mask=inside, other=0.0).to(dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvgen.cuda.attend import PLACE, PLACES, attend
+from kvgen.cuda.attend import PLACE, PLACES, TURNS, attend
 from kvgen.cuda.matvec import add_normed, matvec
 from kvgen.cuda.sizes import matvec_sizes, padded, triton_dtype
 from kvgen.model.attention import AttentionModule
@@ -23,6 +23,7 @@ from kvgen.model.layers import Linear, MLPModule, RMSNorm
 
 _BLOCK = 64  # positions that a program of `attend` reads at once
 _MAX_SPLITS = 64
+_MAX_TOGETHER = 8192  # sums that a program of `attend` puts together at once
 _HOPPER = (9, 0)  # compute capability: the first with programmatic dependent launch
 
 Launch = Callable[[], Any]
@@ -41,9 +42,10 @@ class Step:
         self._table = empty(PLACES + PLACE * len(module.config.mixers), dtype=torch.int64)
         self._x, self._y = empty(module.config.dim, dtype=dtype), empty(module.config.dim, dtype=dtype)
         self._rotations = [
-            tuple(empty(2 * len(rotary.inverse_frequencies), dtype=dtype) for _ in range(2))
+            tuple(empty(TURNS, 2 * len(rotary.inverse_frequencies), dtype=dtype) for _ in range(2))
             for rotary in module.config.rotaries
         ]
+        self._turned: tuple[int, list[bool]] | None = None  # what `_rotations` were computed for
         on_gpu = self.device.type == "cuda"
         self._pdl = on_gpu and torch.cuda.get_device_capability(self.device) >= _HOPPER
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
@@ -57,6 +59,7 @@ class Step:
         places: for each layer, the addresses of its keys and values, their stride between heads in numbers, and the
         position of the first entry. The new keys and values are written there.
         """
+        self._turn(position, total)
         self._table.copy_(torch.tensor((token, position, length, total, *places)))
         if self._graph is not None:
             self._graph.replay()
@@ -79,18 +82,24 @@ class Step:
         return logits
 
     def _run(self) -> None:
-        token, position, total = (self._table[i : i + 1] for i in (0, 1, 3))
-        self._x.copy_(self._module.embed_rows(token, position)[0])
-        for rotary, make, parts in zip(
-            self._module.config.rotaries, self._module.rotaries, self._rotations, strict=True
-        ):
-            tables = make(position, total > rotary.short_length if rotary.long_frequencies else None)
-            for part, table in zip(parts, tables, strict=True):
-                part.copy_(table[0])
+        self._x.copy_(self._module.embed_rows(self._table[:1], self._table[1:2])[0])
         for launch in self._launches:
             launch()
 
-    def _block(self, number: int, block: Block) -> list[Launch]:
+    def _turn(self, position: int, total: int) -> None:
+        """Compute the rotations of TURNS positions, if they do not hold those of `position`."""
+        first, rotaries = position // TURNS * TURNS, self._module.config.rotaries
+        wanted = first, [rotary.is_long(total) for rotary in rotaries]
+        if wanted == self._turned:
+            return
+        positions = torch.arange(first, first + TURNS, device=self.device)
+        for make, long, parts in zip(self._module.rotaries, wanted[1], self._rotations, strict=True):
+            for part, table in zip(parts, make(positions, positions >= 0 if long else None), strict=True):
+                part.copy_(table)
+        self._turned = wanted
+
+    def _block(self, number: int, block: nn.Module) -> list[Launch]:
+        assert isinstance(block, Block)
         attention, mlp = block.attn, block.ffn
         assert isinstance(attention, AttentionModule) and isinstance(mlp, MLPModule) and mlp.gate is not None
         weight, bias = _joined(attention)
@@ -142,7 +151,7 @@ class Step:
     ) -> Launch:
         normed = norm if isinstance(norm, RMSNorm) else None
         outputs, inputs = weight.shape
-        rows, chunk, warps = matvec_sizes(inputs)
+        rows, chunk = matvec_sizes(outputs, inputs, gated=other is not None)
         return partial(
             matvec[(-(-outputs // rows),)],
             *(x, None if normed is None else normed.weight, weight, other, bias, other_bias, residual, out),
@@ -154,7 +163,6 @@ class Step:
             CHUNK=chunk,
             ACTIVATION=activation,
             PDL=pdl and self._pdl,
-            num_warps=warps,
             launch_pdl=pdl and self._pdl,
         )
 
@@ -189,6 +197,8 @@ class Step:
             G=max(16, padded(group)),
             D=padded_dim,
             BLOCK=_BLOCK,
+            TOGETHER=max(1, min(padded(group), _MAX_TOGETHER // (splits * padded_dim))),
+            TURNS=TURNS,
             PDL=self._pdl,
             launch_pdl=self._pdl,
         )
@@ -200,7 +210,7 @@ def _joined(attention: AttentionModule) -> tuple[Tensor, Tensor | None]:
     parts = [attention.q, attention.k, attention.v]
     sizes = [len(part.weight) for part in parts]
     weight = torch.cat([part.weight for part in parts])
-    for part, rows in zip(parts, weight.split(sizes), strict=True):
+    for part, rows in zip(parts, torch.split(weight, sizes), strict=True):
         part.weight = nn.Parameter(rows, requires_grad=False)
     if all(part.bias is None for part in parts):
         return weight, None

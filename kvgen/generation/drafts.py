@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-
 from kvgen.contract import Backend
 
 MAX_DRAFT = 10  # tokens: checking a longer draft costs about as much as decoding it

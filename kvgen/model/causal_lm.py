@@ -44,7 +44,8 @@ class CausalLM(ABC):
     def extend(self, spans: Sequence[Span]) -> Tensor:
         """Compute the new positions of all spans in one pass, and advance their caches.
 
-        Ids are on the CPU, so that no check of them waits for a GPU. Returns hidden states, (rows, dim): span after span, in each by batch row and position.
+        Ids are on the CPU, so that no check of them waits for a GPU. Returns hidden states, (rows, dim): span after
+        span, in each by batch row and position.
         """
 
     @abstractmethod

@@ -18,7 +18,8 @@ from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
-from kvgen.cuda.lacking import lacking as lacking_on_gpu
+from kvgen.cuda.lacking import lacking as lacking_steps
+from kvgen.cuda.lacking import missing
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.lacking import lacking
@@ -122,10 +123,10 @@ def load_native(
     """
     adapted = adapt(raw, adapter)
     blueprint = adapted.blueprint
-    if options.kernels and (missing := lacking(blueprint.decoder.config)) is not None:
+    if options.kernels and (lacked := lacking(blueprint.decoder.config)) is not None:
         if options.required:
-            raise UnsupportedError(f"{raw.path}: the kernels lack: {missing}; use --kernels auto")
-        options = replace(options, kernels=False, engine=f"torch (kernels lack: {missing})")
+            raise UnsupportedError(f"{raw.path}: the kernels lack: {lacked}; use --kernels auto")
+        options = replace(options, kernels=False, engine=f"torch (kernels lack: {lacked})")
     reader = WeightReader(adapted, options)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
@@ -150,8 +151,10 @@ def load_native(
 
 def _with_step_kernels(module: Decoder, options: ComputeOptions) -> tuple[AnyDecoder, ComputeOptions]:
     """Return a decoder with kernels for steps on a GPU, if they have its mechanisms, and options that say so."""
-    if (missing := lacking_on_gpu(module.config, options.dtype, options.device)) is not None:
-        return module, replace(options, engine=f"torch (step kernels lack: {missing})")
+    if (needed := missing(options.device)) is not None:
+        return module, replace(options, engine=f"torch (step kernels need {needed})")
+    if (lacked := lacking_steps(module.config, options.dtype)) is not None:
+        return module, replace(options, engine=f"torch (step kernels lack: {lacked})")
     from kvgen.cuda.decoder import CudaDecoder  # imports Triton
 
     return CudaDecoder(module, options.kv_dtype), replace(options, engine="torch, kernels for steps")

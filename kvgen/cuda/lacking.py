@@ -1,4 +1,4 @@
-"""What the kernels of steps lack: of a decoder, and of a machine."""
+"""What the kernels for steps lack of a decoder, and what they need of a machine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # compute capability: the first with bf16
 
 
-def lacking(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return what keeps the kernels from computing the steps of a decoder, in words; None if nothing does."""
-    return ", ".join(dict.fromkeys((*_of_machine(device), *_of_decoder(config, dtype)))) or None
-
-
-def _of_machine(device: torch.device) -> Iterator[str]:
+def missing(device: torch.device) -> str | None:
+    """Return what the kernels need and this machine does not have; None if nothing is missing."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < _OLDEST:
-        yield f"a GPU of compute capability {_OLDEST[0]}.{_OLDEST[1]}"
+        return "a GPU of compute capability {}.{} or more".format(*_OLDEST)
     if importlib.util.find_spec("triton") is None:
-        yield "Triton"
-    elif shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
-        yield "a C compiler"  # Triton compiles its launcher with it
+        return "Triton"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "a C compiler"  # Triton compiles its launchers with it
+    return None
 
 
-def _of_decoder(config: DecoderConfig, dtype: torch.dtype) -> Iterator[str]:
+def lacking(config: DecoderConfig, dtype: torch.dtype) -> str | None:
+    """Return the mechanisms of a decoder that the kernels lack, in words; None if they have them all."""
+    return ", ".join(dict.fromkeys(_lacking(config, dtype))) or None
+
+
+def _lacking(config: DecoderConfig, dtype: torch.dtype) -> Iterator[str]:
     if dtype not in DTYPES:
         yield str(dtype).removeprefix("torch.")
     if config.norm != "rms":

@@ -46,7 +46,7 @@ class Step:
             for rotary in module.config.rotaries
         ]
         self._turned: tuple[int, list[bool]] | None = None  # what `_rotations` were computed for
-        on_gpu = self.device.type == "cuda"
+        self._on_gpu = on_gpu = self.device.type == "cuda"
         self._pdl = on_gpu and torch.cuda.get_device_capability(self.device) >= _HOPPER
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
         self._launches = [launch for number, block in enumerate(module.blk) for launch in self._block(number, block)]
@@ -60,7 +60,8 @@ class Step:
         position of the first entry. The new keys and values are written there.
         """
         self._turn(position, total)
-        self._table.copy_(torch.tensor((token, position, length, total, *places)))
+        entries = torch.tensor((token, position, length, total, *places), pin_memory=self._on_gpu)
+        self._table.copy_(entries, non_blocking=True)  # from page-locked memory: nothing waits
         if self._graph is not None:
             self._graph.replay()
         else:

@@ -46,6 +46,7 @@ def test_the_kernels_have_the_mechanisms_of_dense_models_with_rms_norms() -> Non
     assert lacking(CONFIGS["parallel"], torch.float32) == "layer norms, parallel blocks, other layers than gated MLPs"
     assert lacking(CONFIGS["streams"], torch.float32).startswith("additions to blocks")
     assert lacking(CONFIG, torch.float64) == "float64"
+    assert lacking(OTHERS["partly-rotated"], torch.float32, torch.int8) == "int8 heads of 5 numbers"
 
 
 @on_gpu
@@ -58,6 +59,8 @@ def test_steps_on_kernels_equal_uncached_logits(name: str, stored: torch.dtype |
     if name == "large":
         for parameter in module.parameters():
             parameter.mul_(0.1)
+    if (lacked := lacking(module.config, torch.float32, stored)) is not None:
+        pytest.skip(lacked)
     decoder = CudaDecoder(module, stored)
     module.kv_dtype = stored
     ids = torch.randint(0, 50, (1, 300), generator=torch.Generator().manual_seed(0))
@@ -135,7 +138,7 @@ def test_engines_say_what_computes(tiny_llama) -> None:
     assert kvgen.load(folder).model.engine == "torch, kernels for steps"
     assert kvgen.load(folder, kernels="off").model.engine == "torch"
     assert kvgen.load(folder, dtype="float64").model.engine == "torch (step kernels lack: float64)"
-    assert kvgen.load(folder, device="cpu").model.engine.startswith("kernels")
+    assert kvgen.load(folder, device="cpu").model.engine.startswith("C++ kernels")
 
 
 @on_gpu
@@ -150,7 +153,7 @@ def test_commands_run_on_a_gpu(tiny_llama, tmp_path: Path, options: list[str]) -
     if "--dtype" not in options:
         uncached = run("generate", *model, "-p", "Hello, world", "-t", "0", "-n", "40", "--no-cache")
         assert uncached.stdout == text.stdout
-    drafts = run("generate", *model, "-p", "Hello, world", "-t", "0", "-n", "40", "--speculate")
+    drafts = run("generate", *model, "-p", "Hello, world", "-t", "0", "-n", "40", "--speculate", "lookup")
     assert drafts.returncode == 0, drafts.stderr
     saved = tmp_path / "saved.cache"
     for _ in range(2):

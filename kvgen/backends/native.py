@@ -153,7 +153,7 @@ def _with_step_kernels(module: Decoder, options: ComputeOptions) -> tuple[AnyDec
     """Return a decoder with kernels for steps on a GPU, if they have its mechanisms, and options that say so."""
     if (needed := missing(options.device)) is not None:
         return module, replace(options, engine=f"torch (step kernels need {needed})")
-    if (lacked := lacking_steps(module.config, options.dtype)) is not None:
+    if (lacked := lacking_steps(module.config, options.dtype, options.kv_dtype)) is not None:
         return module, replace(options, engine=f"torch (step kernels lack: {lacked})")
     from kvgen.cuda.decoder import CudaDecoder  # imports Triton
 

@@ -29,12 +29,15 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def lacking(config: DecoderConfig, dtype: torch.dtype) -> str | None:
-    """Return the mechanisms of a decoder that the kernels lack, in words; None if they have them all."""
-    return ", ".join(dict.fromkeys(_lacking(config, dtype))) or None
+def lacking(config: DecoderConfig, dtype: torch.dtype, stored: torch.dtype | None = None) -> str | None:
+    """Return the mechanisms of a decoder that the kernels lack, in words; None if they have them all.
+
+    stored: dtype of cached keys and values; None for `dtype`, that of the computation.
+    """
+    return ", ".join(dict.fromkeys(_lacking(config, dtype, stored or dtype))) or None
 
 
-def _lacking(config: DecoderConfig, dtype: torch.dtype) -> Iterator[str]:
+def _lacking(config: DecoderConfig, dtype: torch.dtype, stored: torch.dtype) -> Iterator[str]:
     if dtype not in DTYPES:
         yield str(dtype).removeprefix("torch.")
     if config.norm != "rms":
@@ -51,5 +54,7 @@ def _lacking(config: DecoderConfig, dtype: torch.dtype) -> Iterator[str]:
             yield "norms of queries, keys or values"
         elif mixer.keys_as_values or mixer.output_gate:
             yield "shared or gated projections"
+        elif stored == torch.int8 and mixer.head_dim % 4:
+            yield f"int8 heads of {mixer.head_dim} numbers"  # whose scales are not aligned
         if not isinstance(ffn, MLP) or not ffn.gated or ffn.activation not in ACTIVATIONS:
             yield "other layers than gated MLPs"

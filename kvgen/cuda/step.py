@@ -23,6 +23,7 @@ from kvgen.model.layers import Linear, MLPModule, RMSNorm
 
 _BLOCK = 64  # positions that a program of `attend` reads at once
 _MAX_SPLITS = 64
+_PROGRAMS = 1  # of `attend`, for each processor
 _MAX_TOGETHER = 8192  # sums that a program of `attend` puts together at once
 _HOPPER = (9, 0)  # compute capability: the first with programmatic dependent launch
 
@@ -45,6 +46,7 @@ class Step:
             tuple(empty(TURNS, 2 * len(rotary.inverse_frequencies), dtype=dtype) for _ in range(2))
             for rotary in module.config.rotaries
         ]
+        self._places: Sequence[int] = ()  # those in the table
         self._turned: tuple[int, list[bool]] | None = None  # what `_rotations` were computed for
         self._on_gpu = on_gpu = self.device.type == "cuda"
         self._pdl = on_gpu and torch.cuda.get_device_capability(self.device) >= _HOPPER
@@ -57,11 +59,13 @@ class Step:
         """Compute `token` at `position`, after `length` cached positions of a text of `total`: (1, dim).
 
         places: for each layer, the addresses of its keys and values, their stride between heads in numbers, and the
-        position of the first entry. The new keys and values are written there.
+        position of the first entry. The new keys and values are written there. The same object has the same contents.
         """
         self._turn(position, total)
-        entries = torch.tensor((token, position, length, total, *places), pin_memory=self._on_gpu)
-        self._table.copy_(entries, non_blocking=True)  # from page-locked memory: nothing waits
+        self._write((token, position, length, total), 0)
+        if places is not self._places:
+            self._write(places, PLACES)
+            self._places = places
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -72,6 +76,11 @@ class Step:
                     self._run()
                 self._graph = graph
         return self._x.clone()[None]
+
+    def _write(self, entries: Sequence[int], start: int) -> None:
+        """Write entries of the table, from page-locked memory, so that nothing waits."""
+        given = torch.tensor(entries, pin_memory=self._on_gpu)
+        self._table[start : start + len(entries)].copy_(given, non_blocking=True)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of one hidden state, (1, dim): (1, vocab), rounded to its dtype."""
@@ -170,7 +179,8 @@ class Step:
     def _attend(self, number: int, module: AttentionModule, projected: Tensor, out: Tensor) -> Launch:
         spec, config = module.spec, self._module.config
         group = spec.heads // spec.kv_heads
-        splits = max(1, min(_MAX_SPLITS, 1 << (self._processors // spec.kv_heads).bit_length() - 1))
+        programs = _PROGRAMS * self._processors
+        splits = max(1, min(_MAX_SPLITS, 1 << (programs // spec.kv_heads).bit_length() - 1))
         padded_dim = max(16, padded(spec.head_dim))
         tables = dict(zip(config.rotaries, self._rotations, strict=True))
         q_rotary, k_rotary = spec.query_rotary or spec.rotary, spec.rotary

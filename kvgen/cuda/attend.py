@@ -20,6 +20,13 @@ PLACE = 4
 
 
 @triton.jit
+def fetch(given, table, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Copy the table, (SIZE,), from page-locked memory of the host."""
+    at = tl.arange(0, PADDED)
+    tl.store(table + at, tl.load(given + at, mask=at < SIZE), mask=at < SIZE)
+
+
+@triton.jit
 def attend(
     qkv,
     q_norm,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvgen.cuda.attend import PLACE, PLACES, TURNS, attend
+from kvgen.cuda.attend import PLACE, PLACES, TURNS, attend, fetch
 from kvgen.cuda.matvec import add_normed, matvec
 from kvgen.cuda.sizes import matvec_sizes, padded, triton_dtype
 from kvgen.model.attention import AttentionModule
@@ -23,7 +23,7 @@ from kvgen.model.layers import Linear, MLPModule, RMSNorm
 
 _BLOCK = 64  # positions that a program of `attend` reads at once
 _MAX_SPLITS = 64
-_PROGRAMS = 1  # of `attend`, for each processor
+_PROGRAMS = 2  # of `attend`, for each processor
 _MAX_TOGETHER = 8192  # sums that a program of `attend` puts together at once
 _HOPPER = (9, 0)  # compute capability: the first with programmatic dependent launch
 
@@ -46,9 +46,11 @@ class Step:
             tuple(empty(TURNS, 2 * len(rotary.inverse_frequencies), dtype=dtype) for _ in range(2))
             for rotary in module.config.rotaries
         ]
-        self._places: Sequence[int] = ()  # those in the table
         self._turned: tuple[int, list[bool]] | None = None  # what `_rotations` were computed for
-        self._on_gpu = on_gpu = self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
+        self._host_table = torch.empty(len(self._table), dtype=torch.int64, pin_memory=on_gpu)
+        self._given = self._host_table.numpy()
+        self._done = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._pdl = on_gpu and torch.cuda.get_device_capability(self.device) >= _HOPPER
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
         self._launches = [launch for number, block in enumerate(module.blk) for launch in self._block(number, block)]
@@ -59,13 +61,13 @@ class Step:
         """Compute `token` at `position`, after `length` cached positions of a text of `total`: (1, dim).
 
         places: for each layer, the addresses of its keys and values, their stride between heads in numbers, and the
-        position of the first entry. The new keys and values are written there. The same object has the same contents.
+        position of the first entry. The new keys and values are written there.
         """
         self._turn(position, total)
-        self._write((token, position, length, total), 0)
-        if places is not self._places:
-            self._write(places, PLACES)
-            self._places = places
+        if self._done is not None:
+            self._done.synchronize()  # the step before has read the table; who has read its logits waits for nothing
+        self._given[:PLACES] = token, position, length, total
+        self._given[PLACES:] = places
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -75,12 +77,9 @@ class Step:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._run()
                 self._graph = graph
+        if self._done is not None:
+            self._done.record()
         return self._x.clone()[None]
-
-    def _write(self, entries: Sequence[int], start: int) -> None:
-        """Write entries of the table, from page-locked memory, so that nothing waits."""
-        given = torch.tensor(entries, pin_memory=self._on_gpu)
-        self._table[start : start + len(entries)].copy_(given, non_blocking=True)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of one hidden state, (1, dim): (1, vocab), rounded to its dtype."""
@@ -92,6 +91,7 @@ class Step:
         return logits
 
     def _run(self) -> None:
+        fetch[(1,)](self._host_table, self._table, len(self._table), padded(len(self._table)))
         self._x.copy_(self._module.embed_rows(self._table[:1], self._table[1:2])[0])
         for launch in self._launches:
             launch()

@@ -100,17 +100,9 @@ def attend(
     q = _turned(qkv + heads[:, None] * DIM, q_norm, q_cos, q_sin, turn, d[None, :], real, eps, DIM, Q_ROTATED)
     k = _turned(qkv + (HEADS + head) * DIM, k_norm, k_cos, k_sin, turn, d, within, eps, DIM, K_ROTATED)
     v = tl.load(qkv + (HEADS + HEADS // GROUP + head) * DIM + d, mask=within, other=0.0).to(tl.float32)
-    k, k_scale = _encoded(k, STORED)
-    v, v_scale = _encoded(v, STORED)
-    if split == 0:
-        at = (length - first) * ROW
-        tl.store(keys + at + d, k, mask=within)
-        tl.store(values + at + d, v, mask=within)
-        if STORED == tl.int8:
-            tl.store((keys + at + DIM).to(tl.pointer_type(tl.float32)), k_scale)
-            tl.store((values + at + DIM).to(tl.pointer_type(tl.float32)), v_scale)
-    k = (k.to(tl.float32) * k_scale).to(dtype).to(tl.float32)
-    v = (v.to(tl.float32) * v_scale).to(dtype).to(tl.float32)
+    at = (length - first) * ROW
+    k = _kept(k, keys + at, d, within, split == 0, dtype, DIM, STORED)
+    v = _kept(v, values + at, d, within, split == 0, dtype, DIM, STORED)
 
     # The first program begins with the new position and the sink, the others with nothing.
     score = _capped(tl.sum(q.to(tl.float32) * k[None, :], 1) * scale, softcap, SOFTCAP)  # (G,)
@@ -216,16 +208,19 @@ def _capped(scores, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _encoded(x, STORED: tl.constexpr):
-    """Return what the cache stores of one head, (D,), and the scale that belongs to it; see `states.encode`."""
+def _kept(x, at, d, inside, writes, dtype: tl.constexpr, DIM: tl.constexpr, STORED: tl.constexpr):
+    """Store one head, (D,), in the cache, if `writes`; return what is read of it. See `states.encode`."""
     if STORED == tl.int8:
         x = x.to(tl.float32)
-        scale = tl.max(tl.abs(x), 0) / 127
+        scale = tl.div_rn(tl.max(tl.abs(x), 0), 127.0)
         magic: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even integer
-        codes = (tl.where(scale > 0, x / scale, 0.0) + magic) - magic
-        return codes.to(tl.int8), scale
+        codes = (tl.where(scale > 0, tl.div_rn(x, scale), 0.0) + magic) - magic
+        tl.store(at + d, codes.to(tl.int8), mask=inside & writes)
+        tl.store((at + DIM).to(tl.pointer_type(tl.float32)), scale, mask=writes)
+        return (codes * scale).to(dtype).to(tl.float32)
     else:
-        return x.to(STORED), 1.0
+        tl.store(at + d, x.to(STORED), mask=inside & writes)
+        return x.to(STORED).to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -178,7 +178,7 @@ class Completion:
         """Choose a token from logits, (vocab,); return it with `logprob` and `top_logprobs` of `Step`."""
         with one_thread():
             logits = _on_cpu(logits)
-            if not math.isfinite(float(logits.max())):
+            if not math.isfinite(logits.numpy().max()):  # three times as fast as torch's
                 raise ModelError(f"the model's logits after {len(self.tokens)} positions are not finite numbers")
             token = self._sampler(logits, self.tokens, self._prompt_length)
             if self._top_logprobs is None:

@@ -215,11 +215,13 @@ def _kept(x, at, d, inside, writes, dtype: tl.constexpr, DIM: tl.constexpr, STOR
         scale = tl.div_rn(tl.max(tl.abs(x), 0), 127.0)
         magic: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even integer
         codes = (tl.where(scale > 0, tl.div_rn(x, scale), 0.0) + magic) - magic
-        tl.store(at + d, codes.to(tl.int8), mask=inside & writes)
-        tl.store((at + DIM).to(tl.pointer_type(tl.float32)), scale, mask=writes)
+        if writes:
+            tl.store(at + d, codes.to(tl.int8), mask=inside)
+            tl.store((at + DIM).to(tl.pointer_type(tl.float32)), scale)
         return (codes * scale).to(dtype).to(tl.float32)
     else:
-        tl.store(at + d, x.to(STORED), mask=inside & writes)
+        if writes:
+            tl.store(at + d, x.to(STORED), mask=inside)
         return x.to(STORED).to(dtype).to(tl.float32)
 
 

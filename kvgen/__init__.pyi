@@ -5,6 +5,7 @@ from .comparison.engines import load_engine as load_engine
 from .contract import Backend as Backend
 from .contract import Model as Model
 from .errors import CacheError as CacheError
+from .errors import CancelledError as CancelledError
 from .errors import CheckpointError as CheckpointError
 from .errors import ContextError as ContextError
 from .errors import KvgenError as KvgenError

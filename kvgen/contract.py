@@ -99,13 +99,13 @@ class Backend(ABC):
         """Return the maximum number of draft tokens after a sequence of `length`; 0 if drafts cannot be verified."""
         return 0
 
-    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Any = None) -> Any:
+    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Sequence[Any] = ()) -> Any:
         """Return a cache for `ids`, (1, n), with the longest prefix that a donor holds; None to start a new one.
 
-        max_length: positions that the cache will hold. donors: caches in use; they do not change. ended: a cache that
-        is no longer used and may be returned, or None.
+        max_length: positions that the cache will hold. donors: caches in use; they do not change. ended: caches that
+        are no longer used; one of them may be returned.
         """
-        return ended if self.rewinds else None
+        return ended[-1] if self.rewinds and ended else None
 
     def expect_branch(self, cache: Any, length: int) -> None:  # noqa: B027 (most have nothing to prepare)
         """Prepare to copy the first `length` positions of a cache, which the next pass will compute."""

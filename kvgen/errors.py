@@ -47,5 +47,9 @@ class CacheError(KvgenError):
     """A KV cache does not fit, or was asked for something that would make it wrong."""
 
 
+class CancelledError(KvgenError):
+    """A request was cancelled before it was complete."""
+
+
 class ModelError(KvgenError):
     """A model returned invalid logits: not a number, or of a wrong shape."""

@@ -29,8 +29,8 @@ def decode(
     forward = one_by_one(model)
     if isinstance(model, Backend):
         forward, options["max_drafts"] = model.forward_batch, model.max_drafts
-    row, steps = Row(completion=Completion(ids, sampler, limits, **options), cache=cache), []
-    for step in decode_row(forward, row, use_cache=use_cache):
+    row, steps = Row(completion=Completion(ids, sampler, limits, **options), cache=cache, use_cache=use_cache), []
+    for step in decode_row(forward, row):
         steps.append(step)
         if caches is not None:
             caches.append(row.cache)

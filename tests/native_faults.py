@@ -25,7 +25,7 @@ FAULTS: dict[str, set[str]] = {
     "newest token never stored": {"stale context", "short context", "lookup wrong"},
     "edit keeps the old suffix": {"edits not noticed"},
     "rows of a batch rolled": {"rows mixed"},
-    "8-bit cache": set(),
+    "8-bit cache": {"lower precision"},
     "key-value heads swapped": {"values wrong"},
     "keys and values of another layer": {"values wrong"},
     "one layer not cached": {"values wrong", "lookup wrong"},

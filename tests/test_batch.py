@@ -18,7 +18,9 @@ import kvgen
 from kvgen import Chunk, KvgenError, Sampling, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
-from kvgen.generation.batch import Batch, ends, in_order
+from kvgen.errors import CancelledError
+from kvgen.generation.batch import Batch
+from kvgen.generation.events import ends, in_order
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
@@ -396,3 +398,119 @@ def test_a_completion_that_is_given_up_leaves_its_cache(small: dict[str, Loaded]
     assert batch.cache.tokens[0].tolist() == [5, 6, 7, *told[:3]]
     again = next(batch.complete(Request([5, 6, 7, *told, 9], GREEDY, 20)))
     assert (again.step.reused, again.step.computed) == (6, 2)
+
+
+# --- Caches of finished rows, and rows that are cancelled ----------------------------------------------------------
+
+
+def test_several_caches_are_kept_and_the_least_recently_used_goes_first(small: dict[str, Loaded]) -> None:
+    loaded = small["llama"]
+    texts = [[start, *range(2, 50)] for start in (60, 61, 62)]
+    batch = Batch(loaded, batch_size=1, max_kept=2)
+    first_reused = []
+    for text in (texts[0], texts[1], texts[0], texts[2], texts[0], texts[1]):
+        chunks = list(batch.complete(Request(text, GREEDY, 2)))
+        assert [chunk.step.token for chunk in chunks] == alone(loaded, Request(text, GREEDY, 2))
+        first_reused.append(chunks[0].step.reused)
+    assert first_reused == [0, 0, 48, 0, 48, 0]
+
+
+def test_kept_caches_count_against_the_bound(small: dict[str, Loaded]) -> None:
+    loaded = small["llama"]
+    most = 3 * loaded.model.cache_bytes(70)
+    batch = Batch(loaded, max_cache_bytes=most, max_kept=100)
+    for start in range(30):
+        for _ in batch.complete(Request([start + 2, *range(2, 50)], GREEDY, 2)):
+            caches = {id(cache): cache for cache in [*batch._kept, *(row.cache for row in batch._rows)]}
+            assert sum(cache.nbytes for cache in caches.values()) <= most
+    assert 0 < batch.kept_bytes <= most
+
+
+def test_a_cancelled_row_ends_and_the_others_do_not_notice(small: dict[str, Loaded]) -> None:
+    loaded = small["llama"]
+    requests = [Request([3, 4, start], GREEDY, 9) for start in range(5, 9)]
+    batch, found = Batch(loaded), [[] for _ in requests]
+    for number, event in batch.run(iter(requests)):
+        found[number].append(event)
+        if number == 3 and len(found[3]) == 3:
+            batch.cancel(1)
+    assert isinstance(found[1].pop(), CancelledError)
+    assert len(found[1]) == 3
+    for number in (0, 2, 3):
+        assert [event.step.token for event in found[number]] == alone(loaded, requests[number])
+
+
+def test_a_request_cancelled_before_it_began_is_not_computed(small: dict[str, Loaded]) -> None:
+    batch = Batch(small["llama"], batch_size=1)
+    events = batch.run([Request([3, 4], GREEDY, 3), Request([5, 6], GREEDY, 3)])
+    numbers = [next(events)[0]]
+    batch.cancel(1)
+    rest = list(events)
+    assert [*numbers, *(number for number, _ in rest)] == [0, 0, 0, 1]
+    assert isinstance(rest[-1][1], CancelledError)
+
+
+def test_a_row_without_cache_beside_rows_with_one(small: dict[str, Loaded]) -> None:
+    loaded, text = small["llama"], [*range(2, 30)]
+    requests = [Request(text, GREEDY, 4), Request(text, GREEDY, 4, use_cache=False), Request(text, GREEDY, 4)]
+    reused: list[list[int | None]] = [[] for _ in requests]
+    for number, event in Batch(loaded).run(iter(requests)):
+        assert isinstance(event, Chunk)
+        reused[number].append(event.step.reused)
+    assert reused == [[0, 28, 29, 30], [0, 0, 0, 0], [27, 28, 29, 30]]
+
+
+# --- Long prompts in parts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 32 positions, for contexts of 256."""
+    for module in ("batch", "row"):
+        monkeypatch.setattr(f"kvgen.generation.{module}.PREFILL_CHUNK", 32)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3"])
+def test_rows_do_not_wait_for_a_long_prompt(small: dict[str, Loaded], kind: str) -> None:
+    loaded = small[kind]
+    long = [2 + number * 7 % 80 for number in range(180)]
+    requests = [Request([3, 4], GREEDY, 20), Request(long, GREEDY, 3), Request([*long[:100], 5], GREEDY, 3)]
+    found: list[list[int]] = [[] for _ in requests]
+    reused: list[int | None] = [None] * 3
+    before: list[int] = []
+    for number, event in Batch(loaded, divide_prompts=True).run(iter(requests)):
+        assert isinstance(event, Chunk)
+        reused[number] = event.step.reused if not found[number] else reused[number]
+        found[number].append(event.step.token)
+        if number == 1:
+            before.append(len(found[0]))
+    assert found == [alone(loaded, request) for request in requests]
+    assert before[0] >= 2  # the first row went on while the prompt was read
+    assert reused[:2] == [0, 0]
+    assert reused[2]  # it waited for the part that both have
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_long_prompt_that_is_cancelled_or_fails_ends(
+    small: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, long = small["llama"], [2 + number % 80 for number in range(180)]
+    batch = Batch(loaded, divide_prompts=True)
+    events = batch.run([Request([3, 4], GREEDY, 4), Request(long, GREEDY, 3)])
+    assert next(events)[0] == 0
+    batch.cancel(1)
+    rest = list(events)
+    assert [number for number, event in rest if isinstance(event, CancelledError)] == [1]
+    forward = loaded.model.forward_batch
+
+    def fail(sequences: Any, *others: Any) -> Any:
+        if sequences[0].shape[1] > 50:
+            raise KvgenError("out of memory")
+        return forward(sequences, *others)
+
+    monkeypatch.setattr(loaded.model, "forward_batch", fail)
+    events = Batch(loaded, divide_prompts=True).run([Request(long, GREEDY, 3), Request([3, 4], GREEDY, 4)])
+    found = [(number, str(event) if isinstance(event, KvgenError) else "") for number, event in events]
+    assert (0, "out of memory") in found
+    assert [number for number, _ in found].count(1) == 4

@@ -7,11 +7,13 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from kvgen.comparison.junit import as_junit
 from tests.families import make_checkpoint
 from tests.program import KVGEN, run, run_on_terminal
 
@@ -276,3 +278,36 @@ def test_verify_cache_passes_a_right_cache_and_stops_at_a_wrong_one(model_file: 
     unasked = run("generate", "-m", f"{model_file}:wrong", *arguments)
     assert (unasked.returncode, unasked.stdout) == (0, right.stdout)
     assert "continuing without it" in unasked.stderr
+
+
+@pytest.mark.parametrize("model", ["right", "wrong"])
+def test_junit_has_a_test_for_each_use_and_the_reason_of_each_failure(
+    model_file: str, tmp_path: Path, model: str
+) -> None:
+    path = tmp_path / "report.xml"
+    result = compare("-m", f"{model_file}:{model}", "--pattern", "last-token", "--junit", str(path), "--json")
+    pattern = json.loads(result.stdout)["comparisons"][0]["patterns"][1]
+    (suite,) = ElementTree.parse(path).getroot()
+    cases = {case.get("name"): [(part.tag, part.get("message")) for part in case] for case in suite}
+    assert list(cases) == ["full-sequence", *(f"full-sequence: {probe['name']}" for probe in pattern["probes"])]
+    failed = {name for name, parts in cases.items() if "failure" in dict(parts)}
+    skipped = {name for name, parts in cases.items() if "skipped" in dict(parts)}
+    assert (suite.get("failures"), suite.get("skipped")) == (str(len(failed)), str(len(skipped)))
+    assert skipped == {f"full-sequence: {probe['name']}" for probe in pattern["probes"] if probe["note"]}
+    assert failed - {"full-sequence"} == {f"full-sequence: {p['name']}" for p in pattern["probes"] if p["wrong"]}
+    if model == "wrong":
+        assert pattern["findings"][0]["text"] in dict(cases["full-sequence"])["failure"]
+    assert ("full-sequence" in failed) == (model == "wrong") == bool(result.returncode)
+
+
+def test_a_junit_file_that_cannot_be_written_is_refused_first(model_file: str) -> None:
+    result = compare("-m", f"{model_file}:right", "--junit", "/nowhere/report.xml")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "kvgen: error: --junit /nowhere/report.xml: there is no folder /nowhere\n"
+
+
+def test_control_characters_of_a_prompt_do_not_break_junit() -> None:
+    comparison = {"prompt": "a\x00\x1b\ud800<", "text_ids": [], "patterns": [], "cross_check": None}
+    text = as_junit({"backend": "native", "model": "m", "comparisons": [comparison]})
+    (suite,) = ElementTree.fromstring(text)
+    assert suite.get("name") == "native: a\ufffd\ufffd\ufffd<"

@@ -100,7 +100,7 @@ class NativeBackend(Backend):
         logits, written = self.decoder.forward_batch(sequences, caches, counts)
         return logits, list(written)
 
-    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Any = None) -> KVCache:
+    def cache_for(self, ids: Tensor, max_length: int, donors: Sequence[Any], ended: Sequence[Any] = ()) -> KVCache:
         return self.decoder.cache_for(ids, max_length, donors, ended)
 
     def expect_branch(self, cache: Any, length: int) -> None:

@@ -20,6 +20,7 @@ from kvgen.cli.generate import generate
 from kvgen.cli.inspect import inspect
 from kvgen.cli.models import models
 from kvgen.cli.score import score
+from kvgen.cli.serve import serve
 
 app = typer.Typer(
     cls=Group,
@@ -52,6 +53,12 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "cat prompts.jsonl | kvgen batch --temperature 0 --max-tokens 40 | jq -r .completion",
         'kvgen batch questions.jsonl --chat --system "Answer in one word." --unordered > answers.jsonl',
         "Exit codes: 0 success, 1 a failed row or another error, 2 wrong usage, 130 interrupted.",
+    ),
+    serve: (
+        "kvgen serve",
+        "kvgen serve -m ./my-model --port 8000 --max-cache-memory 4GB",
+        "curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"messages": [{"role": "user", "content": "Hi"}]}'""",
     ),
     score: (
         "kvgen score article.txt",

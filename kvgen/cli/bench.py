@@ -13,7 +13,7 @@ from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.groups import ModelOptions, takes_groups
-from kvgen.cli.render import check_page, count_progress, escape_controls, terminal, write_json, write_page
+from kvgen.cli.render import check_page, count_progress, escape_controls, terminal, write_file, write_json
 from kvgen.cli.tables import log_chart, number_table
 from kvgen.errors import UsageError
 
@@ -62,7 +62,7 @@ def bench(
     if html is not None:
         from kvgen.pages import render_benchmark
 
-        write_page(html, render_benchmark(report))
+        write_file("--html", html, render_benchmark(report))
     if json:
         write_json(report)
     else:

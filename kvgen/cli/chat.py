@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,6 @@ from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
-from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.prompts import with_piped_text
 from kvgen.cli.render import TextWriter, escape_controls, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
     from kvgen import Conversation
+    from kvgen.cli.markdown import MarkdownWriter
 
 _MAKE_ROOM = "/undo takes back the last question, /reset forgets the conversation"
 _COMMANDS = {
@@ -128,7 +127,7 @@ class Talk:
         """Ask the model, and stream its answer to stdout."""
         meter, began = Meter(), time.perf_counter()
         answer = with_prefill_bar(self.conversation.ask(question), self.conversation.loaded.model, quiet=self.quiet)
-        with MarkdownWriter(terminal(sys.stdout)) if self.markdown else TextWriter(raw=False) as writer:
+        with _markdown_writer() if self.markdown else TextWriter(raw=False) as writer:
             for chunk in answer:
                 meter.add(chunk, began)
                 writer.write(chunk.text)
@@ -138,8 +137,7 @@ class Talk:
     def _print_notes(self, meter: Meter) -> None:
         """Print how an answer was cut short, and its statistics."""
         tokens = format_tokens(len(meter.chunks))
-        lengths = [self.conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
-        if any(after < before for before, after in pairwise(lengths)):
+        if meter.last.step.dropped:
             print_note("(--max-context: the middle of the conversation was dropped for this answer)")
         if meter.last.finish_reason == "length":
             print_note(f"(cut off by --max-tokens: {tokens})")
@@ -196,6 +194,12 @@ class Talk:
             self.conversation.save(file)
         self.file = file
         print_note(f"{'saved' if name == '/save' else 'loaded'}: {len(self.conversation.messages)} messages")
+
+
+def _markdown_writer() -> MarkdownWriter:
+    from kvgen.cli.markdown import MarkdownWriter
+
+    return MarkdownWriter(terminal(sys.stdout))
 
 
 def _confirm(question: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,20 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from kvgen.cli import options
+from kvgen.cli.compare_url import ServerOptions, compare_url
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
-from kvgen.cli.render import check_page, status, write_json, write_page
+from kvgen.cli.render import check_file, check_page, status, write_file, write_json
 from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
     from kvgen import Loaded
     from kvgen.comparison.comparison import Comparison
+    from kvgen.comparison.crosscheck import CrossCheck
 
 _option = partial(Option, rich_help_panel="What to compare")
 _DEFAULT_PROMPT = "Once upon a time,"
 _PATTERNS = ("batched", "last-token", "stale-chunk", "wrong-offset", "left-pad-ignored")  # repeated: importing is slow
+_SERVER_STEPS = 8  # for --url, where each request repeats them
 _TEXT_PROMPT_TOKENS = 8  # prompt length for --text, or half of a shorter text
 
 
@@ -55,39 +57,74 @@ def compare(
         Path | None, _option(metavar="FILE", help="Feed this text instead of the model's own completion.")
     ] = None,
     max_tokens: Annotated[int, _option("--max-tokens", "-n", min=2, help="Number of steps to compare.")] = 32,
+    thorough: Annotated[
+        bool,
+        _option(
+            "--thorough",
+            help="Also try long texts, every window, many chunk sizes, edits far back, saved caches, padding and more "
+            "rows. Takes minutes.",
+        ),
+    ] = False,
     source: ModelOptions,
     engine: EngineChoice,
+    running: ServerOptions,
     json: options.Json = False,
     html: options.Html = None,
+    junit: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", rich_help_panel="Output", help="Write a JUnit XML report: a test for each use of the cache."
+        ),
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Check that cached decoding gives the same logits as uncached decoding, or show where and why it does not.
 
     The right pattern, full-sequence, passes the whole sequence and the previous cache on each call; the model finds
     what is new. The exit code is 0 if it is equivalent to uncached decoding or declared lossy, else 1. Wrong patterns
-    do not count.
+    do not count; a library given by --reference does, if it differs by more than rounding.
     """
+    running.check()
+    if running.url is not None:
+        refused = source != ModelOptions() or engine != EngineChoice()
+        if refused or any((wrong_pattern, pattern, prompt_file, html)):
+            raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
+        start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
+        compare_url(running, start, steps=steps, thorough=thorough, json=json, junit=junit, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
         check_page(html)
+    if junit is not None:
+        check_file("--junit", junit)
     loaded = engine.load(source, quiet=quiet)
+    reference = engine.load_reference(source, quiet=quiet)
 
     from kvgen.comparison.report import as_data
 
-    with status("comparing", loaded.model, quiet=quiet):
-        comparisons = [_compare(loaded, given, names, max_tokens, forced=text is not None) for given in texts]
+    with status("comparing", loaded.model, quiet=quiet) as show:
+        chosen: dict[str, Any] = {"patterns": names, "steps": max_tokens, "thorough": thorough}
+        chosen["progress"] = lambda name, number, count: show(f"comparing: {name} ({number + 1} of {count})")
+        comparisons = [_compare(loaded, given, forced=text is not None, **chosen) for given in texts]
+        checks = [_cross_check(loaded, reference, *pair) for pair in zip(comparisons, texts, strict=True)]
     report: dict[str, Any] = {
         "model": loaded.source,
         "backend": loaded.model.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "acceptable": all(comparison.acceptable for comparison in comparisons),
-        "comparisons": [as_data(comparison, loaded.tokenizer) for comparison in comparisons],
+        "acceptable": all(comparison.acceptable for comparison in comparisons)
+        and all(check.acceptable for check in checks if check is not None),
+        "comparisons": [
+            as_data(comparison, loaded.tokenizer, check) for comparison, check in zip(comparisons, checks, strict=True)
+        ],
     }
     if html is not None:
         from kvgen.pages import render_comparison
 
-        write_page(html, render_comparison(report))
+        write_file("--html", html, render_comparison(report))
+    if junit is not None:
+        from kvgen.comparison.junit import as_junit
+
+        write_file("--junit", junit, as_junit(report))
     with exiting_with(0 if report["acceptable"] else 1):
         if json:
             write_json(report)
@@ -111,7 +148,7 @@ def _read_texts(prompt: str | None, prompt_file: Path | None, text: Path | None,
     return [_DEFAULT_PROMPT if prompt is None else prompt]
 
 
-def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, forced: bool) -> Comparison:
+def _compare(loaded: Loaded, text: str, *, forced: bool, **chosen: Any) -> Comparison:
     """Compare on a completion of `text`, or if `forced` on the text itself, split into prompt and continuation."""
     from kvgen.comparison import compare as compare_patterns
 
@@ -121,4 +158,10 @@ def _compare(loaded: Loaded, text: str, names: Sequence[str], steps: int, *, for
         if len(prompt) - cut < 2 or not cut:
             raise UsageError("--text must hold at least three tokens")
         prompt, continuation = prompt[:cut], prompt[cut:]
-    return compare_patterns(loaded, prompt, patterns=names, steps=steps, continuation=continuation)
+    return compare_patterns(loaded, prompt, continuation=continuation, **chosen)
+
+
+def _cross_check(loaded: Loaded, reference: Loaded | None, comparison: Comparison, text: str) -> CrossCheck | None:
+    from kvgen.comparison.crosscheck import cross_check
+
+    return None if reference is None else cross_check(loaded, reference, comparison.ids, comparison.start, text)

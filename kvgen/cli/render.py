@@ -8,13 +8,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich import filesize, progress
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
@@ -124,18 +125,23 @@ def check_page(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("--html needs matplotlib: pip install 'kvgen[report]'")
+    check_file("--html", path)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Check that the file of an option can be written, before anything is computed. Raises KvgenError."""
     if not path.parent.is_dir():
-        raise KvgenError(f"--html {path}: there is no folder {path.parent}")
+        raise KvgenError(f"{option} {path}: there is no folder {path.parent}")
     places = [path] if path.exists() else []
     if not _is_device(path):
         places.append(path.resolve().parent)
     if path.is_dir() or not all(os.access(place, os.W_OK) for place in places):
-        raise KvgenError(f"--html {path}: cannot be written")
+        raise KvgenError(f"{option} {path}: cannot be written")
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write the page for --html: whole or not at all, unless to a pipe or a device. Raises KvgenError."""
-    data = escape_controls(page).encode("utf-8", "backslashreplace")
+def write_file(option: str, path: Path, content: str) -> None:
+    """Write the file of an option: whole or not at all, unless to a pipe or a device. Raises KvgenError."""
+    data = escape_controls(content).encode("utf-8", "backslashreplace")
     try:
         if _is_device(path):
             path.write_bytes(data)
@@ -143,7 +149,7 @@ def write_page(path: Path, page: str) -> None:
         with atomic_file(path.resolve()) as file:
             file.write(data)
     except OSError as error:
-        raise KvgenError(f"--html {path}: cannot be written ({error.strerror})") from error
+        raise KvgenError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def _is_device(path: Path) -> bool:
@@ -223,14 +229,22 @@ def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> It
 
 
 @contextmanager
-def status(text: str, model: Backend, *, quiet: bool) -> Iterator[None]:
-    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read."""
+def status(text: str, model: Backend, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show a text on a terminal while work is in progress, and how much of a long sequence the model has read.
+
+    Yields a function that replaces the text.
+    """
     if quiet or not sys.stderr.isatty():
-        yield
+        yield lambda text: None
         return
     with terminal(sys.stderr).status(text) as shown:
-        model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
-        yield
+
+        def show(text: str) -> None:
+            shown.update(text)
+            model.watch(lambda done, total: shown.update(f"{text} {format_reading(done, total)}"))
+
+        show(text)
+        yield show
 
 
 def format_reading(done: int, total: int) -> str:
@@ -238,13 +252,43 @@ def format_reading(done: int, total: int) -> str:
     return f"(reading {total:,} tokens: {100 * done // total} %)" if done < total else ""
 
 
+class _Bar(progress.Progress):
+    """A progress bar without the parts that do not fit into the terminal. The count stays."""
+
+    def __init__(
+        self,
+        label: progress.ProgressColumn,
+        count: progress.ProgressColumn,
+        *rates: progress.ProgressColumn,
+        console: Console,
+        **options: Any,
+    ) -> None:
+        bar, left = progress.BarColumn(bar_width=20), progress.TimeRemainingColumn()
+        numbers = count, *rates
+        self._choices = (
+            (label, bar, *numbers, left),
+            (label, *numbers, left),
+            (label, *numbers),
+            (label, count),
+            (count,),
+        )
+        self._terminal = console
+        super().__init__(*self._choices[0], console=console, **options)
+
+    def make_tasks_table(self, tasks: Iterable[progress.Task]) -> Table:
+        tasks, unlimited = list(tasks), self._terminal.options.update(max_width=sys.maxsize)
+        for columns in self._choices:
+            self.columns = columns
+            table = super().make_tasks_table(tasks)
+            if self._terminal.measure(table, options=unlimited).maximum <= self._terminal.width:
+                break
+        return table
+
+
 @contextmanager
-def _bar(
-    first: progress.ProgressColumn, *others: progress.ProgressColumn, hidden: bool, transient: bool = False
-) -> Iterator[progress.Progress]:
-    """Yield a progress bar on stderr, which the caller starts, and stop it at the end."""
-    columns = first, progress.BarColumn(bar_width=20), *others, progress.TimeRemainingColumn()
-    bar = progress.Progress(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
+def _bar(*columns: progress.ProgressColumn, hidden: bool, transient: bool = False) -> Iterator[progress.Progress]:
+    """Yield a progress bar on stderr, which the caller starts, and stop it at the end. columns: label, count, rates."""
+    bar = _Bar(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:
         yield bar
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvgen.comparison.comparison import Comparison, compare_ids
+from kvgen.comparison.probes import Progress
 from kvgen.errors import UsageError
 from kvgen.generation.settings import is_whole
 from kvgen.generation.stream import text_ids
@@ -23,6 +24,8 @@ def compare(
     patterns: Sequence[str] = ("full-sequence",),
     steps: int = 32,
     continuation: str | Sequence[int] | None = None,
+    thorough: bool = False,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare cached with uncached decoding, as `kvgen compare` does.
 
@@ -33,6 +36,8 @@ def compare(
     patterns: ways of calling the model. `full-sequence` and `batched` should match uncached decoding; others, such as
         `last-token`, are wrong on purpose and show what a common mistake does.
     continuation: tokens to feed after the prompt; None for the greedy choice of uncached decoding.
+    thorough: also try long texts, every window, many chunk sizes, edits far back, saved caches, padding and more rows;
+        this takes minutes. progress: called before each of these uses, with its name, its number and their number.
 
     `Comparison.acceptable` is the verdict on the patterns that should be right; `Comparison.rows` has every result.
 
@@ -51,4 +56,6 @@ def compare(
         steps=steps if forced is None else min(steps, len(forced)),
         continuation=forced,
         special_ids=loaded.tokenizer.special_ids | loaded.tokenizer.eos_ids,
+        thorough=thorough,
+        progress=progress,
     )

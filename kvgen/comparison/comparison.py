@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from kvgen.comparison.case import CALL_ERRORS, Case, make_case
 from kvgen.comparison.diagnosis import diagnose, unreliable_reference
 from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
-from kvgen.comparison.probes import Probe, not_tested, run_probes
+from kvgen.comparison.probes import Probe, Progress, run_probes
 from kvgen.comparison.reference import Judgement, Reference
 from kvgen.comparison.rounding import BEYOND_DOUBT
 from kvgen.comparison.run import Run, run_forced, run_free
 from kvgen.comparison.subjects import subject_of
+from kvgen.comparison.thorough import not_tested as not_tested_thoroughly
+from kvgen.comparison.thorough import thorough_uses
 from kvgen.comparison.trial import Finding
+from kvgen.comparison.uses import default_uses, not_tested
 from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.contract import Backend
 from kvgen.errors import UsageError, in_one_line
@@ -95,12 +99,15 @@ def compare_ids(
     steps: int = 32,
     continuation: Sequence[int] | None = None,
     special_ids: frozenset[int] = frozenset(),
+    thorough: bool = False,
+    progress: Progress | None = None,
 ) -> Comparison:
     """`compare` on token ids, for a model that may lack a tokenizer.
 
     prompt: token ids. steps: number of tokens to decode after it; end-of-text tokens do not stop it.
     continuation: tokens to feed after the prompt; None for the greedy choice of uncached decoding.
-    special_ids: special tokens to test the cache with.
+    special_ids: special tokens to test the cache with. thorough: try more uses of the cache, which takes minutes.
+    progress: called before each use, with its name, its number from 0 and the number of uses.
 
     Raises UsageError for an unknown pattern or a text that does not fit the context, ModelError if uncached logits are
     NaN.
@@ -118,15 +125,19 @@ def compare_ids(
     reference_gap, findings = unreliable_reference(case, alone)
     rows = [_reference_row(case, greedy.tokens, seconds, findings)]
     floor = 0.0
+    uses = (*default_uses(case), *(thorough_uses(case) if thorough else ()))
     for pattern in chosen:
         if findings:
             rows.append(PatternResult(pattern, Verdict.NOT_COMPARABLE, reason="the uncached reference is unreliable"))
             continue
-        row, judged = _compare_pattern(case, pattern, greedy, cached if pattern is FULL_SEQUENCE else None)
+        probed = partial(run_probes, uses=uses, progress=progress) if pattern is FULL_SEQUENCE else _no_probes
+        row, judged = _compare_pattern(case, pattern, greedy, cached if pattern is FULL_SEQUENCE else None, probed)
         rows.append(row)
         floor = max(floor, judged.floor if judged else 0.0)
     text = tuple(case.ids[0].tolist())
-    return Comparison(text, len(prompt), floor, reference_gap, tuple(rows), not_tested(case))
+    return Comparison(
+        text, len(prompt), floor, reference_gap, tuple(rows), (not_tested_thoroughly if thorough else not_tested)(case)
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
     lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})[:_TIMED]
     logits, began = {}, time.perf_counter()
     for length in lengths:
-        logits[length] = case.subject(case.ids[:, :length], None)[0][0, -1].cpu()
+        logits[length] = case.subject.uncached(case.ids[:, :length])[0, -1].cpu()
     return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits
 
 
@@ -205,9 +216,12 @@ def _pattern(name: str) -> Pattern:
 
 
 def _compare_pattern(
-    case: Case, pattern: Pattern, greedy: _Greedy, run: Run | None
+    case: Case, pattern: Pattern, greedy: _Greedy, run: Run | None, probed: Callable[[Case], tuple[Probe, ...]]
 ) -> tuple[PatternResult, Judgement | None]:
-    """Result of a pattern and the judgement on its logits. run: an earlier run of it on this text, if any."""
+    """Result of a pattern and the judgement on its logits.
+
+    run: an earlier run of it on this text, if any. probed: tries other uses of the cache.
+    """
     subject = case.subject
     if subject.cannot_cache:
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=subject.cannot_cache), None
@@ -217,7 +231,7 @@ def _compare_pattern(
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
-    probes = run_probes(replace(case, cache=run.cache)) if pattern is FULL_SEQUENCE else ()
+    probes = probed(replace(case, cache=run.cache))
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
     tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, greedy, run)
@@ -237,6 +251,10 @@ def _compare_pattern(
         findings=tuple(diagnose(case, pattern, run.logits, judged, probes, wrong=wrong)),
     )
     return row, judged
+
+
+def _no_probes(case: Case) -> tuple[Probe, ...]:
+    return ()
 
 
 def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:

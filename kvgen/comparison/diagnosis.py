@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case, make_case
-from kvgen.comparison.experiments import OBSERVATIONS, PREDICTIONS, attempt, lookup_or_values
+from kvgen.comparison.experiments import OBSERVATIONS, PREDICTIONS, STAYS, VALUES_WRONG, attempt, lookup_or_values
 from kvgen.comparison.patterns import Pattern
-from kvgen.comparison.probes import EXPLANATIONS, Probe
+from kvgen.comparison.probes import Probe
 from kvgen.comparison.reference import Judgement
 from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.run import run_forced
@@ -18,6 +18,7 @@ from kvgen.comparison.trial import Finding, Trial, nondeterministic
 
 _LEAK = 64  # typical rounding errors; a model that reads later tokens differs by far more
 _SMALL = 2**-5  # relative to the size of the logits
+_EVEN_STEPS, _EVEN = 4, 10.0  # steps to see; the largest difference of a step relative to the smallest
 _PROMPT = (4, 24)  # shortest and longest prompt to experiment on, in tokens
 
 
@@ -29,7 +30,7 @@ def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float
     """
     gaps = [(logits, case.expected[length - case.start]) for length, logits in alone.items()]
     largest = max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in gaps)
-    first, second = alone[case.start], case.subject(case.ids[:, : case.start], None)[0][0, -1].cpu()
+    first, second = alone[case.start], case.subject.uncached(case.ids[:, : case.start])[0, -1].cpu()
     # The measured noise floor is useless here: in a model that is not deterministic it is large.
     if distance(first, second) > LIMIT * typical_floor(first, case.subject.dtype):
         return largest, [nondeterministic(case.subject, float((first - second).abs().max()))]
@@ -79,11 +80,13 @@ def diagnose(
             return [finding]
     if found := [finding for experiment in OBSERVATIONS if (finding := attempt(experiment, trial))]:
         return found
-    if max(judged.distances) > _SMALL * size(sharp.expected):
-        if finding := attempt(lookup_or_values, trial):
-            return [finding]
-        if not trial.places:
-            return [_unexplained(sharp, judged, "positions could not be tested: the model does not accept any")]
+    finding, large = attempt(lookup_or_values, trial), max(judged.distances) > _SMALL * size(sharp.expected)
+    if finding is not None and large:
+        return [finding]
+    if large and not trial.places:
+        return [_unexplained(sharp, judged, "positions could not be tested: the model does not accept any")]
+    if finding is not None and finding.name == VALUES_WRONG and _is_even(judged):
+        return [_fewer_bits(sharp, judged)]
     return [_unexplained(sharp, judged)]
 
 
@@ -114,6 +117,21 @@ def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
     return Trial(other, pattern, pattern.call(case.subject), other.lengths[step], logits[step])
 
 
+def _is_even(judged: Judgement) -> bool:
+    """Whether all steps but the first, the prompt, are wrong by a similar small amount."""
+    apart = judged.distances[1:]
+    return len(apart) >= _EVEN_STEPS and min(apart) > max(LIMIT * judged.floor, max(apart) / _EVEN)
+
+
+def _fewer_bits(case: Case, judged: Judgement) -> Finding:
+    part = max(judged.distances) / size(case.expected)
+    return Finding(
+        "lower precision",
+        "Cached logits are less precise: the cache, or the arithmetic of cached calls, has fewer bits.",
+        f"every cached step differs a little, at most by {part:.1e} of the logits' size; {STAYS}",
+    )
+
+
 def _unexplained(case: Case, judged: Judgement, more: str = "") -> Finding:
     part = max(judged.distances) / size(case.expected)
     evidence = f"{judged.ratio:.2g} noise floors, {part:.1e} of the logits' size, at {judged.length} positions"
@@ -135,17 +153,28 @@ _UNREPEATED = (
 
 
 def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
-    """One finding for each kind of wrong use. Edits leave several tokens to compute, so they add nothing where calls
-    with several new tokens are wrong already."""
-    names = {probe.name for probe in wrong}
+    """One finding for each kind of wrong use, without those that another one explains."""
     found: dict[str, Finding] = {}
     for probe in wrong:
-        if probe.name == "edits" and "several new tokens at once" in names:
+        if any(_explains(other, probe) for other in wrong):
             continue
-        name, text = EXPLANATIONS[probe.name] if probe.repeats else _UNREPEATED
+        name, text = probe.finding if probe.repeats else _UNREPEATED
         far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
+        far += f"; the logits are those of {probe.like}" if probe.like else ""
         found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))
     return list(found.values())
+
+
+def _explains(other: Probe, probe: Probe) -> bool:
+    """Whether one wrong use is the reason for another.
+
+    Edits and rewinds leave several tokens to compute at once, and texts in large chunks are long.
+    """
+    kind, reason = probe.finding[0], other.finding[0]
+    if kind == "edits not noticed" and not probe.like and probe.name != "rewinds":
+        return reason in ("multi-token calls", "chunk boundary")
+    earlier = other.length is not None and probe.length is not None and other.length <= probe.length
+    return kind == "chunk boundary" and reason == "longer texts" and earlier
 
 
 def _harmless(pattern: Pattern, judged: Judgement) -> Finding:

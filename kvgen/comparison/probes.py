@@ -1,43 +1,20 @@
-"""Other uses of a cache: long texts, chunks, rewinds, several sequences, batch rows, special tokens.
-
-Each is compared with uncached logits of exactly the text that it used.
-"""
+"""Run other uses of a cache and compare each with uncached logits of exactly the text that it used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from kvgen.comparison.case import CALL_ERRORS, Case, random_text
+from kvgen.comparison.case import CALL_ERRORS, Case
 from kvgen.comparison.reference import Judgement
 from kvgen.comparison.rounding import BEYOND_DOUBT, LIMIT
-from kvgen.comparison.run import run_forced
+from kvgen.comparison.uses import Check, Use
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 
-_STEPS_UNTIL = 68  # positions reached by single steps: past 64
-_MORE_STEPS = 14  # single steps after a text that is longer
-_CROSSED = ((127, 130), (255, 258))  # lengths where buffers that double are full
-_LONGEST = max(end for _, end in _CROSSED)
-_LONGEST_CHANGE = 1100  # largest window that can be passed quickly
-_BEYOND_CHANGE = 132  # positions beyond a window: its buffer may have room for 64 or 128 more
-_CHUNKS = (2, 3, 7)
-_REWINDS = range(1, 9)
-_EDITED_STEPS = 12  # single steps in a text that is rewound or edited
-_STEPS_IN_TURN = 4
-_ROWS = 3
-
-
-@dataclass(frozen=True)
-class Check:
-    """Logits of a probe, (steps, vocab), after the first `lengths` positions of `ids`, (1, n)."""
-
-    ids: Tensor
-    lengths: Sequence[int]
-    logits: Tensor
+Progress = Callable[[str, int, int], None]
+"""Called before each use with its name, its number from 0 and the number of uses."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +23,9 @@ class Probe:
 
     ratio: its worst step in noise floors; None if it was not checked, for the reason in `note`.
     length: positions of the first wrong step. exact: whether all logits equal uncached ones bit for bit.
-    repeats: False if it was wrong and then right when it was run again.
+    finding: what it means if it is wrong: a short key and a sentence. like: which other text has the logits of the
+    first wrong step, in words; "" if none of those tried. repeats: False if it was wrong and then right when it was run
+    again.
     """
 
     name: str
@@ -55,244 +34,84 @@ class Probe:
     exact: bool = False
     length: int | None = None
     note: str = ""
+    finding: tuple[str, str] = ("", "")
+    like: str = ""
     repeats: bool = True
 
 
-_Use = Callable[[Case], Iterator[Check]]
+def run_probes(case: Case, uses: Sequence[Use], progress: Progress | None = None) -> tuple[Probe, ...]:
+    """Run all uses. One that the model does not support is noted and does not count.
 
-
-def run_probes(case: Case) -> tuple[Probe, ...]:
-    """Run all probes. A use that the model does not support is noted and does not count.
-
-    A probe raises UnsupportedError if it does not apply to the model, CacheError if the cache fails.
+    A use raises UnsupportedError if it does not apply to the model, CacheError if the cache fails.
     """
-    none = case.subject.changes_at is not None and _change(case) is None
-    return tuple(
-        _run_surely(case, name, use) for name, (use, *_) in _USES.items() if not (none and use is _past_a_change)
-    )
+    probes = []
+    for number, use in enumerate(uses):
+        if progress is not None:
+            progress(use.name, number, len(uses))
+        probes.append(replace(_run_surely(case, use), finding=use.finding))
+    return tuple(probes)
 
 
-def _run_surely(case: Case, name: str, use: _Use) -> Probe:
-    """Run a probe. If it is wrong, run it again: in a wider dtype, which decides if it is wrong by little, and as it
+def _run_surely(case: Case, use: Use) -> Probe:
+    """Run a use. If it is wrong, run it again: in a wider dtype, which decides if it is wrong by little, and as it
     was, since a probe that is right then does not show what its use is named for."""
-    probe = _run(case, name, use)
+    probe = _run(case, use)
     if not probe.wrong:
         return probe
     sharp, wider = probe, case.wider
     while sharp.wrong and sharp.ratio is not None and sharp.ratio <= BEYOND_DOUBT and wider is not None:
-        sharp, wider = _run(wider, name, use), wider.wider
+        sharp, wider = _run(wider, use), wider.wider
     if not sharp.wrong and sharp.ratio is not None:
-        return replace(probe, wrong=False, length=None)
-    return replace(probe, repeats=_run(case, name, use).wrong)
+        return replace(probe, wrong=False, length=None, like="")
+    return replace(probe, repeats=_run(case, use).wrong)
 
 
-def _run(case: Case, name: str, use: _Use) -> Probe:
-    if name in _REWINDING and not case.subject.rewinds:
+def _run(case: Case, use: Use) -> Probe:
+    if use.rewinds and not case.subject.rewinds:
         return Probe(
-            name, None, note="not checked: the model does not declare that its cache can be rewound (rewinds = True)"
+            use.name,
+            None,
+            note="not checked: the model does not declare that its cache can be rewound (rewinds = True)",
         )
-    worst, exact, length = 0.0, True, None
+    worst, exact, length, like = 0.0, True, None, ""
+    before = case.subject.reused
     try:
-        for check in use(case):
+        for check in use.run(case):
             judged = case.reference.judge(
                 check.logits, case.reference.step_logits(check.ids, check.lengths), check.ids, check.lengths
             )
             worst, exact = max(worst, judged.ratio), exact and judged.exact
             if judged.wrong and length is None:
-                length = _first_wrong(judged, check)
+                step = _first_wrong(judged)
+                length, like = check.lengths[step], _like(case, check, step)
     except UnsupportedError as reason:
-        return Probe(name, None, note=f"not checked: {reason}")
+        return Probe(use.name, None, note=f"not checked: {reason}")
     except CacheError as error:
-        return Probe(name, None, wrong=True, note=str(error))
+        return Probe(use.name, None, wrong=True, note=str(error))
     except CALL_ERRORS as error:
-        return Probe(name, None, note=f"not checked: the model fails ({in_one_line(error)})")
-    return Probe(name, worst, length is not None, exact, length)
+        return Probe(use.name, None, note=f"not checked: the model fails ({in_one_line(error)})")
+    if length is None and before is not None and case.subject.reused == before:
+        return Probe(use.name, None, note="not checked: the cache was not used; each call computed the whole text")
+    return Probe(use.name, worst, length is not None, exact, length, like=like)
 
 
-def _first_wrong(judged: Judgement, check: Check) -> int:
-    pairs = zip(check.lengths, judged.distances, strict=True)
-    return next(length for length, distance in pairs if distance > LIMIT * judged.floor)
+def _first_wrong(judged: Judgement) -> int:
+    return next(step for step, distance in enumerate(judged.distances) if distance > LIMIT * judged.floor)
 
 
-def _more_steps(case: Case) -> Iterator[Check]:
-    """Single steps that continue the comparison itself, with its cache."""
-    first = case.ids.shape[1]
-    last = _within(case, max(_STEPS_UNTIL, first + _MORE_STEPS))
-    if first >= last:
-        raise UnsupportedError("the context is too short")
-    ids, lengths = random_text(case, last), range(first, last + 1)
-    case.reference.step_logits(ids, lengths)  # if this fails, the cache need not do better
-    try:
-        logits = run_forced(case.subject, ids, first, lengths, case.cache).logits
-    except CALL_ERRORS as error:
-        raise CacheError(f"fails where uncached decoding works: {in_one_line(error)}") from error
-    yield Check(ids, lengths, logits)
+def _like(case: Case, check: Check, step: int) -> str:
+    """Which other text the wrong logits belong to, if they are exactly what a cache with a known fault would return."""
+    text = check.ids[:, : check.lengths[step]]
+    for description, other in (*check.others.items(), *_shortened(text)):
+        other = other[:, : text.shape[1]]
+        if other.shape == text.shape and bool((other == text).all()):
+            continue
+        if case.close(check.logits[step], case.last_logits(other), other):
+            return description
+    return ""
 
 
-def _long_texts(case: Case) -> Iterator[Check]:
-    """A long prompt in one call, then single steps past lengths where buffers grow."""
-    spans = [span for span in _CROSSED if span[1] <= _within(case, _LONGEST)]
-    if not spans:
-        raise UnsupportedError("the context is too short")
-    yield from _crossed(case, spans)
-
-
-def _past_a_change(case: Case) -> Iterator[Check]:
-    """Steps past the smallest window, or another length where the model changes."""
-    change = _change(case)
-    if change is None:
-        raise UnsupportedError("the model does not declare windows or other lengths where it changes")
-    if change > _LONGEST_CHANGE:
-        raise UnsupportedError(f"the first such length, {change}, would take too long")
-    last = _within(case, change + _BEYOND_CHANGE)
-    if last <= change:
-        raise UnsupportedError("the context is too short")
-    spans = [(max(1, change - 4), min(change + 6, last))]
-    if last > change + 10:
-        spans.append((last - 4, last))
-    yield from _crossed(case, spans)
-
-
-def _crossed(case: Case, spans: Sequence[tuple[int, int]]) -> Iterator[Check]:
-    ids = random_text(case, max(end for _, end in spans))
-    lengths = [length for begin, end in spans for length in range(begin, end + 1)]
-    logits = [run_forced(case.subject, ids, begin, range(begin, end + 1)).logits for begin, end in spans]
-    yield Check(ids, lengths, torch.cat(logits))
-
-
-def _in_chunks(case: Case) -> Iterator[Check]:
-    """The prompt in two chunks, then several tokens on each call."""
-    ends = list(accumulate((*_CHUNKS, *_CHUNKS), initial=case.start))
-    ids = random_text(case, _within(case, ends[-1]))
-    lengths = [case.start // 2 or 1, *(end for end in ends if end <= ids.shape[1])]
-    yield Check(ids, lengths, run_forced(case.subject, ids, case.start, lengths).logits)
-
-
-def _rewound(case: Case) -> Iterator[Check]:
-    """Remove the last tokens and append a different one: 1, then 2, and so on up to 8."""
-    text, cache, end = _short_text(case), None, 0
-    for count in _REWINDS:
-        if count >= text.shape[1]:
-            return
-        if cache is None or end <= count:
-            _, cache = case.subject(text, None)
-            end = text.shape[1]
-        end += 1 - count
-        edited = text[:, :end].clone()
-        edited[:, -1] = _another(case, int(edited[0, -1]))
-        logits, cache = case.subject(edited, cache)
-        yield Check(edited, [end], logits[:, -1].cpu())
-
-
-def _edited(case: Case) -> Iterator[Check]:
-    """Replace the last token of the text, the first token after the prompt, and a token inside the prompt.
-
-    Each leaves one position to compute, so calls with several new tokens are not tested here. The last edit keeps the
-    length and changes a token in the middle.
-    """
-    text = _short_text(case)
-    _, cache = case.subject(text, None)
-    for length in (text.shape[1], case.start + 1, case.start // 2 + 1):
-        edited = text[:, :length].clone()
-        edited[:, -1] = _another(case, int(edited[0, -1]))
-        logits, cache = case.subject(edited, cache)
-        yield Check(edited, [length], logits[:, -1].cpu())
-    _, cache = case.subject(text, None)
-    edited, middle = text.clone(), text.shape[1] // 2
-    edited[0, middle] = _another(case, int(edited[0, middle]))
-    logits, _ = case.subject(edited, cache)
-    yield Check(edited, [text.shape[1]], logits[:, -1].cpu())
-
-
-def _short_text(case: Case) -> Tensor:
-    """The beginning of the text, (1, n): long enough to rewind, and quick to compute."""
-    return case.ids[:, : case.start + _EDITED_STEPS]
-
-
-def _in_turn(case: Case) -> Iterator[Check]:
-    """Two sequences with a cache each, one step of each in turn."""
-    texts = [case.ids, case.ids.flip(1)]
-    lengths = range(case.start, min(case.start + _STEPS_IN_TURN, case.ids.shape[1]))
-    caches, rows = [None, None], [[], []]  # type: ignore[var-annotated]
-    for length in lengths:
-        for i, text in enumerate(texts):
-            logits, caches[i] = case.subject(text[:, :length], caches[i])
-            rows[i].append(logits[0, -1].cpu())
-    for text, found in zip(texts, rows, strict=True):
-        yield Check(text, lengths, torch.stack(found))
-
-
-def _side_by_side(case: Case) -> Iterator[Check]:
-    """Rows of one batch: the text, the text reversed, and the text with a different first token."""
-    text, edited = case.ids, case.ids.clone()
-    edited[0, 0] = _another(case, int(edited[0, 0]))
-    rows = torch.cat((text, text.flip(1), edited))
-    lengths, cache, found = range(case.start, min(case.start + _STEPS_IN_TURN, text.shape[1])), None, []
-    for length in lengths:
-        logits, cache = case.subject(rows[:, :length], cache)
-        found.append(logits[:, -1].cpu())
-    for row in range(_ROWS):
-        yield Check(rows[row : row + 1], lengths, torch.stack([logits[row] for logits in found]))
-
-
-def _with_special_tokens(case: Case) -> Iterator[Check]:
-    """Special tokens in the prompt and after it."""
-    count = case.expected.shape[1]
-    special = sorted(id_ for id_ in case.special_ids if id_ < count)[:4]
-    if not special:
-        raise UnsupportedError("the tokenizer has no special tokens")
-    ids = case.ids[:, : case.start + 10].clone()
-    ids[0, case.start // 2] = special[0]
-    for place, id_ in zip(range(case.start + 1, ids.shape[1] - 2, 2), special, strict=False):
-        ids[0, place] = id_
-    lengths = range(case.start, ids.shape[1])
-    yield Check(ids, lengths, run_forced(case.subject, ids, case.start).logits)
-
-
-_LONGER = "longer texts"
-_USES: dict[str, tuple[_Use, str, str]] = {
-    "more steps": (_more_steps, _LONGER, "The first steps are right, later ones are wrong."),
-    "long texts": (_long_texts, _LONGER, "Long texts are wrong, short ones are right."),
-    "past a window": (_past_a_change, _LONGER, "Texts longer than a window are wrong, shorter ones are right."),
-    "several new tokens at once": (_in_chunks, "multi-token calls", "Calls with several new tokens are wrong."),
-    "rewinds": (_rewound, "edits not noticed", "The cache is wrong after the last tokens were removed."),
-    "edits": (_edited, "edits not noticed", "The cache is wrong after the text was edited."),
-    "two sequences in turn": (_in_turn, "sequences mixed", "Two sequences with a cache each affect each other."),
-    "rows of a batch": (_side_by_side, "rows mixed", "Rows of a batch affect each other."),
-    "special tokens": (_with_special_tokens, "special tokens", "Texts that contain special tokens are wrong."),
-}
-"""Each use by its name in reports, with the name and text of the finding if it is wrong."""
-
-_REWINDING = ("rewinds", "edits")
-EXPLANATIONS = {name: explanation for name, (_, *explanation) in _USES.items()}
-
-
-def not_tested(case: Case) -> str:
-    """Describe in one line what the probes do not test."""
-    change, context = _change(case), case.subject.context_length
-    longest = max(case.ids.shape[1], _within(case, _LONGEST))
-    if change is not None and change <= _LONGEST_CHANGE:
-        longest = max(longest, _within(case, change + _BEYOND_CHANGE))
-    parts = [] if context is not None and longest >= context else [f"texts beyond {longest} positions"]
-    parts += [f"changes at {length} positions" for length in case.subject.changes_at or () if length >= longest]
-    return ", ".join([*parts, f"batches of more than {_ROWS} rows", f"chunk sizes other than {_sizes()}"])
-
-
-def _sizes() -> str:
-    return ", ".join(map(str, _CHUNKS[:-1])) + f" and {_CHUNKS[-1]}"
-
-
-def _change(case: Case) -> int | None:
-    """The first length where the model changes beyond those that single steps pass."""
-    return next((length for length in sorted(case.subject.changes_at or ()) if length >= _STEPS_UNTIL - 8), None)
-
-
-def _within(case: Case, length: int) -> int:
-    """`length`, limited to the context."""
-    context = case.subject.context_length
-    return length if context is None else min(length, context)
-
-
-def _another(case: Case, id_: int) -> int:
-    """A different token of the text."""
-    return next((other for other in case.ids[0].tolist() if other != id_), (id_ + 1) % case.expected.shape[1])
+def _shortened(text: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for missing in range(1, min(4, text.shape[1])):
+        yield f"the text without its last {missing} token(s)", text[:, :-missing]
+        yield f"the text without its first {missing} token(s)", text[:, missing:]

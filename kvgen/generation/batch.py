@@ -7,17 +7,17 @@ takes its place at once (Yu et al. 2022, Orca). Prompt prefixes shared with anot
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
-from kvgen.errors import KvgenError, UsageError, as_kvgen_error
-from kvgen.generation.completion import Completion, Limits, Step
+from kvgen.errors import CancelledError, KvgenError, UsageError, as_kvgen_error
+from kvgen.generation.completion import Completion, Limits
 from kvgen.generation.drafts import Drafter
-from kvgen.generation.loop import Row, decode_step
+from kvgen.generation.events import ends
+from kvgen.generation.loop import decode_step
 from kvgen.generation.prefetch import Prefetcher
+from kvgen.generation.row import RequestRow
 from kvgen.generation.sampling import Sampler, make_sampler
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 from kvgen.generation.text import Chunk, CompletionText
@@ -25,17 +25,6 @@ from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import PREFILL_CHUNK
 
 _WORTH_WAITING = 8  # minimum shared prefix for which a row waits one pass, so that another row computes it
-
-
-@dataclass(eq=False, kw_only=True)
-class _Row(Row):
-    """A request in progress. new: prompt positions to compute. nbytes: maximum size of its cache."""
-
-    number: int
-    text: CompletionText
-    new: int
-    nbytes: int
-    ended: bool = False
 
 
 class Batch:
@@ -51,7 +40,10 @@ class Batch:
 
     batch_size: maximum number of rows in progress; 1 for a backend that cannot batch.
     max_cache_bytes: limit for all caches together, the kept one included; None for no limit.
-    use_cache: False recomputes every position on each step. cache: of an earlier completion, to continue from.
+    use_cache: False recomputes every position on each step; a request can ask for the same. cache: of an earlier
+        completion, to continue from.
+    divide_prompts: read long prompts in parts between the passes of other rows, so that these need not wait.
+    max_kept: how many caches of finished rows to keep for later requests, the least recently used go first.
     make_drafter: returns a new drafter for each row.
 
     Attribute `cache`: the cache of the last finished row, for the next request to continue from; None if a row took it
@@ -69,16 +61,34 @@ class Batch:
         max_cache_bytes: int | None = None,
         use_cache: bool = True,
         cache: Any = None,
+        divide_prompts: bool = False,
+        max_kept: int = 1,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
-        self.cache = cache
+        self._kept = [] if cache is None else [cache]  # the least recently used first
+        self._max_kept, self._divide_prompts = max_kept, divide_prompts and loaded.model.rewinds
+        self._cancelled: set[int] = set()
         self.pass_began = 0.0
         self._loaded, self._max_cache_bytes = loaded, max_cache_bytes
         self._batch_size = batch_size if loaded.model.batches else 1
         self._use_cache, self._make_drafter = use_cache, make_drafter
-        self._rows: list[_Row] = []
+        self._rows: list[RequestRow] = []
+
+    @property
+    def cache(self) -> Any:
+        """See `Batch`."""
+        return self._kept[-1] if self._kept else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the caches of finished rows."""
+        return sum(getattr(cache, "nbytes", 0) for cache in self._kept)
+
+    def cancel(self, number: int) -> None:
+        """End a request of `run` before its next pass: it yields a CancelledError. Any thread may call this."""
+        self._cancelled.add(number)
 
     def complete(self, request: Request) -> Generator[Chunk, None, None]:
         """Complete one request; yield a chunk for each token.
@@ -124,7 +134,7 @@ class Batch:
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:
-            begun: list[_Row] = []
+            begun: list[RequestRow] = []
             while len(self._rows) < self._batch_size and admit() and failure is None:
                 if waiting is None and not source.ended:
                     try:
@@ -143,6 +153,7 @@ class Batch:
                     begun.append(row)
                     self._rows.append(row)
                 number, waiting = number + 1, None
+            yield from self._drop_cancelled()
             if self._rows:
                 yield from self._pass()
             elif failure is not None:
@@ -150,10 +161,13 @@ class Batch:
             elif not admit() or (waiting is None and source.ended):
                 return
 
-    def _begin(self, number: int, request: Request | KvgenError, begun: list[_Row]) -> _Row | None:
+    def _begin(self, number: int, request: Request | KvgenError, begun: list[RequestRow]) -> RequestRow | None:
         """Return a row for a request, or None if it has to wait. Raises UsageError for an invalid request."""
         if isinstance(request, KvgenError):
             raise request
+        if number in self._cancelled:
+            self._cancelled.discard(number)
+            raise CancelledError("the request was cancelled")
         model, tokenizer, prompt = self._loaded.model, self._loaded.tokenizer, request.prompt
         limits = Limits(
             request.most_tokens, tokenizer.eos_ids, model.context_length, request.max_context, request.keep_first
@@ -161,19 +175,20 @@ class Batch:
         ids = model.ids_tensor(prompt)
         limits.check_prompt(len(prompt))
         positions = request.most_positions(model.context_length)
-        nbytes = model.cache_bytes(positions) if self._use_cache else 0
+        use_cache = self._use_cache and request.use_cache
+        nbytes = model.cache_bytes(positions) if use_cache else 0
         if self._max_cache_bytes is not None and nbytes > self._max_cache_bytes:
             sizes = f"{nbytes / 1e6:.0f} MB; the limit for all caches is {self._max_cache_bytes / 1e6:.0f} MB"
             raise UsageError(f"the cache of this request may take {sizes}")
         if not self._fits(nbytes):
             return None
         cache, shared = None, 0
-        if self._use_cache:
-            donors = [row.cache for row in self._rows if row not in begun]
-            cache = model.cache_for(ids, positions, donors, self.cache)
+        if use_cache:
+            donors = [row.cache for row in self._rows if row.use_cache and row not in begun]
+            cache = model.cache_for(ids, positions, donors, self._kept)
             shared = getattr(cache, "length", 0)
-            for row in begun:
-                if (common := _common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
+            for row in (row for row in self._rows if row.use_cache and (row in begun or row.is_long)):
+                if (common := common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
                     model.expect_branch(row.cache, min(common, len(prompt) - 1))
                     return None  # the next pass can copy more from that row
         new = len(prompt) - shared
@@ -184,16 +199,24 @@ class Batch:
             self._sampler(request),
             limits,
             top_logprobs=request.top_logprobs,
-            drafter=self._make_drafter() if self._make_drafter else None,
+            drafter=self._make_drafter() if self._make_drafter and use_cache else None,
             max_drafts=model.max_drafts,
         )
-        kept = getattr(self.cache, "nbytes", 0)
-        if cache is self.cache:
-            self.cache, nbytes = None, max(nbytes, kept)
-        elif not self._fits(nbytes + kept):
-            self.cache = None
+        if any(cache is kept for kept in self._kept):
+            self._kept = [kept for kept in self._kept if kept is not cache]
+            nbytes = max(nbytes, getattr(cache, "nbytes", 0))
+        while self._kept and not self._fits(nbytes + self.kept_bytes):
+            del self._kept[0]
         text = CompletionText(tokenizer, request.stop)
-        return _Row(completion=completion, cache=cache, number=number, text=text, new=new, nbytes=nbytes)
+        return RequestRow(
+            completion=completion,
+            cache=cache,
+            use_cache=use_cache,
+            number=number,
+            text=text,
+            new=new,
+            nbytes=nbytes,
+        )
 
     def _sampler(self, request: Request) -> Sampler:
         sampler = make_sampler(request.sampling)
@@ -211,52 +234,57 @@ class Batch:
     def _pass(self) -> Iterator[tuple[int, Chunk | KvgenError]]:
         """Run one decoding step; yield the text that it releases."""
         self.pass_began = time.perf_counter()
-        for row, step in decode_step(self._loaded.model.forward_batch, self._rows, use_cache=self._use_cache):
+        rows = self._rows
+        if self._divide_prompts:
+            yield from self._read_on()
+            rows = [row for row in self._rows if not row.is_long and not row.ended]
+        if not rows:
+            self._rows = [row for row in self._rows if not row.ended]
+            return
+        for row, step in decode_step(self._loaded.model.forward_batch, rows):
             if row.ended:  # by a stop string inside a draft
                 continue
-            event = _chunk(row, step)
+            event = row.released(step)
             row.ended = ends(event)
             if row.ended and not isinstance(event, KvgenError):
-                self.cache = row.cache
+                self._keep(row)
             yield row.number, event
         self._rows = [row for row in self._rows if not row.ended]
 
+    def _read_on(self) -> Iterator[tuple[int, KvgenError]]:
+        """Compute a part of the first long prompt; yield its error if it fails."""
+        row = next((row for row in self._rows if row.is_long), None)
+        if row is None:
+            return
+        end = len(row.completion.tokens) - row.new + PREFILL_CHUNK
+        try:
+            _, (row.cache,) = self._loaded.model.forward_batch([row.completion.next_ids()[:, :end]], [row.cache], [1])
+        except KvgenError as error:
+            row.ended = True
+            yield row.number, error
+        row.new, row.read = row.new - PREFILL_CHUNK, row.read + PREFILL_CHUNK
+
+    def _drop_cancelled(self) -> Iterator[tuple[int, KvgenError]]:
+        """End the rows whose requests were cancelled; their caches are kept."""
+        for row in [row for row in self._rows if row.number in self._cancelled]:
+            self._cancelled.discard(row.number)
+            self._rows.remove(row)
+            self._keep(row)
+            yield row.number, CancelledError("the request was cancelled")
+
+    def _keep(self, row: RequestRow) -> None:
+        """Keep the cache of a row that ends."""
+        if row.use_cache and row.cache is not None:
+            self._kept = [*self._kept, row.cache][-self._max_kept :]
+
     def _abandon(self) -> None:
         """Drop the rows in progress; keep the cache of the last one."""
-        if self._use_cache and self._rows:
-            self.cache = self._rows[-1].cache
+        for row in self._rows[-1:]:
+            self._keep(row)
         self._rows = []
+        self._cancelled.clear()
 
 
-def _chunk(row: _Row, step: Step | KvgenError) -> Chunk | KvgenError:
-    if isinstance(step, KvgenError):
-        return step
-    try:
-        return row.text.add(step)
-    except Exception as error:  # noqa: BLE001 (a tokenizer may raise anything; the other rows continue)
-        return as_kvgen_error(error)
-
-
-def ends(event: Chunk | KvgenError) -> bool:
-    """Whether this is the last event of its request."""
-    return isinstance(event, KvgenError) or event.finish_reason is not None
-
-
-def in_order(events: Iterable[tuple[int, Chunk | KvgenError]]) -> Iterator[tuple[int, Chunk | KvgenError]]:
-    """Yield the events of `Batch.run` grouped by request, in the order of requests, as early as possible."""
-    held: dict[int, list[Chunk | KvgenError]] = defaultdict(list)
-    current = 0
-    for number, event in events:
-        held[number].append(event)
-        while current in held:
-            ready = held.pop(current)
-            for one in ready:
-                yield current, one
-            if not ends(ready[-1]):
-                break
-            current += 1
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -137,6 +137,7 @@ class Request:
         log-probabilities.
     max_context: maximum number of positions that the model sees; longer sequences lose their middle, see
         `kvgen.generation.completion.Limits`. LOSSY. keep_first: how many tokens to keep at the start.
+    use_cache: False recomputes every position on each step, and leaves no cache.
     constraint: format of the completion; None for any text. A completion that ends early, with the finish_reason
         `length`, `stop` or `context`, may not follow it.
 
@@ -151,6 +152,7 @@ class Request:
     max_context: int | None = None
     keep_first: int = DEFAULT_KEEP_FIRST
     constraint: Constraint | None = None
+    use_cache: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -159,6 +161,7 @@ class Request:
         _check(self, "sampling", isinstance(self.sampling, Sampling), "a Sampling")
         valid = isinstance(self.stop, Iterable) and all(isinstance(text, str) for text in self.stop)
         _check(self, "stop", valid, "a string, or several")
+        _check(self, "use_cache", isinstance(self.use_cache, bool), "True or False")
         _check(self, "constraint", isinstance(self.constraint, Constraint | None), "a Constraint or None")
         for name, least in (("max_tokens", 1), ("top_logprobs", 0), ("max_context", 2)):
             value = getattr(self, name)

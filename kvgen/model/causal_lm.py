@@ -106,20 +106,20 @@ class CausalLM(ABC):
 
     @torch.inference_mode()
     def cache_for(
-        self, ids: Tensor, max_length: int, donors: Iterable[KVCache], ended: KVCache | None = None
+        self, ids: Tensor, max_length: int, donors: Iterable[KVCache], ended: Sequence[KVCache] = ()
     ) -> KVCache:
         """Return a cache for a sequence, (1, n), seeded with the longest prefix that any donor holds.
 
-        The prefix is copied; donors do not change. ended: a donor that is no longer used; it is returned itself if more
-        than half of it is reused. max_length: positions that the cache will hold.
+        The prefix is copied; donors do not change. ended: donors that are no longer used; one is returned itself if
+        more than half of it is reused. max_length: positions that the cache will hold.
         """
         variant = self._variant(ids.shape[1])
-        known = [donor for donor in (*donors, ended) if donor is not None]
+        known = [donor for donor in (*donors, *ended) if donor is not None]
         same = [donor.shared(ids.cpu(), variant) for donor in known]
         counts = [(donor.reach(length), donor) for donor, length in zip(known, same, strict=True)]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
         capacity = min(max_length, _MAX_INITIAL_CAPACITY)
-        if donor is ended and donor is not None and 2 * shared > donor.length:
+        if donor is not None and any(donor is one for one in ended) and 2 * shared > donor.length:
             donor.max_length = max_length
             return donor
         if donor is None or not shared:

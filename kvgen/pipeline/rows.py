@@ -72,7 +72,7 @@ def read_row(index: int, line: bytes) -> InputRow:
     digest = hashlib.sha256(line.strip()).hexdigest()[:16]
     id_: str | int = index
     try:
-        row = _parse_json(line)
+        row = parse_json(line)
         if isinstance(row, str):
             row = {"prompt": row}
         if not isinstance(row, dict):
@@ -99,7 +99,8 @@ def read_row(index: int, line: bytes) -> InputRow:
         return InputRow(index, id_, digest, error=str(as_kvgen_error(error)), line=line)
 
 
-def _parse_json(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
+    """Decode JSON of bounded depth and finite numbers. Raises UsageError if it is not."""
     try:
         text = line.decode("utf-8").removeprefix("\ufeff")
         if max(text.count("["), text.count("{")) > _MAX_DEPTH:

@@ -46,8 +46,8 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         self._sandbox = Sandbox(source)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Render a conversation, followed by the start of the assistant's answer.
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
+        """Render a conversation, followed by the start of the assistant's answer. tools: in JSON types.
 
         Raises UsageError if the template refuses the messages, CheckpointError if it is invalid or fails.
         """
@@ -55,25 +55,25 @@ class ChatTemplate:
             {
                 **self.special_tokens,
                 "messages": list(messages),
-                "tools": None,
+                "tools": tools,
                 "documents": None,
                 "add_generation_prompt": True,
             }
         )
 
-    def render_with_system(self, messages: Sequence[Message]) -> str:
+    def render_with_system(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """Render; if the template refuses or ignores the system message, prepend it to the first user message.
 
         Raises UsageError if there is no user message either.
         """
         if not messages or messages[0]["role"] != "system":
-            return self.render(messages)
+            return self.render(messages, tools)
         system, rest = messages[0]["content"], list(messages[1:])
         refusal: UsageError | None = None
         try:
-            text = self.render(messages)
+            text = self.render(messages, tools)
             changed: Message = {"role": "system", "content": f"{system}."}
-            if text != self.render([changed, *rest]):  # do not search the text: a template may trim or quote it
+            if text != self.render([changed, *rest], tools):  # do not search the text: a template may trim or quote it
                 return text
         except UsageError as error:
             refusal = error
@@ -81,4 +81,4 @@ class ChatTemplate:
         if first is None:
             raise refusal or UsageError("the chat template ignores system messages, and there is no user message")
         rest[first] = {"role": "user", "content": f"{system}\n\n{rest[first]['content']}"}
-        return self.render(rest)
+        return self.render(rest, tools)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
+from typing import Any
 
 import tokenizers
 
@@ -33,24 +35,30 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self.backend = backend
+        self._vocabulary = backend
         self.eos_ids = eos_ids
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        return self._vocabulary
+
     @cached_property
     def _escaper(self) -> SpecialTokenEscaper:
-        return SpecialTokenEscaper(self.backend)
+        return SpecialTokenEscaper(self._vocabulary, lambda: self.backend)
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with a different chat template."""
-        return type(self)(self.backend, self.eos_ids, source, self.special_tokens)
+        changed = copy(self)
+        changed.chat_template = ChatTemplate(source, self.special_tokens)
+        return changed
 
     def shares_vocabulary(self, other: Tokenizer) -> bool:
         """Return whether both map the same tokens to the same ids."""
-        return self.backend.get_vocab() == other.backend.get_vocab()
+        return self._vocabulary.get_vocab() == other._vocabulary.get_vocab()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Return the ids of `text`, with BOS and EOS if the checkpoint adds them.
@@ -59,34 +67,58 @@ class Tokenizer:
 
         Raises UsageError if the text is not valid Unicode.
         """
-        return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=True).ids
+        return self._encode(text, parse_special=parse_special, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
+    def _encode(self, text: str, *, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, parse_special: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation, up to the start of the assistant's answer.
 
         Special tokens of the template become tokens; text in messages that looks like one stays text, unless
         `parse_special`. If the template does not take a system message, it is prepended to the first user message.
+        Messages may have more fields than `Message` for a template that knows them. tools: for such a template, in
+        JSON types.
 
         Raises UsageError if there is no chat template or it refuses these messages, CheckpointError if it fails.
         """
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
-        if parse_special or not any(self._escaper.is_needed(message["content"]) for message in messages):
-            text = self.chat_template.render_with_system(messages)
-            return encode_text(self.backend, text, parse_special=True, add_special_tokens=False).ids
-        escaped: list[Message] = [
-            {"role": message["role"], "content": self._escaper.escape(message["content"])} for message in messages
-        ]
-        return self._escaper.encode(self.chat_template.render_with_system(escaped))
+        if parse_special or not any(self._escaper.is_needed(text) for text in _texts([*messages, tools])):
+            text = self.chat_template.render_with_system(messages, tools)
+            return self._encode(text, parse_special=True, add_special_tokens=False)
+        escape = self._escaper.escape
+        escaped: list[Any] = [{**_mapped(message, escape), "role": message["role"]} for message in messages]
+        return self._escaper.encode(self.chat_template.render_with_system(escaped, _mapped(tools, escape)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens. Invalid UTF-8 becomes U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        return self._vocabulary.decode(list(ids), skip_special_tokens=True)
 
     def token(self, id_: int) -> str:
         """Return the text of one token, which may be special."""
-        return self.backend.decode([id_], skip_special_tokens=False)
+        return self._vocabulary.decode([id_], skip_special_tokens=False)
 
     def detokenizer(self) -> Detokenizer:
         """Return a new detokenizer for a stream of ids."""
-        return Detokenizer(self.backend, self.special_ids)
+        return Detokenizer(self._vocabulary, self.special_ids)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in JSON types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return JSON types with all texts but the keys changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value

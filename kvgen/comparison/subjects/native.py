@@ -9,6 +9,7 @@ from kvgen.backends.native import NativeBackend
 from kvgen.comparison.subjects.subject import Subject
 from kvgen.comparison.subjects.widened import widened
 from kvgen.model.cache import KVCache
+from kvgen.model.causal_lm import PREFILL_CHUNK
 from kvgen.model.decoder import Decoder
 
 
@@ -17,9 +18,11 @@ class NativeSubject(Subject):
 
     def __init__(self, backend: NativeBackend) -> None:
         super().__init__(backend)
+        self._backend = backend
         self._decoder, self.module = backend.decoder, backend.module
         config = backend.decoder.config
         long = {rotary.short_length + 1 for rotary in config.rotaries if rotary.long_frequencies}
+        self.chunk_sizes = (PREFILL_CHUNK,)
         self.changes_at = tuple(sorted(long | {window for window in config.windows if window}))
 
     def append_unchecked(self, new: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
@@ -30,6 +33,11 @@ class NativeSubject(Subject):
         """Cached keys are already rotated, so only the positions of new tokens can be chosen."""
         known = 0 if cache is None else cache.length
         return self._decoder.append(ids[:, known:], cache, start=int(positions[known]))
+
+    def stored(self, cache: KVCache) -> KVCache:
+        """What a prompt cache keeps of it, restored."""
+        layers = ({name: part.clone() for name, part in held.tensors.items()} for held in cache.held())
+        return self._backend.restored(cache.tokens.clone(), layers, cache.variant)
 
     def in_dtype(self, dtype: torch.dtype) -> NativeSubject | None:
         """None on the kernels: they give equal bits for equal texts, so a wider dtype has nothing to decide."""

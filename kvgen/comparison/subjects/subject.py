@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvgen.contract import Backend, ForwardBatch
-from kvgen.errors import UnsupportedError
+from kvgen.contract import Backend
+from kvgen.errors import UnsupportedError, in_one_line
 
 
 class Subject:
@@ -18,24 +19,43 @@ class Subject:
     cannot_cache: why the model cannot use a cache; None if it can.
     lossy: why cached logits differ from uncached ones by design; None if they should be equal.
     changes_at: sequence lengths where the model starts to compute differently, such as its windows; None if unknown.
+    chunk_sizes: numbers of positions that the model computes at once of a long text.
     module: the torch module, if there is one.
+    reused: positions that all calls so far found in their caches; None if the caches do not tell.
     """
 
     cannot_cache: str | None = None
     lossy: str | None = None
     changes_at: tuple[int, ...] | None = None
+    chunk_sizes: tuple[int, ...] = ()
     module: nn.Module | None = None
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.reused: int | None = 0
 
     def __call__(self, ids: Tensor, cache: Any = None, /) -> tuple[Tensor, Any]:
         """The contract."""
-        return self.backend(ids, cache)
+        logits, written = self.backend(ids, cache)
+        self._count(written)
+        return logits, written
 
-    @property
-    def forward_batch(self) -> ForwardBatch:
-        return self.backend.forward_batch
+    def uncached(self, ids: Tensor) -> Tensor:
+        """Logits, (B, m, vocab) with m >= 1, of a call that neither reads nor writes a cache where the model can."""
+        return self(ids, None)[0]
+
+    def forward_batch(
+        self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
+    ) -> tuple[list[Tensor], list[Any]]:
+        """See `Backend.forward_batch`."""
+        logits, written = self.backend.forward_batch(sequences, caches, counts)
+        for cache in written:
+            self._count(cache)
+        return logits, written
+
+    def _count(self, cache: Any) -> None:
+        reused = getattr(cache, "reused", None)
+        self.reused = None if reused is None or self.reused is None else self.reused + reused
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +78,13 @@ class Subject:
         found = self.backend.each_logits(ids, ascending)
         return None if found is None else torch.cat(list(found))[[ascending.index(position) for position in positions]]
 
+    def rounded_otherwise(self, ids: Tensor) -> Tensor | None:
+        """Uncached logits after `ids`, (1, n), that another implementation rounds differently: (vocab,).
+
+        None if the model has one only.
+        """
+        return None
+
     def library_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Pass the whole sequence with the library's default arguments."""
         return self(ids, cache)
@@ -76,6 +103,26 @@ class Subject:
         not accept positions.
         """
         raise UnsupportedError(f"the {self.backend.name} backend does not accept positions")
+
+    def stored(self, cache: Any) -> Any:
+        """Save a cache and load it: a new cache that shares nothing with the old one.
+
+        By default a deep copy. Raises UnsupportedError if the cache cannot be copied.
+        """
+        shared = {} if self.module is None else {id(self.module): self.module}
+        try:
+            return copy.deepcopy(cache, shared)
+        except (TypeError, RuntimeError) as error:
+            raise UnsupportedError(f"its cache cannot be copied ({in_one_line(error)})") from error
+
+    def left_padded(self, texts: Sequence[Tensor], cache: Any = None) -> tuple[Tensor, Any]:
+        """Pass texts of different lengths, (1, n) each, as rows of one batch, padded on the left and masked there.
+
+        cache: of the call before, for the same rows, each one token shorter. Returns logits whose last position
+        predicts the next token of each row, (B, m, vocab), and the cache. Raises UnsupportedError if the model takes
+        no mask.
+        """
+        raise UnsupportedError("the model takes no mask for padding")
 
     def in_dtype(self, dtype: torch.dtype) -> Subject | None:
         """The same model in a wider dtype, sharing weights where possible; None if unsupported."""

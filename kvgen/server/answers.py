@@ -1,0 +1,160 @@
+"""From chunks to the JSON of OpenAI's API: whole answers and the pieces of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from kvgen.errors import ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
+from kvgen.generation.completion import Step
+from kvgen.generation.text import Chunk
+from kvgen.server.engine import BusyError
+from kvgen.server.schema import FieldError, Job
+from kvgen.server.tools import tool_calls
+from kvgen.tokenizer import Tokenizer
+
+_FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+
+class TimeLimitError(KvgenError):
+    """A request took too long."""
+
+
+@dataclass
+class Choice:
+    """What has come of one request."""
+
+    index: int
+    prompt_tokens: int
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def steps(self) -> list[Step]:
+        return [chunk.step for chunk in self.chunks]
+
+    @property
+    def finish_reason(self) -> str | None:
+        reason = self.chunks[-1].finish_reason if self.chunks else None
+        return None if reason is None else _FINISH[reason]
+
+
+class Answer:
+    """Formats the answer to a job."""
+
+    def __init__(self, job: Job, model: str, tokenizer: Tokenizer) -> None:
+        self.job, self._tokenizer = job, tokenizer
+        self.choices = [Choice(index, len(request.prompt)) for index, request in enumerate(job.requests)]
+        self._head = {
+            "id": f"{'chatcmpl' if job.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
+            "object": "chat.completion" if job.chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"kvgen-{version('kvgen')}",
+        }
+        self._opened: set[int] = set()  # choices of a stream whose first piece was sent
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, when all choices have ended."""
+        return {**self._head, "choices": [self._whole(choice) for choice in self.choices], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Counts over all choices. A prompt of several choices counts once, as OpenAI counts."""
+        prompts = {id(request.prompt): len(request.prompt) for request in self.job.requests}
+        first = [choice.steps[0] for choice in self.choices if choice.chunks]
+        completion = sum(len(choice.chunks) for choice in self.choices)
+        prompt = sum(prompts.values())
+        cached = min(prompt, sum(step.reused or 0 for step in first[: len(prompts)]))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def pieces(self, choice: Choice, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """The pieces of a stream for a chunk, which has been added to the choice.
+
+        With tools, text is sent at the end, when it is clear what of it are calls.
+        """
+        reason, text, calls = choice.finish_reason, chunk.text, list[Any]()
+        if self.job.tools:
+            text, calls = tool_calls(choice.text) if reason else ("", [])
+            reason = "tool_calls" if calls else reason
+        delta: dict[str, Any] = {"content": text} if text or choice.index not in self._opened else {}
+        if choice.index not in self._opened:
+            delta["role"] = "assistant"
+            self._opened.add(choice.index)
+        if calls:
+            delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+        logprobs = self._logprobs([chunk])
+        if not (text or calls or reason or logprobs or "role" in delta):
+            return
+        body = {"delta": delta} if self.job.chat else {"text": text}
+        piece = {"index": choice.index, **body, "logprobs": logprobs, "finish_reason": reason}
+        yield self._piece([piece])
+
+    def last_piece(self) -> dict[str, Any]:
+        """The piece with the usage, which comes after all choices have ended."""
+        return {**self._piece([]), "usage": self.usage()}
+
+    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": None} if self.job.include_usage else {}
+        kind = "chat.completion.chunk" if self.job.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, **usage}
+
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        logprobs, reason = self._logprobs(choice.chunks), choice.finish_reason
+        if not self.job.chat:
+            return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": reason}
+        text, calls = tool_calls(choice.text) if self.job.tools else (choice.text, [])
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"], reason = calls, "tool_calls"
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, chunks: Sequence[Chunk]) -> dict[str, Any] | None:
+        steps = [chunk.step for chunk in chunks if chunk.step.logprob is not None]
+        if not steps:
+            return None
+        if self.job.chat:
+            best = [[self._token(*pair) for pair in step.top_logprobs] for step in steps]
+            chosen = [self._token(step.token, step.logprob) for step in steps]
+            return {"content": [{**one, "top_logprobs": top} for one, top in zip(chosen, best, strict=True)]}
+        tokens = [self._tokenizer.token(step.token) for step in steps]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [step.logprob for step in steps],
+            "top_logprobs": [
+                {self._tokenizer.token(id_): logprob for id_, logprob in step.top_logprobs} for step in steps
+            ],
+            "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
+        }
+
+    def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
+        text = self._tokenizer.token(id_)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "surrogatepass")), "id": id_}
+
+
+def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
+    """Return the status and the body of an error, in OpenAI's form."""
+    status, kind = 500, "server_error"
+    code: str | None = None
+    if isinstance(error, BusyError):
+        status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    elif isinstance(error, TimeLimitError):
+        status, kind = 408, "timeout_error"
+    elif isinstance(error, NotFoundError):
+        status, kind, code = 404, "invalid_request_error", "model_not_found"
+    elif isinstance(error, UsageError | UnsupportedError):
+        status, kind = 400, "invalid_request_error"
+        code = "context_length_exceeded" if isinstance(error, ContextError) else getattr(error, "code", None)
+    param = error.param if isinstance(error, FieldError) else None
+    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}

@@ -1,0 +1,277 @@
+"""The ASGI application: routes, limits, streams and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvgen.errors import KvgenError, NotFoundError, UsageError
+from kvgen.generation.text import Chunk
+from kvgen.pipeline.rows import parse_json
+from kvgen.server.answers import Answer, Choice, TimeLimitError, error_body
+from kvgen.server.engine import Engine
+from kvgen.server.metrics import Metrics
+from kvgen.server.schema import Job, parse_chat, parse_completion
+
+_RETRY_AFTER = "1"  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_body: bytes of a request. timeout: seconds for a request, waiting included; None for no limit."""
+
+    max_body: int = 8 << 20
+    timeout: float | None = None
+
+
+@dataclass
+class Server:
+    """What the routes share. model: the name that clients see. log: takes one line for each request."""
+
+    engine: Engine
+    model: str
+    limits: Limits
+    log: Callable[[str], None]
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.created = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self._check_model({"model": request.path_params["name"]})
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        context = self.engine.loaded.model.context_length
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "kvgen",
+            "context_length": context,
+        }
+
+    def _check_model(self, body: Mapping[str, Any]) -> None:
+        asked = body.get("model")
+        if asked is not None and asked != self.model:
+            raise NotFoundError(f"the model {asked!r:.80} does not exist here; there is {self.model!r}")
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.render(), media_type=self.metrics.media_type)
+
+    async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
+        """Answer /v1/completions or /v1/chat/completions."""
+        began = time.monotonic()
+        body = await self._body(request)
+        self._check_model(body)
+        job = await run_in_threadpool(parse, body, self.engine.loaded)
+        if self.log_prompts:
+            self.log(json.dumps({"prompt": body.get("prompt", body.get("messages"))}))
+        answer = Answer(job, self.model, self.engine.loaded.tokenizer)
+        events = _Events(self.engine, job, began, self.limits.timeout)
+        done = partial(self._done, request.url.path, answer, began)
+        if job.stream:
+            async with _watched(request):
+                first = await events.first()  # so that an error has its status
+            return StreamingResponse(self._stream(answer, first, events, done), media_type="text/event-stream")
+        async with aclosing(events), _watched(request):
+            async for index, chunk in events:
+                answer.choices[index].chunks.append(chunk)
+        done()
+        return JSONResponse(answer.whole())
+
+    async def _stream(
+        self, answer: Answer, first: tuple[int, Chunk], events: _Events, done: Callable[[], None]
+    ) -> AsyncIterator[str]:
+        async with aclosing(events):
+            try:
+                for piece in _pieces(answer, *first):
+                    yield piece
+                async for index, chunk in events:
+                    for piece in _pieces(answer, index, chunk):
+                        yield piece
+            except KvgenError as error:
+                yield _event(error_body(error)[1])
+                return
+            finally:
+                done()
+            if answer.job.include_usage:
+                yield _event(answer.last_piece())
+            yield "data: [DONE]\n\n"
+
+    def _done(self, path: str, answer: Answer, began: float) -> None:
+        usage = answer.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        seconds = time.monotonic() - began
+        self.log(
+            f"POST {path} 200: {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {cached} reused, "
+            f"{seconds:.2f} s"
+        )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """Read the body. Raises HTTPException if it is too large or not JSON by its type, UsageError if it is not."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page in a browser cannot send this type without asking first
+            raise HTTPException(415, "the content type must be application/json")
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > self.limits.max_body:
+                raise HTTPException(413, f"the body is larger than {self.limits.max_body} bytes")
+        body = parse_json(bytes(data))
+        if not isinstance(body, dict):
+            raise UsageError("the body must be a JSON object")
+        return body
+
+
+class _Events:
+    """The events of all requests of a job, (index, chunk), as they come. Closing it cancels what has not ended."""
+
+    def __init__(self, engine: Engine, job: Job, began: float, timeout: float | None) -> None:
+        self._engine, self._timeout, self._deadline = engine, timeout, None if timeout is None else began + timeout
+        self._queue: asyncio.Queue[tuple[int, Chunk | KvgenError]] = asyncio.Queue()
+        self._open: dict[int, int] = {}
+        loop = asyncio.get_running_loop()
+        try:
+            for index, request in enumerate(job.requests):
+                put = partial(self._put, loop, index)
+                self._open[index] = engine.submit(request, put)
+        except KvgenError:
+            self.cancel()
+            raise
+
+    def _put(self, loop: asyncio.AbstractEventLoop, index: int, event: Chunk | KvgenError) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def cancel(self) -> None:
+        for number in self._open.values():
+            self._engine.cancel(number)
+        self._open.clear()
+
+    async def first(self) -> tuple[int, Chunk]:
+        try:
+            return await anext(self)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> tuple[int, Chunk]:
+        if not self._open:
+            raise StopAsyncIteration
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            index, event = await asyncio.wait_for(self._queue.get(), left)
+        except TimeoutError:
+            raise TimeLimitError(f"the request took longer than {self._timeout:g} s") from None
+        if isinstance(event, KvgenError):
+            del self._open[index]
+            raise event
+        if event.finish_reason is not None:
+            del self._open[index]
+        return index, event
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+
+class _watched:  # noqa: N801 (used as a function)
+    """Cancel the task inside when the client leaves, whose body has been read."""
+
+    def __init__(self, request: Request) -> None:
+        self._request, self._task = request, asyncio.current_task()
+
+    async def __aenter__(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        if self._task is not None:
+            self._task.cancel()
+
+    async def __aexit__(self, *error: object) -> None:
+        self._watcher.cancel()
+
+
+def _pieces(answer: Answer, index: int, chunk: Chunk) -> list[str]:
+    choice: Choice = answer.choices[index]
+    choice.chunks.append(chunk)
+    return [_event(piece) for piece in answer.pieces(choice, chunk)]
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class _Authorized:
+    """Middleware that asks for an API key on all paths but /health."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self._key):
+                error = {"message": "the API key is missing or wrong", "type": "invalid_request_error"}
+                body = {"error": {**error, "param": None, "code": "invalid_api_key"}}
+                await JSONResponse(body, 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
+    """Return the application. key: that clients must give; None for none. hosts: names that clients may use for it."""
+
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+            body = {"error": {"message": str(error.detail), "type": kind, "param": None, "code": None}}
+            status = error.status_code
+        else:
+            assert isinstance(error, KvgenError)
+            status, body = error_body(error)
+        server.log(f"{request.method} {request.url.path} {status}: {body['error']['message']:.200}")
+        return JSONResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
+
+    routes = [
+        Route("/health", server.health),
+        Route("/metrics", server.show_metrics),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.one_model),
+        Route("/v1/completions", partial(server.complete, parse=parse_completion), methods=["POST"]),
+        Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
+    ]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    if key is not None:
+        middleware.append(Middleware(_Authorized, key=key))
+    handlers: dict[Any, Any] = {KvgenError: failed, HTTPException: failed}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)

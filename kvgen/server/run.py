@@ -1,0 +1,46 @@
+"""Run the application until a signal, or until it has been idle for long."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from kvgen.server.engine import Engine
+
+_EVERY = 0.2  # seconds between looks at the clock
+
+
+class _Server(uvicorn.Server):
+    """The first signal lets requests end, the second stops at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def run_server(app: ASGIApp, listening: socket.socket, engine: Engine, idle_timeout: float | None) -> None:
+    """Serve on a bound socket. idle_timeout: seconds without a request after which to stop; None for never."""
+    config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False)
+    server = _Server(config)
+
+    async def serve() -> None:
+        watching = None if idle_timeout is None else asyncio.create_task(_stop_when_idle(server, engine, idle_timeout))
+        await server.serve([listening])
+        if watching is not None:
+            watching.cancel()
+
+    try:
+        asyncio.run(serve())
+    finally:
+        engine.close()
+
+
+async def _stop_when_idle(server: uvicorn.Server, engine: Engine, seconds: float) -> None:
+    while engine.running or engine.waiting or time.monotonic() < engine.last_active + seconds:
+        await asyncio.sleep(_EVERY)
+    server.should_exit = True

@@ -1,0 +1,175 @@
+"""From the JSON of OpenAI's API to requests. Unknown fields are refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from kvgen.errors import UsageError
+from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Constraint, Request, Sampling, are_ids, is_whole
+from kvgen.loading.load import Loaded
+from kvgen.server.tools import check_tools, template_messages
+
+_SAMPLING = {field.name for field in fields(Sampling)}
+_OWN = {"max_context", "keep_first", "regex", "grammar", "json_schema", "cache"}
+_COMMON = {"model", "max_tokens", "n", "stop", "stream", "stream_options", *_SAMPLING, *_OWN}
+_IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
+_COMPLETION = _COMMON | _IGNORED | {"prompt", "logprobs", "echo", "best_of", "suffix"}
+_CHAT = (
+    _COMMON
+    | _IGNORED
+    | {
+        *("messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "parallel_tool_calls"),
+        *("logprobs", "top_logprobs"),
+    }
+)
+_MOST_CHOICES, _MOST_LOGPROBS = 128, 20
+
+
+class FieldError(UsageError):
+    """A field of a request that cannot be served. param: its name. code: OpenAI's, or None."""
+
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
+        super().__init__(f"`{param}`: {message}")
+        self.param, self.code = param, code
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client asks for: one request for each choice.
+
+    chat: whether it is a conversation. tools: whether tool calls are parsed from the answer.
+    """
+
+    requests: tuple[Request, ...]
+    chat: bool
+    stream: bool = False
+    include_usage: bool = False
+    tools: bool = False
+
+
+def parse_completion(body: Mapping[str, Any], loaded: Loaded) -> Job:
+    """Parse the body of /v1/completions. Raises FieldError, or UsageError as `Tokenizer` and `Request` do."""
+    body = _known(body, _COMPLETION)
+    for name, only in (("echo", False), ("suffix", ""), ("best_of", body.get("n", 1))):
+        if body.get(name, only) != only:
+            raise FieldError(name, "is not supported")
+    prompts = [_ids(prompt, loaded) for prompt in _prompts(body.get("prompt"))]
+    logprobs = _whole(body, "logprobs", 0, _MOST_LOGPROBS)
+    settings = _settings(body, DEFAULT_MAX_TOKENS) | {"top_logprobs": logprobs}
+    return _job(prompts, settings, body, chat=False)
+
+
+def parse_chat(body: Mapping[str, Any], loaded: Loaded) -> Job:
+    """Parse the body of /v1/chat/completions. Raises as `parse_completion`."""
+    body = _known(body, _CHAT)
+    if "max_completion_tokens" in body:
+        body = {**body, "max_tokens": body["max_completion_tokens"]}
+    settings = _settings(body, None)
+    if "response_format" in body:
+        if settings.get("constraint"):
+            raise FieldError("response_format", "goes with no other constraint")
+        settings["constraint"] = _response_format(body["response_format"])
+    if body.get("logprobs", False) not in (True, False):
+        raise FieldError("logprobs", "must be true or false")
+    top = _whole(body, "top_logprobs", 0, _MOST_LOGPROBS)
+    if top is not None and not body.get("logprobs"):
+        raise FieldError("top_logprobs", "goes with `logprobs`")
+    settings["top_logprobs"] = (top or 0) if body.get("logprobs") else None
+    tools = check_tools(body, loaded.tokenizer)
+    prompt = loaded.tokenizer.encode_chat(template_messages(body.get("messages")), tools=tools)
+    return replace(_job([prompt], settings, body, chat=True), tools=tools is not None)
+
+
+def _known(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """Drop nulls, which clients send for what they leave out. Raises FieldError for an unknown field."""
+    given = {name: value for name, value in body.items() if value is not None}
+    if unknown := sorted(given.keys() - known):
+        raise FieldError(unknown[0], "is not a field that kvgen knows", "unknown_parameter")
+    return given
+
+
+def _job(prompts: Sequence[Sequence[int]], settings: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool) -> Job:
+    count = _whole(body, "n", 1, _MOST_CHOICES) or 1
+    if len(prompts) * count > _MOST_CHOICES:
+        raise FieldError("n", f"asks for {len(prompts) * count} choices; the most is {_MOST_CHOICES}")
+    request = Request((), **settings)
+    first = request.sampling.seed
+    first = random.SystemRandom().randrange(2**31) if first is None else first
+    samplings = [replace(request.sampling, seed=(first + number) % 2**63) for number in range(count)]
+    requests = [replace(request, prompt=prompt, sampling=one) for prompt in prompts for one in samplings]
+    stream_options = body.get("stream_options", {})
+    if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage", "include_obfuscation"}:
+        raise FieldError("stream_options", "knows include_usage")
+    for name, value in (("stream", body.get("stream", False)), ("stream_options", stream_options.get("include_usage"))):
+        if not isinstance(value, bool | None):
+            raise FieldError(name, "must be true or false")
+    return Job(tuple(requests), chat, bool(body.get("stream")), bool(stream_options.get("include_usage")))
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    if prompt is None:
+        raise FieldError("prompt", "is missing")
+    if isinstance(prompt, str) or (are_ids(prompt) and prompt):
+        return [prompt]  # type: ignore[list-item]
+    if isinstance(prompt, list) and prompt and all(isinstance(one, str) or are_ids(one) for one in prompt):
+        return prompt
+    raise FieldError("prompt", "must be a text, token ids, or a list of one of these")
+
+
+def _ids(prompt: str | list[int], loaded: Loaded) -> list[int]:
+    return loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+
+def _settings(body: Mapping[str, Any], most_tokens: int | None) -> dict[str, Any]:
+    """Arguments for `Request` but the prompt. most_tokens: by default."""
+    sampling = {name: body[name] for name in _SAMPLING & body.keys()}
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
+    if not isinstance(body.get("cache", True), bool):
+        raise FieldError("cache", "must be true or false")
+    settings = {name: body[name] for name in ("stop", "max_context", "keep_first") if name in body}
+    settings |= {"max_tokens": body.get("max_tokens", most_tokens), "use_cache": body.get("cache", True)}
+    return {**settings, "sampling": Sampling(**sampling), "constraint": _constraint(body)}
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or not all(key.isdecimal() and len(key) < 20 for key in value):
+        raise FieldError("logit_bias", "must map token ids to numbers")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _constraint(body: Mapping[str, Any]) -> Constraint | None:
+    given = [name for name in ("json_schema", "regex", "grammar") if name in body]
+    if len(given) > 1:
+        raise FieldError(given[1], f"goes without `{given[0]}`")
+    if "json_schema" in given:
+        return Constraint("json-schema", json.dumps(body["json_schema"]))
+    for name in given:
+        if not isinstance(body[name], str):
+            raise FieldError(name, "must be a string")
+    if "regex" in given:
+        return Constraint("regex", body["regex"])
+    return Constraint("grammar", body["grammar"]) if given else None
+
+
+def _response_format(value: Any) -> Constraint | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint("json-schema", '{"type": "object"}')
+    schema = value.get("json_schema", {}) if kind == "json_schema" else None
+    if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+        raise FieldError("response_format", 'must be of type "text", "json_object", or "json_schema" with a schema')
+    return Constraint("json-schema", json.dumps(schema["schema"]))
+
+
+def _whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    value = body.get(name)
+    if value is not None and not (is_whole(value) and least <= value <= most):
+        raise FieldError(name, f"must be a whole number from {least} to {most}")
+    return value

@@ -1,0 +1,363 @@
+"""`kvgen serve` as a real process, with the openai package and plain HTTP as its clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import kvgen
+from kvgen.server.schema import parse_chat
+from kvgen.server.tools import template_messages, tool_calls
+from tests.program import KVGEN
+
+PROMPT = "The capital of France is"
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
+SCHEMA = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"]}
+
+
+class Served:
+    """A server process. lines: its log so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.lines = process, []
+        self.port = 0
+        ready = threading.Event()
+
+        def read() -> None:
+            for line in process.stderr or ():
+                self.lines.append(line.rstrip("\n"))
+                if found := re.search(r"^serving .* on http://127\.0\.0\.1:(\d+)/v1", line):
+                    self.port = int(found[1])
+                    ready.set()
+            ready.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        assert ready.wait(120) and self.port, self.lines
+
+    def request(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
+        """Return the status and the decoded body of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, json.loads(text) if text.startswith("{") else text
+
+    def metric(self, name: str) -> float:
+        _, text = self.request("GET", "/metrics")
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+
+
+@contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[Served]:
+    command = [*KVGEN, "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    try:
+        yield Served(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path: Path) -> Iterator[Served]:
+    with serving("-m", str(smollm2_path), "--name", "smollm2") as served:
+        yield served
+
+
+def generated(loaded: kvgen.Loaded, prompt: Any, **settings: Any) -> str:
+    most = settings.pop("max_tokens", 16)
+    return kvgen.generate(loaded, prompt, kvgen.Sampling(**settings), max_tokens=most)
+
+
+# --- Texts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_a_completion_is_that_of_generate(server: Served, smollm2: kvgen.Loaded, seed: int) -> None:
+    answer = server.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=16, seed=seed)
+    assert answer.choices[0].text == generated(smollm2, PROMPT, seed=seed)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 16)
+
+
+def test_a_conversation_is_that_of_chat_and_its_stream_adds_up(server: Served, smollm2: kvgen.Loaded) -> None:
+    expected = "".join(chunk.text for chunk in kvgen.chat(smollm2, QUESTION, kvgen.Sampling(temperature=0)))
+    whole = server.client.chat.completions.create(model="smollm2", messages=QUESTION, temperature=0)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (expected, "stop")
+    stream = server.client.chat.completions.create(
+        model="smollm2", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    pieces = list(stream)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces[:-1]) == expected
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert [piece.choices[0].finish_reason for piece in pieces[:-1]][-2:] == [None, "stop"]
+    assert pieces[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": pieces[-1].usage.prompt_tokens_details}
+    )
+
+
+def test_several_choices_have_successive_seeds_and_prompts_may_be_ids(server: Served, smollm2: kvgen.Loaded) -> None:
+    ids = smollm2.tokenizer.encode(PROMPT)
+    answer = server.client.completions.create(model="smollm2", prompt=[ids, ids[:3]], n=2, max_tokens=6, seed=3)
+    expected = [generated(smollm2, given, seed=seed, max_tokens=6) for given in (ids, ids[:3]) for seed in (3, 4)]
+    assert [choice.text for choice in answer.choices] == expected
+    assert answer.usage.prompt_tokens == 8
+
+
+def test_many_clients_get_the_texts_that_each_would_get_alone(server: Served, smollm2: kvgen.Loaded) -> None:
+    def ask(seed: int) -> str:
+        settings = {"model": "smollm2", "prompt": f"{PROMPT} {seed % 3}", "max_tokens": 8, "seed": seed}
+        return server.client.completions.create(**settings).choices[0].text
+
+    with ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(ask, range(24)))
+    assert texts == [generated(smollm2, f"{PROMPT} {seed % 3}", seed=seed, max_tokens=8) for seed in range(24)]
+
+
+def test_stop_bias_penalties_and_own_settings_reach_the_sampler(server: Served, smollm2: kvgen.Loaded) -> None:
+    settings = {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 5}
+    own = {"top_k": 40, "min_p": 0.01, "typical_p": 0.95, "repetition_penalty": 1.1}
+    bias = {7042: -100}
+    answer = server.client.completions.create(
+        model="smollm2", prompt=PROMPT, max_tokens=12, logit_bias=bias, **settings, extra_body=own
+    )
+    assert answer.choices[0].text == generated(smollm2, PROMPT, max_tokens=12, logit_bias=bias, **settings, **own)
+    stopped = server.client.completions.create(model="smollm2", prompt=PROMPT, temperature=0, stop=["."])
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (" Paris", "stop")
+
+
+def test_log_probabilities_are_those_of_the_model(server: Served, smollm2: kvgen.Loaded) -> None:
+    chunks = list(kvgen.stream(smollm2, PROMPT, kvgen.Sampling(temperature=0), max_tokens=3, top_logprobs=2))
+    old = server.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=3, temperature=0, logprobs=2)
+    logprobs = old.choices[0].logprobs
+    assert logprobs.token_logprobs == [chunk.step.logprob for chunk in chunks]
+    assert logprobs.tokens == [" Paris", ".", "\n"] and logprobs.text_offset == [0, 6, 7]
+    assert [len(top) for top in logprobs.top_logprobs] == [2, 2, 2]
+    chat = server.client.chat.completions.create(
+        model="smollm2", messages=QUESTION, max_tokens=2, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = chat.choices[0].logprobs.content
+    assert [len(token.top_logprobs) for token in content] == [3, 3]
+    assert content[0].logprob == content[0].top_logprobs[0].logprob < 0
+
+
+def test_an_answer_in_a_json_schema(server: Served) -> None:
+    answer = server.client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": "Name a capital."}],
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "capital", "schema": SCHEMA}},
+    )
+    assert json.loads(answer.choices[0].message.content)["capital"] in ("Paris", "Rome")
+
+
+def test_tool_calls_are_parsed_back_and_other_text_stays() -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome \u00e9"}}\n</tool_call>'
+    text, (found,) = tool_calls(f"Let me see.\n{call}")
+    assert text == "Let me see."
+    assert (found["type"], found["function"]["name"]) == ("function", "weather")
+    assert json.loads(found["function"]["arguments"]) == {"city": "Rome \u00e9"}
+    for other in ("plain", "<tool_call>{broken}</tool_call>", '<tool_call>{"no": "name"}</tool_call>'):
+        assert tool_calls(other) == (other, [])
+
+
+def test_messages_become_those_of_a_template() -> None:
+    function = {"name": "f", "arguments": '{"x": 1}'}
+    made = template_messages(
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": function}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+        ]
+    )
+    assert made[0] == {"role": "system", "content": "ab"}
+    assert made[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]  # type: ignore[typeddict-item]
+    assert made[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+
+
+def test_a_template_with_tools_sees_them_and_special_tokens_in_them_stay_text(smollm2: kvgen.Loaded) -> None:
+    template = "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = smollm2.tokenizer.with_chat_template(template)
+    tools = [{"type": "function", "function": {"name": "<|im_end|>"}}]
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": tools, "max_tokens": 1}
+    job = parse_chat(body, replace(smollm2, tokenizer=tokenizer))
+    prompt = list(job.requests[0].prompt)
+    assert job.tools and prompt == tokenizer.encode("<|im_end|>hi")
+    assert not set(prompt) & tokenizer.special_ids
+
+
+# --- Reuse ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_request_with_a_long_prompt_computes_one_position(server: Served) -> None:
+    ids = [100 + number % 900 for number in range(1500)]
+    server.client.completions.create(model="smollm2", prompt=ids, max_tokens=1)
+    before = server.metric("kvgen_positions_computed_total")
+    again = server.client.completions.create(model="smollm2", prompt=ids, max_tokens=1)
+    assert again.usage.prompt_tokens_details.cached_tokens == 1499
+    assert server.metric("kvgen_positions_computed_total") - before == 1
+
+
+def test_a_request_without_cache_reuses_nothing_and_gives_the_same_text(server: Served) -> None:
+    first, second = (
+        server.client.completions.create(
+            model="smollm2", prompt=PROMPT, max_tokens=5, temperature=0, extra_body={"cache": cache}
+        )
+        for cache in (True, False)
+    )
+    assert first.choices[0].text == second.choices[0].text
+    assert second.usage.prompt_tokens_details.cached_tokens == 0
+
+
+# --- Errors and limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("completions", {"prompt": "x", "foo": 1}, 400, "`foo`"),
+        ("completions", {}, 400, "`prompt`"),
+        ("completions", {"prompt": 3}, 400, "`prompt`"),
+        ("completions", {"prompt": []}, 400, "`prompt`"),
+        ("completions", {"prompt": [10**9]}, 400, "outside the model's vocabulary"),
+        ("completions", {"prompt": "x", "temperature": "hot"}, 400, "temperature"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"prompt": "x", "n": 1000}, 400, "`n`"),
+        ("completions", {"prompt": "x", "echo": True}, 400, "`echo`"),
+        ("completions", {"prompt": "x", "model": "gpt-5"}, 404, "gpt-5"),
+        ("completions", {"prompt": [5] * 9000}, 400, "context"),
+        ("completions", [], 400, "JSON object"),
+        ("completions", b"{" * 2000, 400, "levels"),
+        ("completions", b"\xff", 400, "UTF-8"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
+        ("chat/completions", {"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, 400, "`tools`"),
+        ("chat/completions", {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "`response_format`"),
+        ("chat/completions", {"messages": QUESTION, "top_logprobs": 3}, 400, "`top_logprobs`"),
+    ],
+)
+def test_bad_requests_are_named_and_change_nothing(
+    server: Served, path: str, body: Any, status: int, message: str
+) -> None:
+    found, answer = server.request("POST", f"/v1/{path}", body)
+    assert found == status
+    assert message in answer["error"]["message"]
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_other_content_types_hosts_and_methods_are_refused(server: Served) -> None:
+    assert server.request("POST", "/v1/completions", {"prompt": "x"}, {"Content-Type": "text/plain"})[0] == 415
+    assert server.request("GET", "/v1/models", headers={"Host": "evil.example"})[0] == 400
+    assert server.request("GET", "/v1/completions")[0] == 405
+    assert server.request("POST", "/v1/nothing", {})[0] == 404
+    assert server.request("GET", "/health") == (200, {"status": "ok"})
+
+
+def test_openai_errors_are_raised_by_its_client(server: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="foo"):
+        server.client.completions.create(model="smollm2", prompt="x", extra_body={"foo": 1})
+    with pytest.raises(openai.NotFoundError):
+        server.client.completions.create(model="other", prompt="x")
+    assert [model.id for model in server.client.models.list()] == ["smollm2"]
+
+
+def test_a_client_that_leaves_frees_its_row(server: Served) -> None:
+    stream = server.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=5000, stream=True)
+    next(iter(stream))
+    assert server.metric("kvgen_requests_running") == 1
+    stream.close()
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 5000}).encode()
+    plain = socket.create_connection(("127.0.0.1", server.port))
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    plain.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+    deadline = time.monotonic() + 60
+    while server.metric("kvgen_requests_running") != 1 and time.monotonic() < deadline:
+        pass
+    plain.close()
+    while server.metric("kvgen_requests_running") and time.monotonic() < deadline:
+        pass
+    assert server.metric("kvgen_requests_running") == 0
+
+
+def test_limits_keys_and_log(smollm2_path: Path) -> None:
+    options = ("--batch-size", "1", "--max-waiting", "0", "--max-body", "1KB", "--timeout", "30")
+    with serving("-m", str(smollm2_path), *options, KVGEN_API_KEY="secret") as served:
+        assert served.request("GET", "/v1/models")[0] == 401
+        assert served.request("GET", "/v1/models", headers={"Authorization": "Bearer wrong"})[0] == 401
+        key = {"Authorization": "Bearer secret"}
+        assert served.request("GET", "/v1/models", headers=key)[0] == 200
+        assert served.request("GET", "/health")[0] == 200
+        assert served.request("POST", "/v1/completions", {"prompt": "x" * 2000}, key)[0] == 413
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="secret", max_retries=0)
+        stream = client.completions.create(model=None, prompt="private words", max_tokens=4000, stream=True)  # type: ignore[call-overload]
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model=None, prompt="y")  # type: ignore[call-overload]
+        assert refused.value.response.headers["retry-after"] == "1"
+        stream.close()
+        assert "private" not in "\n".join(served.lines)
+        assert any(line.startswith("POST /v1/completions 429") for line in served.lines)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_lets_rows_end_and_the_second_stops_at_once(
+    server: Served, smollm2_path: Path, smollm2: kvgen.Loaded, first: signal.Signals
+) -> None:
+    with serving("-m", str(smollm2_path), "--name", "smollm2") as served:
+        stream = served.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=60, seed=2, stream=True)
+        pieces = iter(stream)
+        texts = [next(pieces).choices[0].text]
+        served.process.send_signal(first)
+        texts += [piece.choices[0].text for piece in pieces]
+        assert "".join(texts) == generated(smollm2, PROMPT, seed=2, max_tokens=60)
+        assert served.process.wait(120) == 0
+    with serving("-m", str(smollm2_path), "--name", "smollm2") as served:
+        stream = served.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=8000, stream=True)
+        next(iter(stream))
+        served.process.send_signal(first)
+        served.process.send_signal(first)
+        assert served.process.wait(120) == 0
+
+
+def test_an_idle_server_ends(smollm2_path: Path) -> None:
+    with serving("-m", str(smollm2_path), "--idle-timeout", "0.5") as served:
+        assert served.process.wait(60) == 0
+
+
+def test_addresses_that_others_can_reach_need_a_key() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "KVGEN_API_KEY"}
+    result = subprocess.run([*KVGEN, "serve", "--host", "0.0.0.0"], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "KVGEN_API_KEY" in result.stderr
+
+
+def test_a_port_in_use_is_one_line(server: Served) -> None:
+    result = subprocess.run([*KVGEN, "serve", "--port", str(server.port)], capture_output=True, text=True)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"--port {server.port}" in result.stderr

@@ -1,0 +1,64 @@
+"""`kvgen.testing` as the author of another library uses it: in tests of their own, run by pytest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvgen import UsageError
+from kvgen.testing import assert_cache_correct
+from tests.faults import SmallDecoder
+
+TESTS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.faults import SmallDecoder
+
+def test_right(assert_cache_correct):
+    assert_cache_correct(SmallDecoder, steps=12)
+
+def test_wrong(assert_cache_correct):
+    assert_cache_correct(SmallDecoder("positions restart at 0"), steps=12)
+"""
+
+
+def test_the_fixture_passes_a_right_cache_and_explains_a_wrong_one(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "kvgen.testing", "-p", "no:cacheprovider", "test_mine.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr
+    assert "full-sequence: different" in result.stdout
+    assert "The position offset is lost: the new token is computed at position 0" in result.stdout
+
+
+def test_importing_it_does_not_import_torch() -> None:
+    code = "import sys, kvgen.testing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "make", [SmallDecoder, SmallDecoder(), lambda: SmallDecoder()], ids=["class", "model", "factory"]
+)
+def test_a_model_or_what_makes_one_is_given(make: Any) -> None:
+    comparison = assert_cache_correct(make, [5, 17, 3, 8, 40, 2], steps=8)
+    assert comparison.steps == 8 and comparison.acceptable
+
+
+def test_a_model_that_is_not_deterministic_fails() -> None:
+    class Random(SmallDecoder):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            logits, cache = super().forward(*arguments, **options)
+            return logits + torch.rand(1), cache
+
+    with pytest.raises(AssertionError, match="not comparable"):
+        assert_cache_correct(Random())
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="int is not a model"):
+        assert_cache_correct(3)

@@ -24,6 +24,7 @@ Written by `benchmarks/survey.py` on {date} with transformers {transformers}, to
 float32 on a CPU. Each row is judged twice: by `kvgen compare`, and by a loop around the library alone
 (`library_alone` in that file), which compares the logits of `generate` with those that it computes without a cache, in
 float64 where the model allows it. The loop sees single steps only. **The two agree on {agreed} of {judged} rows.**
+Rows that a cache lacks in the table below have not been run.
 
 `python benchmarks/survey.py --only MODEL --cache CACHE` repeats one row and prints all that was found.
 """

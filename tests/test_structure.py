@@ -50,6 +50,7 @@ IMPORT_ORDER = [
     "kvgen.checkpoint",
     "kvgen.families",
     "kvgen.kernels",
+    "kvgen.cuda",
     "kvgen.backends",
     "kvgen.tokenizer",
     "kvgen.hub",

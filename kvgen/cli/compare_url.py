@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvgen.comparison.servers.comparison import ServerComparison
 
 _option = partial(Option, rich_help_panel="A running server")
-_KINDS = ("llama.cpp", "vllm", "sglang", "openai")  # repeated: importing is slow
+_KINDS = ("llama.cpp", "vllm", "sglang", "kvgen", "openai")  # repeated: importing is slow
 _STYLES = {"equivalent": "green", "different": "bold red"}
 _PIPE_WIDTH = 110
 _LIMITS = {False: (400, 300.0), True: (2000, 1800.0)}  # requests and seconds, by --thorough

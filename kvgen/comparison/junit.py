@@ -29,7 +29,7 @@ def as_junit(report: dict[str, Any]) -> str:
     root = ElementTree.Element("testsuites", name="kvgen compare")
     for comparison in report["comparisons"]:
         tests = [test for pattern in comparison["patterns"] for test in _tests(pattern, len(comparison["text_ids"]))]
-        if check := comparison["cross_check"]:
+        if check := comparison.get("cross_check"):
             tests.append(_cross_check(check))
         suite = ElementTree.SubElement(
             root,

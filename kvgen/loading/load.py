@@ -51,7 +51,7 @@ class Loaded:
         >>> loaded.tokenizer.encode("Hello"), loaded.model.context_length
         ([19556], 8192)
 
-    model: the contract: `logits, cache = loaded.model(ids, None)`, with ids on `loaded.model.device`.
+    model: the contract: `logits, cache = loaded.model(ids, None)`, with ids on `loaded.model.ids_device`.
     source: the file or folder, or the reference of a model in Python. adapter: the adapter's folder; "" without one.
     config: a DecoderConfig for kvgen's decoder, the library's arguments for x-transformers, None for a model in Python.
     files: the files of config and weights, those of the adapter too; empty for a model in Python.
@@ -97,7 +97,8 @@ def load(
         checkpoint's own.
     adapter: a folder with a LoRA adapter of PEFT, which is merged into the weights.
     kernels: `cpp`: C++ kernels, which keep weights in their stored types; `off`: torch; `auto`: kernels on a CPU in
-        float32, if they have the model's mechanisms and are prebuilt or a compiler is found, else torch.
+        float32, if they have the model's mechanisms and are prebuilt or a compiler is found, else torch; on an NVIDIA
+        GPU, Triton kernels for steps of one sequence, if they have them.
         `Backend.engine` tells which. $KVGEN_CPU chooses the kernels' instructions.
     quantize: `auto`: weights as stored; `int8`, `int4`: quantize floating-point weights, LOSSY; `none`: dequantize.
     kv_dtype: of cached keys and values; `auto`: that of the computation; `bfloat16`, `int8`: LOSSY.
@@ -197,7 +198,8 @@ def _compute_options(
                 raise
             engine, use_kernels = f"torch ({error})", False
     return ComputeOptions(
-        *(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], ACTIVATIONS[activations], engine, required)
+        *(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], ACTIVATIONS[activations], engine, required),
+        step_kernels=kernels != "off" and device.type == "cuda",
     )
 
 

@@ -128,15 +128,16 @@ class Answer:
             best = [[self._token(*pair) for pair in step.top_logprobs] for step in steps]
             chosen = [self._token(step.token, step.logprob) for step in steps]
             return {"content": [{**one, "top_logprobs": top} for one, top in zip(chosen, best, strict=True)]}
-        tokens = [self._tokenizer.token(step.token) for step in steps]
+        tokens = [self._name(step.token) for step in steps]
         return {
             "tokens": tokens,
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [
-                {self._tokenizer.token(id_): logprob for id_, logprob in step.top_logprobs} for step in steps
-            ],
+            "top_logprobs": [{self._name(id_): logprob for id_, logprob in step.top_logprobs} for step in steps],
             "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
         }
+
+    def _name(self, id_: int) -> str:
+        return f"token_id:{id_}" if self.job.token_ids else self._tokenizer.token(id_)
 
     def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token(id_)

@@ -83,6 +83,13 @@ class Server:
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=self.metrics.media_type)
 
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+        if not isinstance(text := body.get("prompt"), str):
+            raise UsageError("`prompt` must be a string")
+        ids = await run_in_threadpool(self.engine.loaded.tokenizer.encode, text)
+        return JSONResponse({"tokens": ids, "count": len(ids)})
+
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
         """Answer /v1/completions or /v1/chat/completions."""
         began = time.monotonic()
@@ -267,6 +274,7 @@ def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
         Route("/metrics", server.show_metrics),
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.one_model),
+        Route("/tokenize", server.tokenize, methods=["POST"]),
         Route("/v1/completions", partial(server.complete, parse=parse_completion), methods=["POST"]),
         Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
     ]

@@ -147,8 +147,8 @@ class TransformersBackend(Backend):
                 stored.crop(known - held)
                 cache.ids = cache.ids[:, :known]
                 return cache
-        except (RuntimeError, TypeError):  # a window has dropped what is needed, or the cache of a decoder is static
-            pass
+        except (RuntimeError, TypeError):
+            pass  # a window has dropped what is needed, or the cache of a decoder is static
         stored.reset()
         cache.ids = cache.ids[:, :0]
         return cache
@@ -162,14 +162,10 @@ class TransformersBackend(Backend):
         if not equal.any(1).all():
             return
         order = equal.int().argmax(1)
-        name, stored = next(iter(cache.state.items()))
-        if hasattr(self.net, "_reorder_cache"):
-            cache.state[name] = self.net._reorder_cache(stored, order)
-        elif hasattr(stored, "reorder_cache"):
+        stored = next(iter(cache.state.values()))
+        if hasattr(stored, "reorder_cache"):
             stored.reorder_cache(order)
-        else:
-            return
-        cache.ids = cache.ids[order]
+            cache.ids = cache.ids[order]
 
     def new_cache(self, batch: int, n: int) -> TransformersCache:
         """An empty cache, as `generate` makes it; models that make their own get none."""
@@ -185,14 +181,17 @@ class TransformersBackend(Backend):
     @cached_property
     def _chooses(self) -> bool:
         """Whether the model returns logits of the positions that it is asked for."""
-        ids = torch.zeros(1, 3, dtype=torch.int64, device=self.device)
-        kept = torch.tensor([0, 1], device=self.device)
-        found = self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits
-        return "logits_to_keep" in self.accepts and found.shape[1] == len(kept)
+        ids = torch.arange(3, device=self.device)[None]
+        try:
+            found = self.forward(ids, None, None, ids[0, :2], use_cache=False, is_first_iteration=True).logits
+        except IndexError:  # it computes the last position only
+            return False
+        return "logits_to_keep" in self.accepts and found.shape[1] == 2
 
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
         kept = torch.tensor(positions, device=ids.device)
-        logits = self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits
+        chosen = kept if self._chooses else 0  # 0: all
+        logits: Tensor = self.forward(ids, None, None, chosen, use_cache=False, is_first_iteration=True).logits
         if self._chooses:
             return iter([logits[0]])
         return iter([logits[0, kept]]) if logits.shape[1] == ids.shape[1] > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.kvgen import KvgenServer
 from kvgen.comparison.servers.llama_cpp import GgufServer
 from kvgen.comparison.servers.openai import OpenAIServer
 from kvgen.comparison.servers.server import Server
@@ -10,7 +11,9 @@ from kvgen.comparison.servers.sglang import SglangServer
 from kvgen.comparison.servers.vllm import VllmServer
 from kvgen.errors import NotFoundError, UsageError
 
-KINDS: dict[str, type[Server]] = {kind.kind: kind for kind in (GgufServer, VllmServer, SglangServer, OpenAIServer)}
+KINDS: dict[str, type[Server]] = {
+    kind.kind: kind for kind in (GgufServer, VllmServer, SglangServer, KvgenServer, OpenAIServer)
+}
 """Kinds of servers, in the order in which they are tried: the last is what all of them speak."""
 
 

@@ -36,6 +36,7 @@ def as_data(result: ServerComparison) -> dict[str, Any]:
                 "text_ids": [],
                 "acceptable": result.acceptable,
                 "not_tested": result.not_tested,
+                "cross_check": None,
                 "patterns": [pattern],
             }
         ],

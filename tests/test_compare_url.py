@@ -245,7 +245,7 @@ def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
         (("--url", "localhost"), "http://"),
         (("--server", "vllm"), "--server needs --url"),
         (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
-        (("--url", "http://localhost", "--server", "x"), "known: llama.cpp, vllm, sglang, openai"),
+        (("--url", "http://localhost", "--server", "x"), "unknown; known: llama.cpp, vllm, sglang"),
         (("--url", "http://localhost", "--api-key-env", "NO_SUCH_KEY"), "the environment has no such variable"),
     ],
 )

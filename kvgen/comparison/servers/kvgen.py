@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, read_logprobs, timed
+from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, first_model, read_logprobs, timed
 
 _PATH = "/v1/completions"
 _TOP = 20  # the server's limit
@@ -23,12 +23,10 @@ class KvgenServer:
     @classmethod
     def detect(cls, client: Client) -> Server | None:
         try:
-            models = client.get("/v1/models")
+            model = first_model(client)
         except AbsentError:
             return None
-        with client.parsing("/v1/models"):
-            model = models["data"][0]
-            return cls(client, model) if model.get("owned_by") == cls.kind else None
+        return cls(client, model) if model.get("owned_by") == cls.kind else None
 
     def encode(self, text: str) -> Prompt:
         answer = self._client.post("/tokenize", {"prompt": text})

@@ -22,6 +22,9 @@ _EXTRAS = {"transformers": "transformers", "llama_cpp": "llama-cpp"}
 class EngineOptions:
     """How an engine computes. An engine raises UsageError for what it does not know, and names what it does.
 
+        >>> kvgen.EngineOptions(cache="static").attention
+        'auto'
+
     cache: which of the library's caches; `auto`: the one that it chooses itself. attention: which of its
     implementations; `auto` likewise. dtype, kv_dtype, device: as `kvgen.load`. tokenizer: likewise; None: the
     checkpoint's own.
@@ -48,6 +51,10 @@ def load_engine(
     progress: Progress = no_progress,
 ) -> Loaded:
     """Load a checkpoint in another library, to compare its cached decoding with its uncached decoding.
+
+        >>> other = kvgen.load_engine("transformers", "smollm2", kvgen.EngineOptions(cache="dynamic"))
+        >>> other.model.name, other.tokenizer.decode([19556])
+        ('transformers', 'Hello')
 
     reference: a file, a folder, a catalogue name or a hub id, as `kvgen.load`; code in a checkpoint never runs.
 

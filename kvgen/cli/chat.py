@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +15,18 @@ from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
-from kvgen.cli.markdown import MarkdownWriter
 from kvgen.cli.prompts import with_piped_text
+from kvgen.cli.remote import connected
 from kvgen.cli.render import TextWriter, escape_controls, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
 from kvgen.errors import ContextError, KvgenError, UsageError
+from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
     from kvgen import Conversation
+    from kvgen.cli.markdown import MarkdownWriter
 
 _MAKE_ROOM = "/undo takes back the last question, /reset forgets the conversation"
 _COMMANDS = {
@@ -47,6 +50,7 @@ def chat(
     system: Annotated[str | None, Option(help="System message.")] = None,
     chat_template: options.ChatTemplateFile = None,
     source: ModelOptions,
+    server: options.Server = None,
     completion: CompletionOptions,
     prompt_cache: options.PromptCache = None,
     markdown: Annotated[bool, Option("--markdown", help="Show answers as formatted Markdown.")] = False,
@@ -65,24 +69,50 @@ def chat(
         raise UsageError("the prompt is empty")
     reading, request = PromptOptions(chat=True, chat_template=chat_template), completion.request()
     reading.check()
-    loaded = reading.prepared(source.load(quiet=quiet))
-
-    from kvgen import Conversation
-    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
-
-    if loaded.tokenizer.chat_template is None:
+    conversation, save = (
+        _connect(server, source, reading, request, prompt_cache)
+        if server
+        else _load(source, reading, request, prompt_cache, quiet=quiet)
+    )
+    if conversation.loaded.tokenizer.chat_template is None:
         raise UsageError("this checkpoint has no chat template: choose a chat model, or give --chat-template")
-    conversation = Conversation(loaded, request)
     conversation.system = system
-    if prompt_cache is not None:
-        conversation.cache = open_prompt_cache(prompt_cache, loaded)
     talk = Talk(conversation, markdown and sys.stdout.isatty(), stats, quiet)
     if prompt is not None:
         talk.answer(prompt)
     else:
         talk.run()
-    if prompt_cache is not None and conversation.cache is not None:
-        save_prompt_cache(prompt_cache, conversation.cache, loaded)
+    save()
+
+
+def _load(
+    source: ModelOptions, reading: PromptOptions, request: Request, prompt_cache: Path | None, *, quiet: bool
+) -> tuple[Conversation, Callable[[], None]]:
+    """Return a conversation with a model that is loaded here, and a function that saves the prompt cache."""
+    loaded = reading.prepared(source.load(quiet=quiet))
+
+    from kvgen import Conversation
+    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
+
+    cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
+    conversation = Conversation(loaded, request, cache=cache)
+
+    def save() -> None:
+        if prompt_cache is not None and conversation.cache is not None:
+            save_prompt_cache(prompt_cache, conversation.cache, loaded)
+
+    return conversation, save
+
+
+def _connect(
+    server: str, source: ModelOptions, reading: PromptOptions, request: Request, prompt_cache: Path | None
+) -> tuple[Conversation, Callable[[], None]]:
+    """Return a conversation with the model of a server, where nothing is to be saved."""
+    remote = connected(server, source, [] if prompt_cache is None else ["prompt_cache"])
+
+    from kvgen.client.remote import RemoteConversation
+
+    return RemoteConversation(reading.prepared(remote), request), lambda: None
 
 
 @dataclass
@@ -128,12 +158,19 @@ class Talk:
         """Ask the model, and stream its answer to stdout."""
         meter, began = Meter(), time.perf_counter()
         answer = with_prefill_bar(self.conversation.ask(question), self.conversation.loaded.model, quiet=self.quiet)
-        with MarkdownWriter(terminal(sys.stdout)) if self.markdown else TextWriter(raw=False) as writer:
+        with self._writer() as writer:
             for chunk in answer:
                 meter.add(chunk, began)
                 writer.write(chunk.text)
         if not self.quiet:
             self._print_notes(meter)
+
+    def _writer(self) -> MarkdownWriter | TextWriter:
+        if not self.markdown:
+            return TextWriter(raw=False)
+        from kvgen.cli.markdown import MarkdownWriter  # takes a tenth of a second to import
+
+        return MarkdownWriter(terminal(sys.stdout))
 
     def _print_notes(self, meter: Meter) -> None:
         """Print how an answer was cut short, and its statistics."""

@@ -13,16 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from rich import filesize, progress
+from rich import filesize
 from rich.console import Console
 from rich.text import Text
 
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.hub.catalogue import Progress as ProgressCallback
 from kvgen.system import atomic_file
 
 if TYPE_CHECKING:
+    from rich import progress
+
+    from kvgen.client.remote import RemoteModel
     from kvgen.contract import Backend
+    from kvgen.hub.catalogue import Progress as ProgressCallback
 
 T = TypeVar("T")
 
@@ -159,6 +162,8 @@ def _is_device(path: Path) -> bool:
 @contextmanager
 def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """Yield a callback for `kvgen.load`: a bar on a terminal, one line elsewhere, nothing if `quiet`."""
+    from rich import progress
+
     with _bar(progress.TextColumn("{task.description}", markup=False), progress.DownloadColumn(), hidden=quiet) as bar:
 
         def show(what: str, done: int, total: int) -> None:
@@ -179,8 +184,12 @@ def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Cal
 
     delay: seconds after a call with 0 during which the bar stays hidden.
     """
-    hidden = quiet or not sys.stderr.isatty()
-    with _bar(progress.TextColumn(label), progress.MofNCompleteColumn(), hidden=hidden, transient=True) as bar:
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress  # takes a tenth of a second
+
+    with _bar(progress.TextColumn(label), progress.MofNCompleteColumn(), hidden=False, transient=True) as bar:
         task, began = bar.add_task(label, total=None), time.perf_counter()
 
         def show(done: int, total: int) -> None:
@@ -197,7 +206,7 @@ def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Cal
         yield show
 
 
-def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Iterator[T]:
+def with_prefill_bar(events: Iterator[T], model: Backend | RemoteModel, *, quiet: bool) -> Iterator[T]:
     """Yield a model's events; show a bar on a terminal while it reads the prompt, if that takes over a second."""
     with count_progress("reading the prompt", quiet=quiet, delay=1) as show:
         model.watch(show)
@@ -210,9 +219,14 @@ def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> It
 
     total: number of rows; None if unknown. model: whose long prompts are shown in place of the rates.
     """
+    if quiet or not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    from rich import progress
+
     started, done, generated = time.perf_counter(), 0, 0
     columns = progress.TextColumn("rows"), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}")
-    with _bar(*columns, hidden=quiet or not sys.stderr.isatty()) as bar:
+    with _bar(*columns, hidden=False) as bar:
         task = bar.add_task("rows", total=total, rate="")
         bar.start()
 
@@ -256,6 +270,8 @@ def _bar(
     first: progress.ProgressColumn, *others: progress.ProgressColumn, hidden: bool, transient: bool = False
 ) -> Iterator[progress.Progress]:
     """Yield a progress bar on stderr, which the caller starts, and stop it at the end."""
+    from rich import progress
+
     columns = first, progress.BarColumn(bar_width=20), *others, progress.TimeRemainingColumn()
     bar = progress.Progress(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvgen.errors import CancelledError, KvgenError, UsageError, as_kvgen_error
-from kvgen.generation.completion import Completion, Limits, Step
+from kvgen.generation.completion import Completion, Limits
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.events import ends
 from kvgen.generation.loop import Row, decode_step
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.sampling import Sampler, make_sampler
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
+from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk, CompletionText
 from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import PREFILL_CHUNK
@@ -53,6 +54,7 @@ class Batch:
     max_cache_bytes: limit for all caches together, the kept one included; None for no limit.
     use_cache: False recomputes every position on each step; a request can ask for the same. cache: of an earlier
         completion, to continue from.
+    kept: caches of earlier completions, the least recently used first.
     max_kept: how many caches of finished rows to keep for later requests, the least recently used go first.
     make_drafter: returns a new drafter for each row.
 
@@ -71,12 +73,13 @@ class Batch:
         max_cache_bytes: int | None = None,
         use_cache: bool = True,
         cache: Any = None,
+        kept: Sequence[Any] = (),
         max_kept: int = 1,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
-        self._kept = [] if cache is None else [cache]  # the least recently used first
+        self._kept = [*kept, *([] if cache is None else [cache])]  # the least recently used first
         self._max_kept = max_kept
         self._cancelled: set[int] = set()
         self.pass_began = 0.0
@@ -89,6 +92,11 @@ class Batch:
     def cache(self) -> Any:
         """See `Batch`."""
         return self._kept[-1] if self._kept else None
+
+    @property
+    def kept(self) -> list[Any]:
+        """The caches of finished rows, the least recently used first."""
+        return list(self._kept)
 
     @property
     def kept_bytes(self) -> int:

@@ -113,10 +113,10 @@ class ServerAddress:
         return response
 
     def _error(self, response: http.client.HTTPResponse) -> KvgenError:
-        with suppress(ValueError, TypeError, KeyError):
-            error = json.loads(response.read())["error"]
-            found = read_error(error)
-            return found if type(found) is not KvgenError else KvgenError(f"--server {self.name}: {found}")
+        if response.status != http.client.NOT_FOUND:
+            with suppress(ValueError, TypeError, KeyError):
+                found = read_error(json.loads(response.read())["error"])
+                return found if type(found) is not KvgenError else KvgenError(f"--server {self.name}: {found}")
         return KvgenError(f"--server {self.name}: no server of this version of kvgen (status {response.status})")
 
     def lost(self) -> ServerError:

@@ -13,11 +13,9 @@ from typer import Option
 
 from kvgen import __version__
 from kvgen.cli import options
-from kvgen.cli.background import background_socket, detached, stop_background
 from kvgen.cli.groups import ModelOptions, takes_groups
 from kvgen.cli.remote import API_KEY
 from kvgen.cli.render import escape_controls, notes, parse_bytes, print_note
-from kvgen.cli.sockets import address_of, is_loopback, tcp_socket, unix_socket
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE
 
@@ -70,6 +68,9 @@ def serve(
     The model stays in memory, and so do the caches of finished requests: a request that begins like an earlier one
     computes only what is new. Requests run side by side, each with the tokens that it would get alone.
     """
+    from kvgen.cli.background import background_socket, detached, stop_background
+    from kvgen.cli.sockets import address_of, is_loopback, tcp_socket, unix_socket
+
     if stop_running:
         notes(quiet=quiet)(stop_background(background_socket() if socket is None else socket))
         return

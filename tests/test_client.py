@@ -18,6 +18,7 @@ from kvgen.client.connection import ServerAddress
 from kvgen.client.remote import connect
 from kvgen.errors import KvgenError
 from tests.program import KVGEN, run
+from tests.sizes import first
 from tests.test_server import Served, serving
 
 PROMPT = "Once upon a time,"
@@ -53,23 +54,28 @@ def comparable(text: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("arguments", "given"),
-    [
-        (("generate", PROMPT, *GREEDY), None),
-        (("generate", PROMPT, "--seed", "3", "-n", "8", "--json", "--logprobs", "2"), None),
-        (("generate", PROMPT, *GREEDY, "--no-cache", "--logit-bias", "260=-100", "--stop", "city"), None),
-        (("generate", "--lines", *GREEDY), "The capital of France is\n\ud83d\ude00 One, two,\n"),
-        (("generate", "--lines", "--json", "--seed", "1", *GREEDY), "Hi\n" + "word " * 9000 + "\n"),
-        (("generate", "--chat", "--system", "Be brief.", "-p", "Hi <|im_end|>", *GREEDY), None),
-        (("generate", "--regex", " [A-Z][a-z]+", "-p", "The capital of France is", *GREEDY), None),
-        (("generate", "word " * 9000), None),
-        (("generate", PROMPT, "--max-context", "1000000"), None),
-        (("generate", PROMPT, "--regex", "["), None),
-        (("batch", "--seed", "1", "-n", "6"), ROWS),
-        (("batch", "--strict", *GREEDY), ROWS),
-        (("score", "-p", "The capital of France is Paris. \u65e5\u672c", "--tokens"), None),
-        (("score", "--jsonl", "--tokens", "--window", "8"), '"Hello, world! Once more."\n{"text": "x"}\n{"no": 1}\n'),
-        (("chat", "-p", "What is the capital of Japan?", *GREEDY), None),
-    ],
+    first(
+        8,
+        [
+            (("generate", PROMPT, "--seed", "3", "-n", "8", "--json", "--logprobs", "2"), None),
+            (("generate", "--lines", "--json", "--seed", "1", *GREEDY), "Hi\n" + "word " * 9000 + "\n"),
+            (("generate", "--chat", "--system", "Be brief.", "-p", "Hi <|im_end|>", *GREEDY), None),
+            (("generate", "word " * 9000), None),
+            (("batch", "--seed", "1", "-n", "6"), ROWS),
+            (("score", "-p", "The capital of France is Paris. \u65e5\u672c", "--tokens"), None),
+            (
+                ("score", "--jsonl", "--tokens", "--window", "8"),
+                '"Hello, world! Once more."\n{"text": "x"}\n{"no": 1}\n',
+            ),
+            (("chat", "-p", "What is the capital of Japan?", *GREEDY), None),
+            (("generate", PROMPT, *GREEDY, "--no-cache", "--logit-bias", "260=-100", "--stop", "city"), None),
+            (("generate", "--lines", *GREEDY), "The capital of France is\n\ud83d\ude00 One, two,\n"),
+            (("generate", "--regex", " [A-Z][a-z]+", "-p", "The capital of France is", *GREEDY), None),
+            (("generate", PROMPT, "--max-context", "1000000"), None),
+            (("generate", PROMPT, "--regex", "["), None),
+            (("batch", "--strict", *GREEDY), ROWS),
+        ],
+    ),
 )
 def test_output_errors_and_exit_codes_are_those_of_a_model_that_is_loaded_here(
     server: Served, smollm2_path: Path, arguments: tuple[str, ...], given: str | None
@@ -190,20 +196,20 @@ def test_a_busy_server_is_waited_for_and_one_that_is_killed_is_one_line(smollm2_
     folder = tmp_path / "caches"
     options = ("-m", str(smollm2_path), "--batch-size", "1", "--max-waiting", "0", "--prompt-cache", str(folder))
     long = " ".join(f"word{number}" for number in range(400))
-    with serving(*options, KVGEN_API_KEY="secret") as first:
-        refused = run("generate", long, *GREEDY, "--server", address(first))
+    with serving(*options, KVGEN_API_KEY="secret") as before:
+        refused = run("generate", long, *GREEDY, "--server", address(before))
         assert (refused.returncode, "the API key is missing" in refused.stderr) == (1, True)
-        environment = {**os.environ, "KVGEN_API_KEY": "secret", "KVGEN_SERVER": address(first)}
+        environment = {**os.environ, "KVGEN_API_KEY": "secret", "KVGEN_SERVER": address(before)}
         rows = "".join(f'"{long} {number}"\n' for number in range(4))
         alone = run("batch", "--batch-size", "4", *GREEDY, input=rows, env=environment)
         assert (alone.returncode, len(alone.stdout.splitlines())) == (0, 4), alone.stderr
-        first.process.send_signal(signal.SIGTERM)
-        assert first.process.wait(60) == 0
+        before.process.send_signal(signal.SIGTERM)
+        assert before.process.wait(60) == 0
     files = {path: path.read_bytes() for path in folder.glob("*.cache")}
     assert files
     (folder / ".kvgen-left").mkdir()
-    with serving(*options) as second:
-        environment = {**os.environ, "KVGEN_SERVER": address(second)}
+    with serving(*options) as after:
+        environment = {**os.environ, "KVGEN_SERVER": address(after)}
         found = json.loads(run("generate", f"{long} 0", "-n", "1", "--json", env=environment).stdout)
         assert found["positions_computed"] == 1
         command = [*KVGEN, "generate", PROMPT, "-n", "-1", "--seed", "1"]
@@ -212,7 +218,7 @@ def test_a_busy_server_is_waited_for_and_one_that_is_killed_is_one_line(smollm2_
         ) as client:
             assert client.stdout is not None
             assert client.stdout.readline()
-            second.process.kill()
+            after.process.kill()
             _, errors = client.communicate(timeout=60)
     assert (client.returncode, len(errors.splitlines())) == (1, 1)
     assert b"the server ended during the request" in errors

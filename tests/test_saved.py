@@ -33,7 +33,6 @@ def test_caches_come_back_in_their_order_and_within_the_bound(loaded: kvgen.Load
     with_three.save(caches)
     found = with_three.load(None)
     assert [cache.tokens.tolist() for cache in found] == [cache.tokens.tolist() for cache in caches]
-    assert found[0].nbytes <= caches[0].nbytes
     newest = with_three.load(found[1].nbytes + found[2].nbytes)
     assert [cache.tokens.tolist() for cache in newest] == [cache.tokens.tolist() for cache in caches[1:]]
     with_three.save([caches[2], caches[1]])  # one was dropped meanwhile, and another used last

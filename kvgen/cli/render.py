@@ -13,15 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from rich import filesize
-from rich.console import Console
-from rich.text import Text
-
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
 from kvgen.system import atomic_file
 
 if TYPE_CHECKING:
     from rich import progress
+    from rich.console import Console
 
     from kvgen.client.remote import RemoteModel
     from kvgen.contract import Backend
@@ -48,6 +45,8 @@ def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
 
     pipe_width: columns if the stream is not a terminal; None for Rich's default.
     """
+    from rich.console import Console  # here, because it takes time that commands in pipes would spend in vain
+
     width = None if stream.isatty() else pipe_width
     return Console(file=stream, force_terminal=stream.isatty(), width=width, highlight=False, markup=False, emoji=False)
 
@@ -61,7 +60,7 @@ class TextWriter:
 
     def __init__(self, *, raw: bool) -> None:
         self._raw = raw
-        self._console = terminal(sys.stdout)
+        self._console = terminal(sys.stdout) if sys.stdout.isatty() else None
         self._line = ""  # unfinished
 
     def __enter__(self) -> TextWriter:
@@ -74,7 +73,7 @@ class TextWriter:
     def write(self, text: str) -> None:
         whole, end, rest = text.rpartition("\n")
         lines, self._line = (self._line + whole + end, rest) if end else ("", self._line + rest)
-        if not self._console.is_terminal:
+        if self._console is None:
             sys.stdout.write(lines)
         elif self._raw:
             sys.stdout.write(text)
@@ -95,6 +94,8 @@ def write_json(value: Any) -> None:
 
 def format_bytes(count: int) -> str:
     """Format a number of bytes in decimal units, as in `1.5 GB`."""
+    from rich import filesize
+
     return filesize.decimal(count)
 
 
@@ -109,6 +110,8 @@ def parse_bytes(text: str) -> int:
 def print_note(text: str, style: str = "dim") -> None:
     """Print a line on stderr."""
     if sys.stderr.isatty():
+        from rich.text import Text
+
         terminal(sys.stderr).print(Text(escape_controls(text), style=style))
         return
     sys.stderr.write(f"{escape_controls(text)}\n")

@@ -19,7 +19,6 @@ from kvgen.cli.prompts import GivenPrompt, read_file, read_prompts
 from kvgen.cli.remote import connected
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.stats import format_tokens
-from kvgen.cli.surprise import heat_map, legend, table
 from kvgen.errors import KvgenError, ServerError, UsageError, as_kvgen_error
 
 if TYPE_CHECKING:
@@ -185,10 +184,14 @@ def _as_data(score: Score, bits: float | None, tokenizer: AnyTokenizer, *, token
 
 
 def _print_score(score: Score, bits: float | None, tokenizer: AnyTokenizer, *, tokens: bool) -> None:
-    console = terminal(sys.stdout)
     if tokens:
+        from kvgen.cli.surprise import table
+
         sys.stdout.writelines(f"{line}\n" for line in table(score, tokenizer))
-    elif console.is_terminal:
+    elif sys.stdout.isatty():
+        from kvgen.cli.surprise import heat_map, legend
+
+        console = terminal(sys.stdout)
         coloured = console.color_system is not None and not console.no_color
         console.print(heat_map(score, tokenizer, coloured=coloured))
         console.print(legend(coloured=coloured))

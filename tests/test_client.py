@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,10 @@ def test_ctrl_c_keeps_the_text_and_frees_the_row(server: Served) -> None:
         rest, errors = client.communicate(timeout=60)
     assert (client.returncode, errors) == (130, b"")
     assert text and (text + rest).endswith(b"\n")
-    while server.metric("kvgen_requests_running"):
+    deadline = time.monotonic() + 60
+    while server.metric("kvgen_requests_running") and time.monotonic() < deadline:
         pass
+    assert server.metric("kvgen_requests_running") == 0
 
 
 def test_a_busy_server_is_waited_for_and_one_that_is_killed_is_one_line(smollm2_path: Path, tmp_path: Path) -> None:

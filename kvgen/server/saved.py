@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,11 +70,12 @@ class SavedCaches:
         paths = {self._path(cache): cache for cache in caches}
         for path in set(self._files()) - paths.keys():  # first, so that the folder never has more than before or after
             path.unlink()
-        for path, cache in paths.items():
-            if path.exists():
-                os.utime(path)
-            else:
+        now = time.time_ns()
+        for index, (path, cache) in enumerate(paths.items()):
+            if not path.exists():
                 save_prompt_cache(path, cache, self._loaded)
+            order = now + 1000 * index  # the system's own clock may give several files the same time
+            os.utime(path, ns=(order, order))
 
     def _files(self) -> list[Path]:
         return list(self._folder.glob(f"{self._model}-*.cache"))

@@ -7,7 +7,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxproce
 PROMPT_FILE ?= prompts/story.txt
 INPUTS ?= 10000
 
-.PHONY: run test test-all bench fuzz lint clean
+.PHONY: run test test-all test-gpu bench fuzz lint clean
 
 run: $(VENV)/.run
 	@$(BIN)/kvgen generate --prompt-file $(PROMPT_FILE) --seed 3 --max-tokens 120 --stats
@@ -17,6 +17,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m "slow or not slow"
+
+test-gpu: $(VENV)/.dev
+	$(PYTEST) --device cuda $(patsubst %,tests/test_%.py,gpu cache parity families recurrent delta_net hybrids latent shared_keys)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py

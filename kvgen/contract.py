@@ -125,6 +125,11 @@ class Backend(ABC):
         starts = range(0, len(positions), _LOGIT_ROWS)
         return (logits[0, list(positions[start : start + _LOGIT_ROWS])] for start in starts)
 
+    @property
+    def ids_device(self) -> torch.device:
+        """Where ids are best kept."""
+        return self.device
+
     def watch(self, progress: Callable[[int, int], None] | None) -> bool:
         """Call `progress(done, total)` during passes over long sequences: with 0, before each further pass, at the end.
 
@@ -133,9 +138,9 @@ class Backend(ABC):
         return False
 
     def ids_tensor(self, ids: Sequence[int]) -> Tensor:
-        """Return `ids` as a (1, n) int64 tensor on the device. Raises UsageError for ids outside the vocabulary."""
+        """Return `ids` as a (1, n) int64 tensor on `ids_device`. Raises UsageError for ids outside the vocabulary."""
         vocabulary = self.vocab_size
         outside = next((id_ for id_ in ids if id_ < 0 or (vocabulary is not None and id_ >= vocabulary)), None)
         if outside is not None:
             raise UsageError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
-        return torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+        return torch.tensor([list(ids)], dtype=torch.int64, device=self.ids_device)

@@ -6,8 +6,9 @@ The process that hands tests to others reads this too: what takes seconds to imp
 from __future__ import annotations
 
 import json
+import os
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,46 @@ CORPUS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests of models compute")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Where a test does not say how many examples Hypothesis tries, fast tests try fewer."""
+    """Hide GPUs, unless the tests are to run on one.
+
+    Where a test does not say how many examples Hypothesis tries, fast tests try fewer.
+    """
+    os.environ["KVGEN_TEST_DEVICE"] = config.option.device
+    if config.option.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     settings.register_profile("fast", max_examples=12)
     settings.register_profile("slow", max_examples=40)
     settings.load_profile("fast" if config.option.markexpr == "not slow" else "slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """With `--device cuda`, skip what asks for the kernels of a CPU."""
+    try:
+        return (yield)
+    except kvgen.UsageError as error:
+        if item.config.option.device == "cuda" and "the kernels compute in float32 on a CPU" in str(error):
+            pytest.skip("the kernels of a CPU")
+        raise
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logits_on_the_cpu() -> Iterator[None]:
+    """With `--device cuda`, models compute on the GPU; their logits are compared with others on the CPU."""
+    from tests.device import DEVICE
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cuda":
+            from kvgen.model.causal_lm import CausalLM
+
+            compute = CausalLM._logits
+            patch.setattr(CausalLM, "_logits", lambda self, hidden: compute(self, hidden).cpu())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -458,3 +458,59 @@ def test_a_row_without_cache_beside_rows_with_one(small: dict[str, Loaded]) -> N
         assert isinstance(event, Chunk)
         reused[number].append(event.step.reused)
     assert reused == [[0, 28, 29, 30], [0, 0, 0, 0], [27, 28, 29, 30]]
+
+
+# --- Long prompts in parts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 32 positions, for contexts of 256."""
+    for module in ("batch", "row"):
+        monkeypatch.setattr(f"kvgen.generation.{module}.PREFILL_CHUNK", 32)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3"])
+def test_rows_do_not_wait_for_a_long_prompt(small: dict[str, Loaded], kind: str) -> None:
+    loaded = small[kind]
+    long = [2 + number * 7 % 80 for number in range(180)]
+    requests = [Request([3, 4], GREEDY, 20), Request(long, GREEDY, 3), Request([*long[:100], 5], GREEDY, 3)]
+    found: list[list[int]] = [[] for _ in requests]
+    reused: list[int | None] = [None] * 3
+    before: list[int] = []
+    for number, event in Batch(loaded, divide_prompts=True).run(iter(requests)):
+        assert isinstance(event, Chunk)
+        reused[number] = event.step.reused if not found[number] else reused[number]
+        found[number].append(event.step.token)
+        if number == 1:
+            before.append(len(found[0]))
+    assert found == [alone(loaded, request) for request in requests]
+    assert before[0] >= 2  # the first row went on while the prompt was read
+    assert reused[:2] == [0, 0]
+    assert reused[2]  # it waited for the part that both have
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_long_prompt_that_is_cancelled_or_fails_ends(
+    small: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, long = small["llama"], [2 + number % 80 for number in range(180)]
+    batch = Batch(loaded, divide_prompts=True)
+    events = batch.run([Request([3, 4], GREEDY, 4), Request(long, GREEDY, 3)])
+    assert next(events)[0] == 0
+    batch.cancel(1)
+    rest = list(events)
+    assert [number for number, event in rest if isinstance(event, CancelledError)] == [1]
+    forward = loaded.model.forward_batch
+
+    def fail(sequences: Any, *others: Any) -> Any:
+        if sequences[0].shape[1] > 50:
+            raise KvgenError("out of memory")
+        return forward(sequences, *others)
+
+    monkeypatch.setattr(loaded.model, "forward_batch", fail)
+    events = Batch(loaded, divide_prompts=True).run([Request(long, GREEDY, 3), Request([3, 4], GREEDY, 4)])
+    found = [(number, str(event) if isinstance(event, KvgenError) else "") for number, event in events]
+    assert (0, "out of memory") in found
+    assert [number for number, _ in found].count(1) == 4

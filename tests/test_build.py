@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -50,7 +52,8 @@ def copying_compiler(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("machine", "capabilities", "chosen"),
     [
-        ("x86_64", [*V4, "avx512_vnni", "avx_vnni"], "avx512-vnni"),
+        ("x86_64", [*V4, "avx512_vnni", "amx_tile", "amx_int8"], "amx"),
+        ("x86_64", [*V4, "avx512_vnni", "avx_vnni", "amx_tile"], "avx512-vnni"),
         ("x86_64", V4, "avx512"),
         ("x86_64", [*V3, "avx_vnni", "avx512_f", "avx512_vnni"], "avx-vnni"),
         ("AMD64", V3, "avx2"),
@@ -89,7 +92,7 @@ def test_a_processor_without_any_runs_on_torch(
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_a_variant_that_is_named_is_used(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, variant.machine, [*V4, "avx512_vnni", "avx_vnni", "neon", "dot"])
+    pretend(monkeypatch, variant.machine, [*V4, "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "neon", "dot"])
     monkeypatch.setenv("KVGEN_CPU", variant.name)
     assert chosen_variant() == variant
     for name in variant.needs:
@@ -102,7 +105,7 @@ def test_a_name_that_cannot_be_is_refused_in_a_line(tiny_llama, monkeypatch: pyt
     folder, _ = tiny_llama()
     for command in (["generate", "--ids", "-p", "1 2 3", "-m"], ["inspect"]):
         refused = run(*command, str(folder), env=os.environ | {"KVGEN_CPU": "avx"})
-        names = "native, avx512-vnni, avx512, avx-vnni, avx2, neon"
+        names = "native, amx, avx512-vnni, avx512, avx-vnni, avx2, neon"
         assert refused.stderr == f"kvgen: error: KVGEN_CPU is 'avx', which is not one of {names}\n"
         assert refused.returncode == 2
     foreign = next(variant for variant in VARIANTS if variant.machine != processors.machine())
@@ -140,6 +143,20 @@ def test_a_prebuilt_library_of_this_source_needs_no_compiler(
     build._load.cache_clear()  # of this folder
 
 
+def test_an_old_compiler_gets_the_best_variant_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, second = [variant for variant in processors.machine_variants() if not variant.lacking()][:2]
+    new = next(flag for flag in best.flags if flag not in second.flags)
+    old = tmp_path / "old-compiler"
+    old.write_text(f'#!/bin/sh\ncase " $* " in *" {new} "*) exit 1;; esac\nexec {compiler.find_compiler()} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setenv("KVGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("KVGEN_CPU", raising=False)
+    assert build.available_variant() == second
+    monkeypatch.setenv("KVGEN_CPU", best.name)
+    assert build.available_variant() == best
+
+
 def test_a_library_of_another_source_or_compiler_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names() -> set[str]:
         return {compiler.library_name(variant) for variant in VARIANTS}
@@ -160,6 +177,33 @@ def test_a_library_of_another_source_or_compiler_is_not_used(tmp_path: Path, mon
         name = compiler.library_name(VARIANTS[0], str(tool))
         assert name not in before
         before.add(name)
+
+
+def test_two_processes_compile_a_library_once(copying_compiler: Path, tmp_path: Path) -> None:
+    """Lines of `events`: a process asks for the lock, or the compiler runs, which ends when `gate` has had a writer."""
+    for name in ("events", "gate"):
+        os.mkfifo(tmp_path / name)
+    start, *rest = copying_compiler.read_text().splitlines(keepends=True)
+    asked = 'case " $* " in *" -E "*) exit 0;; esac'  # which flags it knows
+    waiting = f"{asked}\necho compiles > {tmp_path}/events\ncat {tmp_path}/gate\n"
+    copying_compiler.write_text("".join((start, waiting, *rest)))
+    code = f"""
+from pathlib import Path
+from kvgen.kernels import build
+class Lock(build.FileLock):
+    def acquire(self, *args, **options):
+        Path("{tmp_path}/events").write_text("locks\\n")
+        return super().acquire(*args, **options)
+build.FileLock = Lock
+build.library()
+"""
+    with os.fdopen(os.open(tmp_path / "events", os.O_RDWR)) as events:
+        processes = [subprocess.Popen([sys.executable, "-c", code])]
+        assert [events.readline(), events.readline()] == ["locks\n", "compiles\n"]
+        processes.append(subprocess.Popen([sys.executable, "-c", code]))
+        assert events.readline() == "locks\n"
+        (tmp_path / "gate").write_text("")
+        assert [process.wait(60) for process in processes] == [0, 0]
 
 
 def test_what_was_not_loaded_for_a_month_is_swept(copying_compiler: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from kvgen.model.mixers import (
     ShortConv,
 )
 from kvgen.model.spans import Span
+from tests.device import DEVICE
 from tests.sizes import first
 
 VOCAB = 50
@@ -174,7 +175,7 @@ def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
     for name, parameter in model.named_parameters():
         if name.endswith(".A.weight"):
             torch.nn.init.uniform_(parameter, -0.3, -0.01)  # a state that lasts
-    return model
+    return model.to(DEVICE)
 
 
 MODELS = {name: make_decoder(config) for name, config in CONFIGS.items()}

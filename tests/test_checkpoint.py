@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import kvgen
 from kvgen import CheckpointError, KvgenError, NotFoundError, UnsupportedError, UsageError
 from kvgen.families.llama import split_halves
-from tests.families import LINEAR, LLAMA3, YARN
+from tests.families import LINEAR, LLAMA3, YARN, make_checkpoint
 from tests.gguf_files import interleave, write_gguf
 
 
@@ -95,6 +95,15 @@ def test_missing_unknown_and_misshapen_tensors_are_refused(tiny_llama) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32), "x": torch.ones(1)}))
     with pytest.raises(CheckpointError, match="'x' is not part of"):
         kvgen.load(folder)
+
+
+def test_a_tensor_of_other_heads_is_named_with_its_shape(tmp_path: Path) -> None:
+    make_checkpoint("phi3", 1, tmp_path)
+    edit_config(tmp_path, num_key_value_heads=4)
+    problem = r"qkv_proj.weight' has the shape \(48, 32\), which does not divide into \(32, 32\), \(32, 32\),"
+    for kernels in ("off", "auto"):
+        with pytest.raises(CheckpointError, match=problem):
+            kvgen.load(tmp_path, kernels=kernels, tokenizer="ids")
 
 
 def test_biases_count_where_the_tensors_are_there(tiny_llama) -> None:

@@ -269,6 +269,17 @@ def test_help_and_import_do_not_load_torch() -> None:
         assert result.stderr == "False"
 
 
+def test_generate_loads_only_what_it_needs(tiny) -> None:
+    code = """
+import atexit, sys, kvgen.__main__ as m
+atexit.register(lambda: print(sorted({"rich.markdown", "kvgen.comparison"} & sys.modules.keys()), file=sys.stderr))
+m.main()
+"""
+    arguments = [*tiny, "-p", "Hello", "--max-tokens", "1"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.stderr == "[]\n"
+
+
 def test_bare_command_shows_help_and_version_is_told() -> None:
     result = run()
     assert result.returncode == 0
@@ -527,6 +538,19 @@ def test_a_terminal_shows_the_same_text_as_a_pipe(smollm2_path: Path) -> None:
     code, output = run_on_terminal(*arguments, "--quiet")
     assert code == 0
     assert output.replace("\r\n", "\n") == run(*arguments).stdout
+
+
+def test_what_max_context_drops_is_counted_and_said_once(tiny, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("Hello\nHello again\n")
+    arguments = [*tiny, "--lines", "-f", str(tmp_path / "prompts"), "-n", "12", "--json"]
+    short = [*arguments, "--max-context", "8", "--keep-first", "0"]
+    result = run(*short, "--stats")
+    counts = [json.loads(line)["dropped_tokens"] for line in result.stdout.splitlines()]
+    assert len(counts) == 2 and min(counts) > 0
+    assert all(f"--max-context: {count} tokens dropped" in result.stderr for count in counts)
+    said = "--max-context: the middle"
+    assert said not in result.stderr
+    assert [run_on_terminal(*each)[1].count(said) for each in (arguments, short, [*short, "--quiet"])] == [0, 1, 0]
 
 
 def test_a_terminal_is_told_of_a_chat_template_that_is_not_used(smollm2_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_a_junit_file_that_cannot_be_written_is_refused_first(model_file: str) -
 
 
 def test_control_characters_of_a_prompt_do_not_break_junit() -> None:
-    comparison = {"prompt": "a\x00\x1b\ud800<", "text_ids": [], "patterns": []}
+    comparison = {"prompt": "a\x00\x1b\ud800<", "text_ids": [], "patterns": [], "cross_check": None}
     text = as_junit({"backend": "native", "model": "m", "comparisons": [comparison]})
     (suite,) = ElementTree.fromstring(text)
     assert suite.get("name") == "native: a\ufffd\ufffd\ufffd<"

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from kvgen.cli import app
 from kvgen.client.connection import ServerAddress
 from kvgen.client.remote import connect
 from kvgen.errors import KvgenError
@@ -252,3 +254,9 @@ def test_a_server_in_the_background(smollm2_path: Path, tmp_path: Path) -> None:
     assert stopped.stderr.startswith("stopped the server")
     gone = kvgen("serve", "--stop")
     assert (gone.returncode, len(gone.stderr.splitlines())) == (1, 1)
+
+
+def test_the_variable_that_names_a_server_sets_no_option_of_another_meaning() -> None:
+    commands: Any = get_command(app)
+    names = {name: {parameter.name for parameter in command.params} for name, command in commands.commands.items()}
+    assert {name for name in names if "server" in names[name]} == {"generate", "chat", "batch", "score"}

@@ -213,6 +213,7 @@ def test_a_long_text_loses_its_middle_again_and_again() -> None:
         [3, 4, 4, 5],
     ]
     assert [step.positions for step in steps] == [len(ids) for ids, _ in model.calls]
+    assert [step.dropped for step in steps] == [0, 0, 3, 3, 3, 6, 6, 6, 9]
     assert steps[-1].finish_reason == "length"
 
 

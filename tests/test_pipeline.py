@@ -529,7 +529,9 @@ def test_on_a_terminal_there_is_a_bar_with_a_rate_and_lines_are_plain(tiny: list
     rows = write_rows(tmp_path / "rows", 5)
     code, shown = run_on_terminal(*tiny, str(rows), "-o", str(tmp_path / "out"))
     assert code == 0
-    assert "5/5" in shown and "rows/s" in shown and "tok/s" in shown
+    assert "5/5" in shown and "rows/s" in shown and "tok/s" in shown and "━" in shown
+    code, shown = run_on_terminal(*tiny, str(rows), "-o", str(tmp_path / "narrow"), environment={"COLUMNS": "20"})
+    assert "5/5" in shown and "…" not in shown and "━" not in shown
     code, shown = run_on_terminal(*tiny, str(rows), "-q")
     assert code == 0
     assert len([line for line in shown.splitlines() if line.startswith('{"index"')]) == 5

@@ -23,6 +23,7 @@ from kvgen.model import mamba, mamba2, recurrent
 from kvgen.model.cache import cache_bytes, snapshot_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.recurrent import RECENT, SPACING, Parts, RecurrentState, snapshot_count, snapshot_ends
+from tests.device import DEVICE
 from tests.families import make_model
 from tests.sizes import first
 from tests.test_cache import CONFIGS, MODELS, TOLERANCE, VOCAB
@@ -249,9 +250,9 @@ def test_chunks_of_a_prompt_give_the_bits_of_steps() -> None:
     """The sums of a short convolution are in one order."""
     model = MODELS["short-convolutions-alone"]
     conv = model.blk[0].attn
-    x = torch.randn(1, 50, 24)
-    whole, _ = conv.conv(x, torch.zeros(1, 4, 24))
-    state, parts = torch.zeros(1, 4, 24), []
+    x = torch.randn(1, 50, 24, device=DEVICE)
+    whole, _ = conv.conv(x, torch.zeros(1, 4, 24, device=DEVICE))
+    state, parts = torch.zeros(1, 4, 24, device=DEVICE), []
     for start, end in pairwise([0, 1, 2, 3, 10, 11, 50]):
         part, state = conv.conv(x[:, start:end], state)
         parts.append(part)

@@ -24,7 +24,7 @@ import pytest
 import kvgen
 from kvgen.server.schema import parse_chat
 from kvgen.server.tools import template_messages, tool_calls
-from tests.program import KVGEN
+from tests.program import KVGEN, run
 
 PROMPT = "The capital of France is"
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -336,13 +336,13 @@ def test_the_first_signal_lets_rows_end_and_the_second_stops_at_once(
         served.process.send_signal(first)
         texts += [piece.choices[0].text for piece in pieces]
         assert "".join(texts) == generated(smollm2, PROMPT, seed=2, max_tokens=60)
-        assert served.process.wait(30) == 0
+        assert served.process.wait(120) == 0
     with serving("-m", str(smollm2_path), "--name", "smollm2") as served:
         stream = served.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=8000, stream=True)
         next(iter(stream))
         served.process.send_signal(first)
         served.process.send_signal(first)
-        assert served.process.wait(30) == 0
+        assert served.process.wait(120) == 0
 
 
 def test_an_idle_server_ends(smollm2_path: Path) -> None:
@@ -361,3 +361,16 @@ def test_a_port_in_use_is_one_line(server: Served) -> None:
     result = subprocess.run([*KVGEN, "serve", "--port", str(server.port)], capture_output=True, text=True)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert f"--port {server.port}" in result.stderr
+
+
+# --- Its own cache, seen from outside ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compare_finds_its_cache_equivalent(server: Served, thorough: bool) -> None:
+    result = run("compare", "--url", f"http://127.0.0.1:{server.port}", "--json", *["--thorough"] * thorough)
+    report = json.loads(result.stdout)
+    (pattern,) = [one for one in report["comparisons"][0]["patterns"] if one["pattern"] != "uncached"]
+    assert pattern["verdict"] == "equivalent", result.stdout
+    assert not [probe for probe in pattern["probes"] if probe["wrong"]]
+    assert result.returncode == 0

@@ -50,6 +50,7 @@ IMPORT_ORDER = [
     "kvgen.checkpoint",
     "kvgen.families",
     "kvgen.kernels",
+    "kvgen.cuda",
     "kvgen.backends",
     "kvgen.tokenizer",
     "kvgen.hub",
@@ -66,6 +67,7 @@ IMPORT_ORDER = [
     "kvgen.generation.constraint",
     "kvgen.generation.text",
     "kvgen.generation.events",
+    "kvgen.generation.row",
     "kvgen.generation.batch",
     "kvgen.generation.stream",
     "kvgen.generation.prompt_cache",
@@ -117,8 +119,9 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_no_family_is_named_outside_families() -> None:
     names = {name for family in FAMILIES for name in (family.hf_model_type, family.gguf_architecture)} - {""}
     any_name = re.compile(rf"(?<![a-z])({'|'.join(sorted(names))})", re.IGNORECASE)
-    # Names of programs, of vocabularies in the GGUF format, and of mechanisms contain those of families.
-    allowed = re.compile(r"llama[._-]cpp|['\"`]gpt2['\"`]|['\"`]llama['\"`]|mamba ?2", re.IGNORECASE)
+    # Names of programs and their functions, of vocabularies in the GGUF format, and of mechanisms contain those of
+    # families.
+    allowed = re.compile(r"llama[._-]?cpp|\bllama_\w+|['\"`]gpt2['\"`]|['\"`]llama['\"`]|mamba ?2", re.IGNORECASE)
     for path in FILES:
         if ROOT / "families" in path.parents or path == ROOT / "tokenizer" / "pretokenizers.py":
             continue

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import sentencepiece
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers.normalizers import NFC
 from transformers.convert_slow_tokenizer import generate_merges
 
+import kvgen.tokenizer.sentencepiece
 from kvgen import CheckpointError, Tokenizer, UnsupportedError
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.gguf import read as read_gguf
@@ -250,6 +252,38 @@ def test_a_struck_out_text_of_html_does_not_end_a_completion() -> None:
     keys = byte_level(GPT2_CUT) | {"pre": "gpt-2", "merges": []}
     keys["tokens"][-1] = "</s>"  # of a type that merging makes
     assert read(keys).eos_ids == {0}  # <|endoftext|> alone
+
+
+@every_processor
+@pytest.mark.parametrize("parse_special", [False, True])
+@settings(deadline=None, max_examples=150)
+@given(
+    texts=st.lists(any_text | repetitive_text | st.sampled_from(["<user>", "<s>", " ", "\u2581", "\n\n"]), max_size=5)
+)
+def test_the_merges_of_a_text_lead_to_the_same_ids_as_all(name: str, parse_special: bool, texts: list[str]) -> None:
+    ids = []
+    for few in (1000, 0):
+        with patch.object(kvgen.tokenizer.sentencepiece, "_FEW", few):
+            tokenizer = read(as_keys(name))
+            ids.append(tokenizer.encode("".join(texts), parse_special=parse_special))
+    assert ids[0] == ids[1]
+
+
+def test_all_merges_are_found_when_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def count(tokens: list[str], *args: Any) -> Any:
+        sizes.append(len(tokens))
+        return merges_by_score(tokens, *args)
+
+    monkeypatch.setattr(kvgen.tokenizer.sentencepiece, "merges_by_score", count)
+    monkeypatch.setattr(kvgen.tokenizer.sentencepiece, "_FEW", 50)
+    keys = as_keys("plain")
+    tokenizer = read(keys)
+    for text in ("The quick", "brown", "x" * 50, "fox", "jumps"):
+        tokenizer.encode(text)
+    few, fewer, *every = sizes
+    assert max(few, fewer) < 300 and every == [len(keys["tokens"])]
 
 
 @pytest.mark.parametrize("type_", [3, 5])

@@ -17,6 +17,7 @@ class ComputeOptions:
     quantize: `auto` keeps stored types; `none` converts integers to floats; `int8` and `int4` quantize floats.
     kv_dtype: of cached keys and values; None for `dtype`.
     activation_bits: of the integers that the kernels round activations to, for integer weights; 16 or 8.
+    step_kernels: use the kernels for steps on a GPU, if they have the mechanisms of the model.
     engine: name to show to users.
     """
 
@@ -28,6 +29,7 @@ class ComputeOptions:
     activation_bits: int = 16
     engine: str = "torch"
     required: bool = False
+    step_kernels: bool = False
 
     @property
     def numerics(self) -> str:

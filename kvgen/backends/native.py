@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from kvgen.backends.compute import ComputeOptions
 from kvgen.backends.weights import WeightReader
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
+from kvgen.cuda.lacking import lacking as lacking_steps
+from kvgen.cuda.lacking import missing
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.lacking import lacking
@@ -26,24 +28,29 @@ from kvgen.model.cache import KVCache, cache_bytes, position_bytes
 from kvgen.model.decoder import Decoder
 from kvgen.model.moe import used_share
 
+if TYPE_CHECKING:
+    from kvgen.cuda.decoder import CudaDecoder
+
+AnyDecoder: TypeAlias = "Decoder | KernelDecoder | CudaDecoder"
+
 
 class NativeBackend(Backend):
     """kvgen's own decoder, whose cache stores the ids it was computed from.
 
-    decoder: with torch or the kernels. module: the torch decoder, or None. numerics: see `ComputeOptions.numerics`.
+    decoder: with torch or kernels. module: the torch decoder; None on the kernels of a CPU. numerics: see
+        `ComputeOptions.numerics`.
     """
 
     name = "native"
     rewinds = True
     batches = True
 
-    def __init__(self, decoder: Decoder | KernelDecoder, engine: str = "torch", numerics: str = "") -> None:
+    def __init__(self, decoder: AnyDecoder, engine: str = "torch", numerics: str = "") -> None:
         self.decoder, self.engine, self.numerics = decoder, engine, numerics
-        self.module = decoder if isinstance(decoder, Decoder) else None
-        weight = torch.empty(0) if self.module is None else self.module.token_embd.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.module = _module(decoder)
+        self.device, self.dtype = decoder.device, decoder.dtype
         self.vocab_size, self.context_length = decoder.config.vocab_size, decoder.config.context_length
-        weights = decoder.named_parameters() if isinstance(decoder, Decoder) else decoder.weights.items()
+        weights = decoder.weights.items() if isinstance(decoder, KernelDecoder) else decoder.named_parameters()
         sizes = {name: weight.nbytes for name, weight in weights}
         looked_up = {"position_embd.weight", "inputs.token_embd.weight"}
         looked_up |= set() if decoder.config.tied_head else {"token_embd.weight"}
@@ -54,6 +61,10 @@ class NativeBackend(Backend):
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, /) -> tuple[Tensor, KVCache]:
         return self.decoder.forward(ids, cache)
+
+    @property
+    def ids_device(self) -> torch.device:
+        return torch.device("cpu")
 
     def watch(self, progress: Callable[[int, int], None] | None) -> bool:
         self.decoder.progress = progress
@@ -72,7 +83,7 @@ class NativeBackend(Backend):
         Raises CacheError if it does not fit this model.
         """
         cache = KVCache(self.decoder, self.decoder.kv_dtype)
-        cache.states = self.decoder.new_states(tokens.shape[0], tokens.device, cache.dtype)
+        cache.states = self.decoder.new_states(tokens.shape[0], self.device, cache.dtype)
         cache.restore(tokens, layers, variant)
         return cache
 
@@ -112,14 +123,14 @@ def load_native(
     """
     adapted = adapt(raw, adapter)
     blueprint = adapted.blueprint
-    if options.kernels and (missing := lacking(blueprint.decoder.config)) is not None:
+    if options.kernels and (lacked := lacking(blueprint.decoder.config)) is not None:
         if options.required:
-            raise UnsupportedError(f"{raw.path}: the kernels lack: {missing}; use --kernels auto")
-        options = replace(options, kernels=False, engine=f"torch (kernels lack: {missing})")
+            raise UnsupportedError(f"{raw.path}: the kernels lack: {lacked}; use --kernels auto")
+        options = replace(options, kernels=False, engine=f"torch (kernels lack: {lacked})")
     reader = WeightReader(adapted, options)
     reader.check_memory()
     state = dict(chain.from_iterable(pool.map(reader.read, blueprint.sources)))
-    decoder: Decoder | KernelDecoder
+    decoder: AnyDecoder
     if options.kernels:
         integers = any(isinstance(weight, PackedMatrix) and weight.weight.group for weight in state.values())
         if options.activation_bits != 16 and not integers:
@@ -129,5 +140,27 @@ def load_native(
     else:
         blueprint.decoder.load_state_dict(state, strict=True, assign=True)
         decoder = blueprint.decoder.requires_grad_(False).to(options.device)
+        if options.device.type == "cuda":
+            # It plans anew for each length, so each step of each layer takes milliseconds.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        if options.step_kernels:
+            decoder, options = _with_step_kernels(decoder, options)
     decoder.kv_dtype = options.kv_dtype
     return NativeBackend(decoder, options.engine, options.numerics)
+
+
+def _with_step_kernels(module: Decoder, options: ComputeOptions) -> tuple[AnyDecoder, ComputeOptions]:
+    """Return a decoder with kernels for steps on a GPU, if they have its mechanisms, and options that say so."""
+    if (needed := missing(options.device)) is not None:
+        return module, replace(options, engine=f"torch (step kernels need {needed})")
+    if (lacked := lacking_steps(module.config, options.dtype, options.kv_dtype)) is not None:
+        return module, replace(options, engine=f"torch (step kernels lack: {lacked})")
+    from kvgen.cuda.decoder import CudaDecoder  # imports Triton
+
+    return CudaDecoder(module, options.kv_dtype), replace(options, engine="torch, kernels for steps")
+
+
+def _module(decoder: AnyDecoder) -> Decoder | None:
+    if isinstance(decoder, KernelDecoder):
+        return None
+    return decoder if isinstance(decoder, Decoder) else decoder.module

@@ -14,7 +14,7 @@ from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
 from kvgen.checkpoint.blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped, quantized, stacked
-from kvgen.errors import CheckpointError, UnsupportedError
+from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
 from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
@@ -65,7 +65,7 @@ class WeightReader:
         try:
             pieces: Sequence[Tensor | Grouped | StoredBlocks] = self._read_integers(source) or self._read_floats(source)
         except (RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{where} does not fit the config ({error})") from error
+            raise CheckpointError(f"{where} {self._misfit(source, error)}") from error
         parameters = []
         for name, piece in zip(parts_of(source), pieces, strict=True):
             if tuple(piece.shape) != self.shapes[name]:
@@ -77,6 +77,15 @@ class WeightReader:
         if kept.isdisjoint(piece.data_ptr() for piece in pieces if isinstance(piece, Tensor)):
             self._release(names)  # no parameter uses the file's memory
         return parameters
+
+    def _misfit(self, source: str, error: Exception) -> str:
+        """Describe a source that cannot be divided into its parameters, or whose rows cannot be reordered."""
+        shapes = [self.raw.tensors[name].shape for name in self.sources[source]]
+        wanted = [self.shapes[name] for name in parts_of(source)]
+        if sum(map(math.prod, shapes)) == sum(map(math.prod, wanted)):
+            return f"does not fit the config ({in_one_line(error)})"
+        link = "which does not divide into" if len(wanted) > 1 else "not"
+        return f"has the shape {shapes[0]}, {link} {', '.join(map(str, wanted))}"
 
     def _release(self, names: Iterable[str]) -> None:
         for name in names:

@@ -112,7 +112,7 @@ def measure(
     if longest > limit:
         raise UsageError(f"{longest} tokens do not fit the model's context of {model.context_length}: measure fewer")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.vocab_size or 256, (1, max(longest, 1)), generator=generator).to(model.device)
+    ids = torch.randint(0, model.vocab_size or 256, (1, max(longest, 1)), generator=generator).to(model.ids_device)
     total, done = len(prompts) + len(contexts) + len(lengths) + 1, 0
 
     def count(result: T) -> T:

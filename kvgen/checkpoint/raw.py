@@ -18,6 +18,8 @@ from kvgen.errors import CheckpointError
 
 MAX_TEXT_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json in use is below 40 MB
 
+_VOCABULARY = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
+
 Format = Literal["gguf", "hf", "x-transformers"]
 
 
@@ -70,6 +72,10 @@ class RawCheckpoint:
         """Return it with metadata for what it leaves out or has as null."""
         given = {name: value for name, value in self.metadata.items() if value is not None}
         return replace(self, metadata={**values, **given})
+
+    def without_vocabulary(self) -> RawCheckpoint:
+        """Return it without a GGUF file's tokens, scores and merges, which take as much memory as the tokenizer."""
+        return replace(self, metadata={name: value for name, value in self.metadata.items() if name not in _VOCABULARY})
 
 
 def check_file(path: Path, *, max_bytes: int | None = None) -> None:

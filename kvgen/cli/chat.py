@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,25 +157,17 @@ class Talk:
         """Ask the model, and stream its answer to stdout."""
         meter, began = Meter(), time.perf_counter()
         answer = with_prefill_bar(self.conversation.ask(question), self.conversation.loaded.model, quiet=self.quiet)
-        with self._writer() as writer:
+        with _markdown_writer() if self.markdown else TextWriter(raw=False) as writer:
             for chunk in answer:
                 meter.add(chunk, began)
                 writer.write(chunk.text)
         if not self.quiet:
             self._print_notes(meter)
 
-    def _writer(self) -> MarkdownWriter | TextWriter:
-        if not self.markdown:
-            return TextWriter(raw=False)
-        from kvgen.cli.markdown import MarkdownWriter  # takes a tenth of a second to import
-
-        return MarkdownWriter(terminal(sys.stdout))
-
     def _print_notes(self, meter: Meter) -> None:
         """Print how an answer was cut short, and its statistics."""
         tokens = format_tokens(len(meter.chunks))
-        lengths = [self.conversation.prompt_tokens, *(chunk.step.positions for chunk in meter.chunks)]
-        if any(after < before for before, after in pairwise(lengths)):
+        if meter.last.step.dropped:
             print_note("(--max-context: the middle of the conversation was dropped for this answer)")
         if meter.last.finish_reason == "length":
             print_note(f"(cut off by --max-tokens: {tokens})")
@@ -233,6 +224,12 @@ class Talk:
             self.conversation.save(file)
         self.file = file
         print_note(f"{'saved' if name == '/save' else 'loaded'}: {len(self.conversation.messages)} messages")
+
+
+def _markdown_writer() -> MarkdownWriter:
+    from kvgen.cli.markdown import MarkdownWriter
+
+    return MarkdownWriter(terminal(sys.stdout))
 
 
 def _confirm(question: str) -> bool:

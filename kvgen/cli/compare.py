@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from kvgen.cli import options
+from kvgen.cli.compare_url import ServerOptions, compare_url
 from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
@@ -18,10 +19,12 @@ from kvgen.errors import UsageError
 if TYPE_CHECKING:
     from kvgen import Loaded
     from kvgen.comparison.comparison import Comparison
+    from kvgen.comparison.crosscheck import CrossCheck
 
 _option = partial(Option, rich_help_panel="What to compare")
 _DEFAULT_PROMPT = "Once upon a time,"
 _PATTERNS = ("batched", "last-token", "stale-chunk", "wrong-offset", "left-pad-ignored")  # repeated: importing is slow
+_SERVER_STEPS = 8  # for --url, where each request repeats them
 _TEXT_PROMPT_TOKENS = 8  # prompt length for --text, or half of a shorter text
 
 
@@ -63,6 +66,7 @@ def compare(
     ] = False,
     source: ModelOptions,
     engine: EngineChoice,
+    running: ServerOptions,
     json: options.Json = False,
     html: options.Html = None,
     junit: Annotated[
@@ -77,8 +81,15 @@ def compare(
 
     The right pattern, full-sequence, passes the whole sequence and the previous cache on each call; the model finds
     what is new. The exit code is 0 if it is equivalent to uncached decoding or declared lossy, else 1. Wrong patterns
-    do not count.
+    do not count; a library given by --reference does, if it differs by more than rounding.
     """
+    running.check()
+    if running.url is not None:
+        refused = source != ModelOptions() or engine != EngineChoice()
+        if refused or any((wrong_pattern, pattern, prompt_file, html)):
+            raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
+        start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
+        compare_url(running, start, steps=steps, thorough=thorough, json=json, junit=junit, quiet=quiet)
     names = ["full-sequence", *(["last-token"] if wrong_pattern else []), *(pattern or [])]
     texts = _read_texts(prompt, prompt_file, text, ids=source.ids)
     if html is not None:
@@ -86,6 +97,7 @@ def compare(
     if junit is not None:
         check_file("--junit", junit)
     loaded = engine.load(source, quiet=quiet)
+    reference = engine.load_reference(source, quiet=quiet)
 
     from kvgen.comparison.report import as_data
 
@@ -93,12 +105,16 @@ def compare(
         chosen: dict[str, Any] = {"patterns": names, "steps": max_tokens, "thorough": thorough}
         chosen["progress"] = lambda name, number, count: show(f"comparing: {name} ({number + 1} of {count})")
         comparisons = [_compare(loaded, given, forced=text is not None, **chosen) for given in texts]
+        checks = [_cross_check(loaded, reference, *pair) for pair in zip(comparisons, texts, strict=True)]
     report: dict[str, Any] = {
         "model": loaded.source,
         "backend": loaded.model.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "acceptable": all(comparison.acceptable for comparison in comparisons),
-        "comparisons": [as_data(comparison, loaded.tokenizer) for comparison in comparisons],
+        "acceptable": all(comparison.acceptable for comparison in comparisons)
+        and all(check.acceptable for check in checks if check is not None),
+        "comparisons": [
+            as_data(comparison, loaded.tokenizer, check) for comparison, check in zip(comparisons, checks, strict=True)
+        ],
     }
     if html is not None:
         from kvgen.pages import render_comparison
@@ -144,3 +160,9 @@ def _compare(loaded: Loaded, text: str, *, forced: bool, **chosen: Any) -> Compa
             raise UsageError("--text must hold at least three tokens")
         prompt, continuation = prompt[:cut], prompt[cut:]
     return compare_patterns(loaded, prompt, continuation=continuation, **chosen)
+
+
+def _cross_check(loaded: Loaded, reference: Loaded | None, comparison: Comparison, text: str) -> CrossCheck | None:
+    from kvgen.comparison.crosscheck import cross_check
+
+    return None if reference is None else cross_check(loaded, reference, comparison.ids, comparison.start, text)

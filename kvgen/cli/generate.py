@@ -52,13 +52,13 @@ class CacheOptions:
 
     def verified(self, loaded: Loaded) -> Loaded:
         """Check the cache as --verify-cache says; a cache that is not kvgen's own is checked once in any case."""
+        if self.no_cache or (self.verify_cache is None and loaded.model.name == "native"):
+            return loaded
         from kvgen.comparison.verified import VerifiedBackend
 
         def warn(found: str) -> None:
             print_note(f"the cache is wrong, continuing without it: {found}", "yellow")
 
-        if self.no_cache or (self.verify_cache is None and loaded.model.name == "native"):
-            return loaded
         on_wrong = warn if self.verify_cache is None else None
         return replace(loaded, model=VerifiedBackend(loaded.model, self.verify_cache, on_wrong))
 
@@ -244,6 +244,7 @@ def _print_all(
     """Print completions as they come. Return how many failed, of how many; without --lines, raise the error instead."""
     count = failed = 0
     show_stats = output.stats and not output.quiet
+    tell_dropped = sys.stderr.isatty() and not output.quiet
     for given, request, meter, chunks in completions:
         count += 1
         if lines and not output.quiet and sys.stderr.isatty():
@@ -270,6 +271,9 @@ def _print_all(
             continue
         if show_reuse and count == 1:
             print_note(f"prompt cache: {meter.chunks[0].step.reused} of {meter.prompt_tokens} positions reused")
+        if tell_dropped and meter.last.step.dropped:
+            print_note("--max-context: the middle of the text was dropped, which the model no longer sees")
+            tell_dropped = False
         if show_stats:
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
     return failed, count

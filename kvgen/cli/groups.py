@@ -111,9 +111,19 @@ class EngineChoice:
     backend: options.Backend = "native"
     cache: options.EngineCache = "auto"
     attention: options.EngineAttention = "auto"
+    reference: options.Reference = None
+
+    def load_reference(self, source: ModelOptions, *, quiet: bool) -> Loaded | None:
+        """Load the model in the library to compare with, with its own choice of everything; None without one."""
+        if self.reference is None:
+            return None
+        plain = ModelOptions(source.model, source.tokenizer, source.ids, source.adapter)
+        return EngineChoice(self.reference).load(plain, quiet=quiet)
 
     def load(self, source: ModelOptions, *, quiet: bool) -> Loaded:
         """Load the model in the chosen library. Raises UsageError for options that it does not have."""
+        if source.adapter and self.reference not in (None, "native"):
+            raise UsageError(f"--adapter belongs to kvgen's own decoder, not to --reference {self.reference}")
         if self.backend == "native":
             for name in ("cache", "attention"):
                 if getattr(self, name) != "auto":

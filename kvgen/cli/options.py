@@ -115,6 +115,12 @@ Backend = Annotated[
     _engine(help="What runs the model: kvgen (native), or another library, whose cache is then checked."),
 ]
 EngineCache = Annotated[str, _engine("--cache", help="Which cache of that library. auto: its own choice.")]
+Reference = Annotated[
+    Literal["native", "transformers", "llama.cpp"] | None,
+    _engine(
+        help="Also compare uncached logits with this library's on the same checkpoint: how far apart they are, and why."
+    ),
+]
 EngineAttention = Annotated[str, _engine("--attention", help="Which of its implementations of attention.")]
 Activations = Annotated[
     Literal["int16", "int8"],

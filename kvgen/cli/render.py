@@ -269,14 +269,11 @@ def format_reading(done: int, total: int) -> str:
 
 
 @contextmanager
-def _bar(
-    first: progress.ProgressColumn, *others: progress.ProgressColumn, hidden: bool, transient: bool = False
-) -> Iterator[progress.Progress]:
-    """Yield a progress bar on stderr, which the caller starts, and stop it at the end."""
-    from rich import progress
+def _bar(*columns: progress.ProgressColumn, hidden: bool, transient: bool = False) -> Iterator[progress.Progress]:
+    """Yield a progress bar on stderr, which the caller starts, and stop it at the end. columns: label, count, rates."""
+    from kvgen.cli.bars import Bar
 
-    columns = first, progress.BarColumn(bar_width=20), *others, progress.TimeRemainingColumn()
-    bar = progress.Progress(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
+    bar = Bar(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:
         yield bar
     finally:

@@ -17,6 +17,7 @@ from kvgen.cli.tables import log_chart, number_table
 
 _BAD = "bold red"
 _STYLES = {"equivalent": "green", "near-tie": "green", "lossy": "yellow", "unsupported": "yellow"}
+_STYLES |= {"equal within rounding": "green", "rounded differently": "yellow"}
 _PIPE_WIDTH = 110
 _LABEL_WIDTH = 18
 
@@ -39,7 +40,25 @@ def print_comparison(data: dict[str, Any], report: dict[str, Any]) -> None:
         console.print(Text(chart))
     for pattern in patterns:
         _print_findings(console, pattern)
+    if data["cross_check"]:
+        _print_cross_check(console, data["cross_check"])
     console.print(Text(f"Not tested: {data['not_tested']}.", style="dim"))
+
+
+def _print_cross_check(console: Console, check: dict[str, Any]) -> None:
+    logits, name = check["logits"], f"{check['reference']}: "
+    figures = (
+        f"max |Δ| {_format_number(logits['max_abs'])}, KL {_format_number(logits['kl'])} nats, top-1 "
+        f"{100 * logits['top1']:.0f} %; RMS {_format_number(check['rms'])} in {check['positions']} positions, where "
+        f"rounding alone may give {_format_number(check['rounding_limit'])}"
+    )
+    first = check["first_difference"]
+    figures += "." if first is None else f"; first after {first} positions."
+    verdict = Text(check["verdict"], _STYLES.get(check["verdict"], _BAD))
+    console.print(Text(f"against {name}", "bold").append_text(verdict).append(f". {figures}", "not bold"))
+    for found in check["findings"]:
+        line = Text(f"against {name}", "bold").append(escape_controls(found["text"]), "not bold")
+        console.print(line.append(f" ({escape_controls(found['evidence'])})", "dim not bold"))
 
 
 def _verdict(pattern: dict[str, Any]) -> Text:

@@ -58,6 +58,7 @@ class Meter:
             "positions_computed": total(step.computed for step in steps),
             "drafted_tokens": sum(step.drafted for step in steps),
             "accepted_tokens": sum(step.guessed for step in steps),
+            "dropped_tokens": steps[-1].dropped,
             "first_token_seconds": round(self.prefill_seconds, 4),
             "prefill_tokens_per_second": None if computed is None else round(computed / self.prefill_seconds, 1),
             "decode_tokens_per_second": round(decoded / (self.ended - self.first), 1) if decoded else None,
@@ -103,6 +104,8 @@ def format_stats(meter: Meter, loaded: Loaded | Remote, load_seconds: float, sam
     ]
     if stats["drafted_tokens"]:
         parts.append(f"drafts: {stats['accepted_tokens']} of {stats['drafted_tokens']} accepted")
+    if stats["dropped_tokens"]:
+        parts.append(f"--max-context: {format_tokens(stats['dropped_tokens'])} dropped")
     return " | ".join([*parts, f"seed {sampling.seed}", f"{dtype} on {loaded.model.device}, {loaded.model.engine}"])
 
 

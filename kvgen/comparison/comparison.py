@@ -179,7 +179,7 @@ def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
     lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})[:_TIMED]
     logits, began = {}, time.perf_counter()
     for length in lengths:
-        logits[length] = case.subject(case.ids[:, :length], None)[0][0, -1].cpu()
+        logits[length] = case.subject.uncached(case.ids[:, :length])[0, -1].cpu()
     return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits
 
 

@@ -30,7 +30,7 @@ def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float
     """
     gaps = [(logits, case.expected[length - case.start]) for length, logits in alone.items()]
     largest = max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in gaps)
-    first, second = alone[case.start], case.subject(case.ids[:, : case.start], None)[0][0, -1].cpu()
+    first, second = alone[case.start], case.subject.uncached(case.ids[:, : case.start])[0, -1].cpu()
     # The measured noise floor is useless here: in a model that is not deterministic it is large.
     if distance(first, second) > LIMIT * typical_floor(first, case.subject.dtype):
         return largest, [nondeterministic(case.subject, float((first - second).abs().max()))]

@@ -137,15 +137,19 @@ def _order_ignored(trial: Trial) -> Finding | None:
 
 
 def _offset_wrong(trial: Trial) -> Finding | None:
+    """Move the newest token as the pattern does; or, if the model moves the positions that it is given, back again."""
     for offset in _OFFSETS:
         positions = torch.arange(trial.length, device=trial.ids.device)
         positions[-1] = max(0, int(positions[-1]) + offset)
-        if trial.places and trial.is_like(trial.with_positions(positions), trial.ids):
-            return Finding(
-                "offset wrong",
-                f"The position offset is wrong: the new token is computed at its position {offset:+d}.",
-                f"the logits are those of the right cache with the newest token moved by {offset:+d}",
-            )
+        moved = trial.with_positions(positions)
+        if trial.places and trial.is_like(moved, trial.ids):
+            by, evidence = offset, f"the logits are those of the right cache with the newest token moved by {offset:+d}"
+        elif not trial.places and trial.case.close(moved, trial.case.last_logits(trial.ids), trial.ids):
+            by, evidence = -offset, f"with the newest token moved by {offset:+d} the logits are right"
+        else:
+            continue
+        text = f"The position offset is wrong: the new token is computed at its position {by:+d}."
+        return Finding("offset wrong", text, evidence)
     return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
+from kvgen.comparison.crosscheck import Agreement
 from kvgen.comparison.verdict import ACCEPTABLE
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -28,6 +29,8 @@ def as_junit(report: dict[str, Any]) -> str:
     root = ElementTree.Element("testsuites", name="kvgen compare")
     for comparison in report["comparisons"]:
         tests = [test for pattern in comparison["patterns"] for test in _tests(pattern, len(comparison["text_ids"]))]
+        if check := comparison.get("cross_check"):
+            tests.append(_cross_check(check))
         suite = ElementTree.SubElement(
             root,
             "testsuite",
@@ -48,6 +51,12 @@ def as_junit(report: dict[str, Any]) -> str:
                     ElementTree.SubElement(case, kind, message=_printable(reason))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _cross_check(check: dict[str, Any]) -> _Test:
+    why = " ".join(f"{found['text']} ({found['evidence']})" for found in check["findings"])
+    failed = check["verdict"] == Agreement.DIFFERENT.value
+    return _Test(f"against {check['reference']}", failure=f"{check['verdict']}. {why}" if failed else "")
 
 
 def _tests(pattern: dict[str, Any], steps: int) -> Iterator[_Test]:

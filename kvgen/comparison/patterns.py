@@ -37,7 +37,7 @@ class Pattern:
 
 
 def _uncached(subject: Subject) -> Model:
-    return lambda ids, cache=None: (subject(ids, None)[0], None)
+    return lambda ids, cache=None: (subject.uncached(ids), None)
 
 
 def _full_sequence(subject: Subject) -> Model:

@@ -46,7 +46,8 @@ class Reference:
     """A model without its cache. A noise floor is measured on the text that it judges, never on a different one.
 
     The floor is the largest difference, over a few steps of the text, between two uncached computations of the same
-    logits: a pass that ends at the step, and a longer pass. It is at least the size of a typical rounding error.
+    logits: a pass that ends at the step, and a longer pass; if these are too close, another implementation too, if the
+    model has one. It is at least the size of a typical rounding error.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -60,7 +61,7 @@ class Reference:
         if key not in self._kept:
             if len(self._kept) == _MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = self.subject(ids, None)[0][0, -1].cpu()
+            self._kept[key] = self.subject.uncached(ids)[0, -1].cpu()
         return self._kept[key]
 
     def step_logits(self, ids: Tensor, lengths: Sequence[int], more: int = 1) -> Tensor:
@@ -94,7 +95,10 @@ class Reference:
         key = tuple(ids[0].tolist()), longer
         if key not in self._floors:
             expected, length = self.last_logits(ids), ids.shape[1]
-            measured = (distance(expected, self.step_logits(ids, [length], more)[0]) for more in longer)
+            others = [self.step_logits(ids, [length], more)[0] for more in longer]
+            if (otherwise := self.subject.rounded_otherwise(ids)) is not None:
+                others.append(otherwise.cpu())
+            measured = (distance(expected, other) for other in others)
             self._floors[key] = max(typical_floor(expected, self.subject.dtype), *measured)
         return self._floors[key]
 

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from kvgen.comparison.comparison import Comparison, PatternResult
+from kvgen.comparison.crosscheck import CrossCheck
 from kvgen.tokenizer import Tokenizer
 
 
-def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return all results of a comparison in JSON types."""
+def as_data(comparison: Comparison, tokenizer: Tokenizer, check: CrossCheck | None = None) -> dict[str, Any]:
+    """Return all results of a comparison in JSON types. check: the comparison with another library, if there is one."""
     prompt = list(comparison.ids[: comparison.start])
     reference = comparison.rows[0]
     return {
@@ -24,6 +25,7 @@ def as_data(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
         "reference_max_abs": comparison.reference_gap,
         "not_tested": comparison.not_tested,
         "patterns": [_row_as_data(row, reference, comparison, tokenizer) for row in comparison.rows],
+        "cross_check": None if check is None else _check_as_data(check),
     }
 
 
@@ -61,6 +63,19 @@ def _row_as_data(
         "probes": [_numbers(asdict(probe)) for probe in row.probes],
         "findings": [asdict(finding) for finding in row.findings],
         "write_instead": row.pattern.advice,
+    }
+
+
+def _check_as_data(check: CrossCheck) -> dict[str, Any]:
+    return {
+        "reference": check.reference,
+        "verdict": check.agreement.value,
+        "logits": _numbers(asdict(check.gap)),
+        "rms": _number(check.rms),
+        "rounding_limit": check.limit,
+        "positions": check.positions,
+        "first_difference": check.length,
+        "findings": [asdict(finding) for finding in check.findings],
     }
 
 

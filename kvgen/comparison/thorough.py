@@ -46,6 +46,7 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     yield Use("saved and loaded", _saved, ("saved caches", "A cache is wrong after it was saved and loaded."))
     rows = ("rows mixed", "Rows of a batch affect each other.")
     yield Use(f"{_ROWS} rows of a batch", _many_rows, rows)
+    yield Use("rows in another order", _moved_rows, rows)
     yield Use("rows of different lengths", _uneven_rows, rows)
     yield Use("left padding", _left_padding, ("padding", "Rows padded on the left are wrong."))
 
@@ -186,6 +187,16 @@ def _many_rows(case: Case) -> Iterator[Check]:
     for length in lengths:
         logits, cache = case.subject(rows[:, :length], cache)
         found.append(logits[:, -1].cpu())
+    yield from _row_checks(rows[:, None], [lengths] * _ROWS, torch.stack(found, dim=1))
+
+
+def _moved_rows(case: Case) -> Iterator[Check]:
+    """Rows of one batch that change places before each step, as in beam search."""
+    rows, cache, found = _rows(case), None, []
+    lengths = range(case.start, rows.shape[1] + 1)
+    for step, length in enumerate(lengths):
+        logits, cache = case.subject(rows.roll(step, 0)[:, :length], cache)
+        found.append(logits[:, -1].cpu().roll(-step, 0))
     yield from _row_checks(rows[:, None], [lengths] * _ROWS, torch.stack(found, dim=1))
 
 

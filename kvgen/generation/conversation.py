@@ -32,14 +32,12 @@ class Conversation:
 
     request: settings for each answer; its prompt is ignored.
     cache: see `load_prompt_cache` and `save_prompt_cache` to keep it in a file.
-    prompt_tokens: length of the conversation up to the last question.
     """
 
     loaded: Loaded
     request: Request = field(default_factory=lambda: Request(()))
     messages: list[Message] = field(default_factory=list)
     cache: Any = None
-    prompt_tokens: int = 0
 
     def ask(self, text: str) -> Iterator[Chunk]:
         """Add a question; yield the chunks of the answer. An interrupted answer is kept as far as it came.
@@ -52,7 +50,6 @@ class Conversation:
         answer: Message = {"role": "assistant", "content": ""}
         try:
             prompt = self.loaded.tokenizer.encode_chat(self.messages)
-            self.prompt_tokens = len(prompt)
             with closing(batch.complete(replace(self.request, prompt=prompt))) as chunks:
                 for chunk in chunks:
                     answer["content"] += chunk.text

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-
 from kvgen.contract import Backend
 
 MAX_DRAFT = 10  # tokens: checking a longer draft costs about as much as decoding it
@@ -99,7 +97,7 @@ class DraftModel(AdaptiveLength):
         known, length = len(tokens), min(self.length(), most)
         if self._model.context_length is not None:
             length = min(length, self._model.context_length - known)
-        ids = torch.tensor([[*tokens, *[0] * max(0, length)]], device=self._model.device)
+        ids = self._model.ids_tensor([*tokens, *[0] * max(0, length)])
         for end in range(known, known + length):
             logits, self._cache = self._model(ids[:, :end], self._cache)
             ids[0, end] = logits[0, -1].argmax()

@@ -17,11 +17,16 @@ from kvgen.generation.step import Step
 
 @dataclass(eq=False, kw_only=True)
 class Row:
-    """A completion and the cache of its last pass. use_cache: False recomputes every position on each step."""
+    """A completion and the cache of its last pass.
+
+    use_cache: False recomputes every position on each step. read: positions of the prompt that were computed before the
+    first step, which counts them as its own.
+    """
 
     completion: Completion
     cache: Any = None
     use_cache: bool = True
+    read: int = 0
 
 
 R = TypeVar("R", bound=Row)
@@ -43,6 +48,8 @@ def decode_step(forward: ForwardBatch, rows: Sequence[R]) -> Iterator[tuple[R, S
         return
     for row, row_logits, row.cache in zip(rows, logits, caches, strict=True):
         reused = getattr(row.cache, "reused", None) if row.use_cache else 0
+        if reused is not None:
+            reused, row.read = reused - row.read, 0
         try:
             for step in row.completion.take(row_logits, reused):
                 yield row, step

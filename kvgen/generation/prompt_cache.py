@@ -104,7 +104,7 @@ def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
         raise _damaged(path, "token ids outside the vocabulary")
     try:
         layers = ({name: tensor.to(native.device) for name, tensor in layer.items()} for layer in _layers(tensors))
-        return native.restored(tokens.to(native.device), layers, int(metadata["variant"]))
+        return native.restored(tokens, layers, int(metadata["variant"]))
     except (CacheError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"it does not fit the model ({error})") from error
 

@@ -98,7 +98,7 @@ def _logprobs(model: Backend, text: Tensor, first: int) -> list[float]:
     for logits in model.each_logits(text[:, :-1], positions) or _decode_logits(model, text, positions):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         start = first + len(found)
-        targets = text[0, start : start + len(logits), None]
+        targets = text[0, start : start + len(logits), None].to(logits.device)
         if int(targets.max()) >= logits.shape[1]:
             raise ModelError(f"the model gives {logits.shape[1]} logits, too few for token id {int(targets.max())}")
         chosen = torch.log_softmax(wide, dim=-1).gather(1, targets)[:, 0]

@@ -23,6 +23,7 @@ class Step:
     top_logprobs: the most likely tokens and their log-probabilities, most likely first.
     drafted: how many draft tokens the pass computed behind that sequence.
     guessed: whether the previous token was a correct draft, so that this one needed no pass of its own.
+    dropped: how many earlier tokens were not passed to the model, because of max_context.
     """
 
     token: int
@@ -33,6 +34,7 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     drafted: int = 0
     guessed: bool = False
+    dropped: int = 0
 
     @property
     def computed(self) -> int | None:

@@ -6,13 +6,16 @@ import ctypes
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from kvgen.errors import KvgenError, UnsupportedError
-from kvgen.kernels.compiler import compile_kernels, find_compiler, library_name
-from kvgen.kernels.processors import Variant, chosen_variant
+from kvgen.kernels.compiler import compile_kernels, find_compiler, knows_flags, library_name
+from kvgen.kernels.processors import NATIVE, Variant, asked_variant, chosen_variant, machine_variants
 from kvgen.system import cache_dir
 
 PREBUILT = Path(__file__).parent / "libraries"  # only in wheels; see setup.py
@@ -23,25 +26,32 @@ _KEEP_UNFINISHED = 3600
 
 
 def library() -> ctypes.CDLL:
-    """Return the kernels of `chosen_variant`, compiled if necessary.
+    """Return the kernels of `available_variant`, compiled if necessary.
 
     Raises UsageError if $KVGEN_CPU is no variant, UnsupportedError if the kernels cannot run, be built or be loaded.
     """
-    return _load(chosen_variant())
+    return _load(available_variant())
 
 
 def available_variant() -> Variant:
-    """Return `chosen_variant`, if it is compiled or a compiler is found. Raises as `library` does."""
+    """Return `chosen_variant`; where it must be compiled and $KVGEN_CPU names none, the best that the compiler knows.
+
+    Raises as `library` does, also if there is no compiler.
+    """
     variant = chosen_variant()
-    if _prebuilt(variant) is None:
-        find_compiler()
-    return variant
+    if _prebuilt(variant) is not None:
+        return variant
+    compiler = find_compiler()
+    if asked_variant() != NATIVE or _cached(variant, compiler).exists():
+        return variant
+    usable = (one for one in machine_variants() if not one.lacking() and knows_flags(compiler, one))
+    return next(usable, variant)
 
 
 def must_compile() -> bool:
     """Whether `library` would compile, which takes some ten seconds."""
     try:
-        variant = chosen_variant()
+        variant = available_variant()
         return _prebuilt(variant) is None and not _cached(variant, find_compiler()).exists()
     except KvgenError:
         return False
@@ -63,9 +73,23 @@ def _compiled(variant: Variant) -> Path:
         with suppress(OSError):  # a cache folder that cannot be written to
             os.utime(path)
     else:
-        compile_kernels(compiler, variant, path)
+        with _locked(path.parent):
+            if not path.exists():
+                compile_kernels(compiler, variant, path)
         _sweep(path.parent)
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for other processes that compile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock").acquire()  # outside of what is swept
+    except OSError as error:
+        raise UnsupportedError(f"the kernels cannot be built: {error}") from error
+    with lock:
+        yield
 
 
 def _prebuilt(variant: Variant) -> Path | None:

@@ -5,8 +5,13 @@
 
 namespace {
 
-// Whether activations of 8 bits are multiplied as bytes. Else they are multiplied as 16 bits: the same exact sums.
-bool uses_bytes(const Run &run, const Weight &w) { return run.activation_bits == 8 && (HAS_DOT4 || w.kind == INT4); }
+// How a group of rounded activations is kept: as pairs of 16 bits; as bytes; or for tiles, 16 bits in two planes, of high
+// bytes (signed) and low bytes (unsigned). Activations of 8 bits may be kept as 16: the same exact sums.
+enum Form { PAIRS, BYTES, PLANES };
+Form form_of(const Run &run, const Weight &w, bool tiles) {
+    if (run.activation_bits == 8 && (HAS_DOT4 || w.kind == INT4)) return BYTES;
+    return tiles ? PLANES : PAIRS;
+}
 
 // Codes of a panel. A word w of a group stands for its columns c, 4 w to 4 w + 3 (side 0), and those half a group
 // further, d (side 1). `quad` has a byte for each of the four, for 16 of the rows. Word w counts from the first group.
@@ -103,42 +108,37 @@ void multiply_codes(const Weight &w, C codes, int panel, Shared &shared, int fir
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
     each_tile(count, [&](int t, auto n) {
         constexpr int HALVES = halves_of(n);
-        Rounded x = shared.rounded.from(size_t(first + t) * groups, BYTES ? 2 * words : 4 * words);
+        Rounded x = shared.rounded.row(first + t, groups, BYTES ? 2 * words : 4 * words);
         for (int half = 0; half < 2; half += HALVES)
             multiply_half<n, HALVES, BYTES>(codes, scales, mins, half, groups, words, x, out + t * PANEL);
     });
 }
 
-template <bool BYTES>
-void multiply_panel(const Weight &w, int panel, Shared &shared, int first, int count, float *out) {
-    const int32_t *at = (const int32_t *)w.codes + size_t(panel) * w.cols * PANEL / (w.kind == INT8 ? 4 : 8);
-    if (w.kind == INT4) multiply_codes<BYTES>(w, Codes4{at}, panel, shared, first, count, out);
-    else if constexpr (BYTES && !HAS_DOT4) return; // see uses_bytes
-    else if (w.kind == INT8) multiply_codes<BYTES>(w, Codes8{at}, panel, shared, first, count, out);
-    else multiply_codes<BYTES>(w, Coded4{{at}, w.values}, panel, shared, first, count, out);
-}
+constexpr uint64_t LOW_BYTES = 0x00ff00ff00ff00ff;
 
 // Rounds a row to integers of at most `limit`.
-void round_row(const float *x, int group, int groups, int limit, bool bytes, Rounded to) {
-    int words = group / 8, length = bytes ? 2 * words : 4 * words;
+void round_row(const float *x, int group, int groups, int limit, Form form, Rounded to) {
+    int words = group / 8, length = form == BYTES ? 2 * words : 4 * words;
     for (int g = 0; g < groups; g++, x += group) {
         f32x16 a = load<f32x16>(x), b = group == 32 ? load<f32x16>(x + 16) : f32x16{};
         float max = largest_magnitude(a, b), inverse = max > 0 ? limit / max : 0;
         // Adding 1.5 * 2^23 rounds to an integer.
         i32x16 c = to_int(a * inverse + 12582912.0f - 12582912.0f), d = to_int(b * inverse + 12582912.0f - 12582912.0f);
-        to.totals[g] = sum(c + d), to.scales[g] = max / limit, to.sums[g] = float(to.totals[g]) * to.scales[g];
+        float scale = max / limit;
+        to.totals[g] = sum(c + d), to.scales[g * to.step] = scale, to.sums[g * to.step] = float(to.totals[g]) * scale;
         if (group == 16) { // the second side is in the second half of the only vector
             int32_t sides[2][16] = {};
             store(sides[0], c), std::memcpy(sides[1], sides[0] + 8, 32);
             c = load<i32x16>(sides[0]), d = load<i32x16>(sides[1]);
         }
-        int32_t pairs[16];
+        uint64_t pairs[8], bytes[8]; // two pairs of a word: (c0, c2), (d0, d2) and (c1, c3), (d1, d3)
         store(pairs, (interleave<0>(c, d) & 0xffff) | interleave<1>(c, d) << 16);
-        int32_t *numbers = to.numbers + g * length;
-        for (int i = 0; i < length; i++) {
-            int word = i / 2 * 4 + i % 2;
-            numbers[i] = bytes ? (pairs[word] & 0x00ff00ff) | (pairs[word + 2] & 0x00ff00ff) << 8 : pairs[i];
+        for (int w = 0; w < words && form != PAIRS; w++) {
+            uint64_t even = pairs[2 * w], odd = pairs[2 * w + 1];
+            bytes[form == BYTES ? w : words + w] = (even & LOW_BYTES) | (odd & LOW_BYTES) << 8;
+            if (form == PLANES) bytes[w] = (even >> 8 & LOW_BYTES) | (odd & ~LOW_BYTES);
         }
+        std::memcpy(to.numbers + g * length, form == PAIRS ? pairs : bytes, length * sizeof(int32_t));
     }
 }
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from kvgen.errors import UnsupportedError
@@ -30,6 +31,16 @@ def find_compiler() -> str:
     if compiler is None:
         raise UnsupportedError("no C++ compiler found ($CXX, g++, clang++ or c++)")
     return compiler
+
+
+@cache
+def knows_flags(compiler: str, variant: Variant) -> bool:
+    """Return whether a compiler accepts the flags of a variant. Old ones lack the newest instructions."""
+    command = [compiler, *variant.flags, "-x", "c++", "-E", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def library_name(variant: Variant, compiler: str | None = None) -> str:
@@ -63,7 +74,7 @@ def compile_kernels(compiler: str, variant: Variant, path: Path) -> None:
                 raise UnsupportedError(f"{compiler} cannot build the kernels: {why}")
             if not built.exists():
                 raise UnsupportedError(f"{compiler} cannot build the kernels: it wrote nothing")
-            built.replace(path)  # atomically: another process may be building it too
+            built.replace(path)  # atomically: another process may load it at once
     except subprocess.TimeoutExpired:
         raise UnsupportedError(f"{compiler} cannot build the kernels in {_TIMEOUT} seconds") from None
     except OSError as error:

@@ -1,7 +1,7 @@
 // Products with weights, which keep the checkpoint's types.
 #pragma once
 
-#include "codes.h"
+#include "tiles.h"
 
 namespace {
 
@@ -71,12 +71,26 @@ void unpack_row(const Weight &w, int64_t row, float *to) {
     }
 }
 
+template <class C>
+void multiply_codes(const Run &run, const Weight &w, C codes, int panel, Shared &shared, bool tiles, int first,
+                    int count, float *out) {
+    Form form = form_of(run, w, tiles);
+    if (tiles && form == BYTES) multiply_tiles<false>(w, codes, panel, shared, first, count, out);
+    else if (tiles) multiply_tiles<true>(w, codes, panel, shared, first, count, out);
+    else if (form == PAIRS) multiply_codes<false>(w, codes, panel, shared, first, count, out);
+    else if constexpr (HAS_DOT4 || std::is_same<C, Codes4>::value) // see form_of
+        multiply_codes<true>(w, codes, panel, shared, first, count, out);
+}
+
 // One panel of x W^T for `count` rows of x from `first`: out is (count, PANEL). row_of: see `linear`.
 void linear_panel(const Run &run, const Weight &w, int panel, const float *x, const int32_t *row_of,
-                  Shared &shared, int first, int count, float *out) {
+                  Shared &shared, bool tiles, int first, int count, float *out) {
     if (w.kind >= INT4) {
-        if (uses_bytes(run, w)) multiply_panel<true>(w, panel, shared, first, count, out);
-        else multiply_panel<false>(w, panel, shared, first, count, out);
+        auto multiply = [&](auto codes) { multiply_codes(run, w, codes, panel, shared, tiles, first, count, out); };
+        const int32_t *at = (const int32_t *)w.codes + size_t(panel) * w.cols * PANEL / (w.kind == INT8 ? 4 : 8);
+        if (w.kind == INT4) multiply(Codes4{at});
+        else if (w.kind == INT8) multiply(Codes8{at});
+        else multiply(Coded4{{at}, w.values});
         return;
     }
     const float *unpacked = unpack_panel(w, panel);
@@ -105,13 +119,16 @@ void linear(const Op &op, const Run &run, Shared &shared) {
     const std::vector<Segment> &segments = routed ? shared.routes.segments : shared.segments;
     const int32_t *row_of = op.flags & GATHER ? shared.routes.rows.data() : nullptr; // of input row i, if not i
     int rows = segments.back().first + segments.back().count, width = routed ? w.rows : run.widths[op.dst];
+    bool tiles = !routed && uses_tiles(rows);
     if (w.kind >= INT4 && !(op.flags & SAME_INPUT)) {
         int groups = w.cols / w.group, limit = run.activation_bits == 8 ? 127 : 32767;
-        bool bytes = uses_bytes(run, w);
-        shared.rounded.reserve(size_t(rows) * groups, w.group / (bytes ? 4 : 2));
+        Form form = form_of(run, w, tiles);
+        size_t length = w.group / (form == BYTES ? 4 : 2);
+        RoundedRows &all = shared.rounded;
+        all.reserve(size_t(rows + 15) / 16 * 16 * groups, length); // whole tiles
         shared.threads->each(rows, 4 * w.cols, [&](int r) {
-            Rounded to = shared.rounded.from(size_t(r) * groups, w.group / (bytes ? 4 : 2));
-            round_row(x + size_t(row_of ? row_of[r] : r) * w.cols, w.group, groups, limit, bytes, to);
+            Rounded to = tiles ? all.row_of_tile(r, groups, length) : all.row(r, groups, length);
+            round_row(x + size_t(row_of ? row_of[r] : r) * w.cols, w.group, groups, limit, form, to);
         });
     }
     int panels = (w.rows + PANEL - 1) / PANEL, parts = int(segments.size());
@@ -120,7 +137,7 @@ void linear(const Op &op, const Run &run, Shared &shared) {
         int panel = i % panels, start = panel * PANEL, end = std::min(PANEL, w.rows - start);
         resize(tile_buffer, size_t(TOKENS) * PANEL);
         float *tile = tile_buffer.data();
-        linear_panel(run, w, part.expert * panels + panel, x, row_of, shared, part.first, part.count, tile);
+        linear_panel(run, w, part.expert * panels + panel, x, row_of, shared, tiles, part.first, part.count, tile);
         const float *bias = op.bias ? op.bias + size_t(part.expert) * w.rows + start : nullptr;
         for (int t = 0; t < part.count; t++)
             write_panel(op, bias, tile + t * PANEL, end, y + size_t(part.first + t) * width + start);

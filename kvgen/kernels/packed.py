@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,13 +93,14 @@ def _new_panels(shape: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _write(rows: Tensor, panels: Tensor) -> None:
-    """Interleave (R, n) into panels, (P, n, 32)."""
+    """Interleave rows of n numbers, (R, ...), into panels, (P, n, 32)."""
     units = _UNITS[rows.itemsize]
-    source, target = rows.view(units).numpy(), panels.view(units).numpy()
-    whole = len(source) // PANEL
-    target[:whole] = source[: whole * PANEL].reshape(whole, PANEL, source.shape[1]).transpose(0, 2, 1)
+    source = rows.view(units).numpy()
+    inner, whole = source.shape[1:], len(source) // PANEL
+    target = panels.view(units).numpy().reshape(-1, *inner, PANEL)
+    target[:whole] = np.moveaxis(source[: whole * PANEL].reshape(whole, PANEL, *inner), 1, -1)
     if len(source) % PANEL:
-        target[whole, :, : len(source) % PANEL] = source[whole * PANEL :].T
+        target[whole, ..., : len(source) % PANEL] = np.moveaxis(source[whole * PANEL :], 0, -1)
 
 
 def _pack_floats(matrix: Tensor, release: Callable[[], None]) -> Tensor:
@@ -112,14 +114,14 @@ def _pack_floats(matrix: Tensor, release: Callable[[], None]) -> Tensor:
 
 
 def _words(piece: Grouped) -> Tensor:
-    """Return codes in units of four bytes, int32.
+    """Return codes in units of four bytes, int32, (R, n) or with n divided.
 
     Those of 8 bits become unsigned, and units of a group's halves take turns, as the halves of bytes do with 4 bits.
     """
     codes = piece.codes.contiguous()
     if piece.bits == 8:
-        units = (codes ^ -128).view(torch.int32).view(*piece.scales.shape, 2, piece.group // 8)
-        codes = units.transpose(-1, -2).reshape(len(codes), -1)
+        units = (codes ^ -128).view(torch.int32)
+        return units.view(*piece.scales.shape, 2, piece.group // 8).transpose(-1, -2)
     return codes.view(torch.int32)
 
 
@@ -130,7 +132,7 @@ def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None]) ->
         piece = matrix.piece(first, last)
         parts = [_words(piece), piece.scales, *([] if piece.mins is None else [piece.mins])]
         if not tensors:
-            tensors = [_new_panels(matrix.shape, part.shape[1], part.dtype) for part in parts]
+            tensors = [_new_panels(matrix.shape, part[0].numel(), part.dtype) for part in parts]
         if any(part.dtype != torch.float16 for part in (*parts[1:], *tensors[1:])):  # all fp32, if any is
             tensors[1:], parts[1:] = ([part.float() for part in some[1:]] for some in (tensors, parts))
         for part, panels in zip(parts, tensors, strict=True):

@@ -50,6 +50,10 @@ _V4 = (*_V3, "avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")
 
 # The fastest first.
 VARIANTS = (
+    Variant(
+        *("amx", "x86_64", ("-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8")),
+        (*_V4, "avx512_vnni", "amx_tile", "amx_int8"),
+    ),
     Variant("avx512-vnni", "x86_64", ("-march=x86-64-v4", "-mavx512vnni"), (*_V4, "avx512_vnni")),
     Variant("avx512", "x86_64", ("-march=x86-64-v4",), _V4),
     Variant("avx-vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), (*_V3, "avx_vnni")),

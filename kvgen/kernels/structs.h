@@ -8,7 +8,7 @@ namespace {
 
 constexpr int PANEL = 32;   // interleaved rows of a weight: two halves of a vector each
 constexpr int TILE = ACCUMULATORS / std::max(PARTS, 2); // input rows multiplied at once, at most
-constexpr int TOKENS = 120; // input rows per panel of a weight: few enough for a core's cache
+constexpr int TOKENS = 128; // input rows per panel of a weight: few enough for a core's cache
 constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
 constexpr int FEW = 12;     // tokens of a sequence whose attention is divided among threads by chunks, at most
 constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
@@ -109,10 +109,11 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
 thread_local std::vector<float> panel_buffer, tile_buffer;
 
 // Activations as integers, per group: the integers (their order: codes.h), their sum, what one of them stands for, and
-// the sum of what they stand for.
+// the sum of what they stand for. The last two are `step` numbers apart.
 struct Rounded {
     int32_t *numbers, *totals;
     float *scales, *sums;
+    int step;
 };
 struct RoundedRows {
     std::vector<int32_t> numbers, totals;
@@ -120,8 +121,13 @@ struct RoundedRows {
     void reserve(size_t groups, int length) { // length: of the numbers of a group
         resize(numbers, groups * length), resize(totals, groups), resize(scales, groups), resize(sums, groups);
     }
-    Rounded from(size_t group, int length) {
-        return {&numbers[group * length], &totals[group], &scales[group], &sums[group]};
+    Rounded row(size_t row, size_t groups, int length) { // scales and sums are (rows, groups)
+        size_t at = row * groups;
+        return {&numbers[at * length], &totals[at], &scales[at], &sums[at], 1};
+    }
+    Rounded row_of_tile(size_t row, size_t groups, int length) { // scales and sums are (rows / 16, groups, 16)
+        size_t at = row * groups, first = row / 16 * 16 * groups + row % 16;
+        return {&numbers[at * length], &totals[at], &scales[first], &sums[first], 16};
     }
 };
 

@@ -23,8 +23,8 @@ from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, UsageError
 from kvgen.hub.catalogue import Progress
 from kvgen.hub.names import default_reference, no_progress, resolve
-from kvgen.kernels.build import library
-from kvgen.kernels.processors import NATIVE, asked_variant, chosen_variant
+from kvgen.kernels.build import available_variant, library
+from kvgen.kernels.processors import NATIVE, asked_variant
 from kvgen.system import available_memory, return_freed_memory
 from kvgen.tokenizer import Tokenizer, choose_tokenizer, read_tokenizer
 
@@ -51,7 +51,7 @@ class Loaded:
         >>> loaded.tokenizer.encode("Hello"), loaded.model.context_length
         ([19556], 8192)
 
-    model: the contract: `logits, cache = loaded.model(ids, None)`, with ids on `loaded.model.device`.
+    model: the contract: `logits, cache = loaded.model(ids, None)`, with ids on `loaded.model.ids_device`.
     source: the file or folder, or the reference of a model in Python. adapter: the adapter's folder; "" without one.
     config: a DecoderConfig for kvgen's decoder, the library's arguments for x-transformers, None for a model in Python.
     files: the files of config and weights, those of the adapter too; empty for a model in Python.
@@ -97,7 +97,8 @@ def load(
         checkpoint's own.
     adapter: a folder with a LoRA adapter of PEFT, which is merged into the weights.
     kernels: `cpp`: C++ kernels, which keep weights in their stored types; `off`: torch; `auto`: kernels on a CPU in
-        float32, if they have the model's mechanisms and are prebuilt or a compiler is found, else torch.
+        float32, if they have the model's mechanisms and are prebuilt or a compiler is found, else torch; on an NVIDIA
+        GPU, Triton kernels for steps of one sequence, if they have them.
         `Backend.engine` tells which. $KVGEN_CPU chooses the kernels' instructions.
     quantize: `auto`: weights as stored; `int8`, `int4`: quantize floating-point weights, LOSSY; `none`: dequantize.
     kv_dtype: of cached keys and values; `auto`: that of the computation; `bfloat16`, `int8`: LOSSY.
@@ -117,20 +118,25 @@ def load(
         return _load_python(name, tokenizer)
     if name.endswith(".py"):
         raise UsageError(f"model {name!r}: name the function in it that returns the model, as in {name}:factory")
-    device = _choose_device(device)
-    raw = read_checkpoint(resolve(name, progress=progress))
+    device = choose_device(device)
+    return _load_checkpoint(resolve(name, progress=progress), dtype, device, tokenizer, adapter, chosen)
+
+
+def _load_checkpoint(
+    path: Path,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    tokenizer: str | Path | None,
+    adapter: str | Path | None,
+    chosen: Mapping[str, str],
+) -> Loaded:
+    raw = read_checkpoint(path)
     dtype = _choose_dtype(dtype, device, raw)
     if raw.format == "x-transformers":
         _check_defaults(f"{raw.path} runs in the x-transformers library", chosen)
         options = ComputeOptions(dtype, device)
     else:
         options = _compute_options(dtype, device, **chosen)
-    return _load_checkpoint(raw, options, tokenizer, adapter)
-
-
-def _load_checkpoint(
-    raw: RawCheckpoint, options: ComputeOptions, tokenizer: str | Path | None, adapter: str | Path | None
-) -> Loaded:
     available = available_memory()
     changes = None if adapter is None else read_adapter(adapter)
     if changes is not None and raw.format == "x-transformers":
@@ -141,16 +147,17 @@ def _load_checkpoint(
         own_tokenizer = pool.submit(read_tokenizer, raw) if tokenizer is None else None
         if own_tokenizer is not None:  # before the weights are in memory: a large vocabulary takes 100 MB meanwhile
             wait([own_tokenizer])
-            return_freed_memory()
+        raw = raw.without_vocabulary()
+        return_freed_memory()
         if raw.format == "x-transformers":
             model, config = load_xtransformers(raw, options.dtype, options.device), raw.metadata
         else:
             model = native = load_native(raw, options, pool, changes)
             config = native.decoder.config
-        chosen = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
+        used = own_tokenizer.result() if own_tokenizer else choose_tokenizer(str(tokenizer), model.vocab_size or 0)
     files = raw.files if changes is None else raw.files + changes.files
     budget = _cache_budget(model, available)
-    return Loaded(model, chosen, str(raw.path), config, files, budget, raw.note, str(adapter or ""))
+    return Loaded(model, used, str(raw.path), config, files, budget, raw.note, str(adapter or ""))
 
 
 def _load_python(reference: str, tokenizer: str | Path | None) -> Loaded:
@@ -184,14 +191,15 @@ def _compute_options(
     if use_kernels:
         try:
             library()
-            engine = chosen_variant().engine
+            engine = available_variant().engine
             engine += f", {activations} activations" * (activations != "int16")
         except UnsupportedError as error:
             if required or asked_variant() != NATIVE:
                 raise
             engine, use_kernels = f"torch ({error})", False
     return ComputeOptions(
-        *(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], ACTIVATIONS[activations], engine, required)
+        *(dtype, device, use_kernels, quantize, KV_DTYPES[kv_dtype], ACTIVATIONS[activations], engine, required),
+        step_kernels=kernels != "off" and device.type == "cuda",
     )
 
 
@@ -207,7 +215,7 @@ def _check_defaults(what: str, chosen: Mapping[str, str]) -> None:
             raise UsageError(f"{what}, for which {name} {value!r} cannot be chosen")
 
 
-def _choose_device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name, is_available in available.items() if is_available]
     try:

@@ -14,7 +14,7 @@ from kvgen.model.cache import KVCache, new_states
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ids import check_form, check_range
 from kvgen.model.recurrent import RECENT
-from kvgen.model.spans import Span
+from kvgen.model.spans import Span, ids_of
 from kvgen.model.states import State
 
 PREFILL_CHUNK = 512
@@ -28,13 +28,14 @@ _MAX_LOGITS = 1 << 23  # computed at once
 class CausalLM(ABC):
     """The contract `logits, cache = model(ids, cache)`, without the arithmetic.
 
-    dtype: of the computation. kv_dtype: of cached keys and values; None for `dtype`.
+    dtype, device: of the computation. kv_dtype: of cached keys and values; None for `dtype`.
     rotaries: `RotaryTables` for each of the config's rotaries.
     progress: called with the computed and the total number of new positions, for prompts that take several passes.
     """
 
     config: DecoderConfig
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
     rotaries: Iterable[Any]
     kv_dtype: torch.dtype | None = None
     progress: Callable[[int, int], None] | None = None
@@ -43,7 +44,8 @@ class CausalLM(ABC):
     def extend(self, spans: Sequence[Span]) -> Tensor:
         """Compute the new positions of all spans in one pass, and advance their caches.
 
-        Returns hidden states, (rows, dim): span after span, in each by batch row and position.
+        Ids are on the CPU, so that no check of them waits for a GPU. Returns hidden states, (rows, dim): span after
+        span, in each by batch row and position.
         """
 
     @abstractmethod
@@ -65,7 +67,8 @@ class CausalLM(ABC):
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: int = 1) -> tuple[Tensor, KVCache]:
         """Return logits for the token after `ids`, and the cache for the next call.
 
-        ids: the WHOLE sequence, (B, n) int64; positions that the cache already holds are not computed again.
+        ids: the WHOLE sequence, (B, n) int64; positions that the cache already holds are not computed again. On any
+            device: the cache compares them on the CPU.
         last: number of positions at the end to return logits for. Returns fp32 (or fp64) logits, (B, last, vocab), and
         `cache` itself, updated, or a new one for None. If interrupted between two passes, the cache keeps the finished
         passes.
@@ -112,7 +115,7 @@ class CausalLM(ABC):
         """
         variant = self._variant(ids.shape[1])
         known = [donor for donor in (*donors, *ended) if donor is not None]
-        same = [donor.shared(ids, variant) for donor in known]
+        same = [donor.shared(ids.cpu(), variant) for donor in known]
         counts = [(donor.reach(length), donor) for donor, length in zip(known, same, strict=True)]
         shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
         capacity = min(max_length, _MAX_INITIAL_CAPACITY)
@@ -132,7 +135,7 @@ class CausalLM(ABC):
 
         This is the error of a cache that does not know its text; `compare` uses it to show the effect.
         """
-        cache = self._checked(new, cache)
+        cache, new = self._checked(new, cache), new.cpu()
         cache.reused, cache.computed = cache.length, new.shape[1]
         span = self._span(new, cache, start, cache.length + new.shape[1])
         return self._logits(self._extend_one(span)[:, -1:]), cache
@@ -152,7 +155,7 @@ class CausalLM(ABC):
         n, limit = ids.shape[1], max(1, _MAX_LOGITS // self.config.vocab_size // ids.shape[0])
         begin = 0
         for cut in sorted({rotary.short_length for rotary in self.config.rotaries if rotary.is_long(n)} | {n}):
-            rest = self._span(ids[:, :cut], self._checked(ids, None), start=0, total=cut)
+            rest = self._span(ids[:, :cut].cpu(), self._checked(ids, None), start=0, total=cut)
             while rest.rows:
                 chunk, rest = rest.split(self._chunk_size(rest))
                 hidden, start = self._extend_one(chunk), chunk.start
@@ -167,17 +170,24 @@ class CausalLM(ABC):
 
         Every new id passes through this once. Raises UsageError for an id outside the vocabulary.
         """
-        ids = torch.cat([span.new.flatten() for span in spans])
-        check_range(ids, self.config.vocab_size)
+        self.check(spans)
+        return self.embed_rows(ids_of(spans, self.device), positions)
+
+    def check(self, spans: Sequence[Span]) -> None:
+        """Raise UsageError for an id outside the vocabulary, or a position without an embedding."""
+        limit = self.config.learned_positions
+        for span in spans:
+            check_range(span.new, self.config.vocab_size)
+            end = span.start + span.new.shape[1]
+            if limit and end > limit:
+                raise UsageError(f"the sequence has {end} positions, but the model has learned {limit}")
+
+    def embed_rows(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the input of the first block for checked ids and their positions, (rows,) each: (rows, dim)."""
         x = self.token_rows(ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        if limit := self.config.learned_positions:
-            end = int(positions.max()) + 1
-            if end > limit:
-                raise UsageError(f"the sequence has {end} positions, but the model has learned {limit}")
-            x = x + self.position_rows(positions)
-        return x
+        return x + self.position_rows(positions) if self.config.learned_positions else x
 
     def rotations(self, spans: Sequence[Span], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines of each row, per rotary of the config, (rows, R) each."""
@@ -189,7 +199,7 @@ class CausalLM(ABC):
 
     def _new_span(self, ids: Tensor, cache: KVCache | None, last: int) -> Span:
         """Match a whole sequence against its cache."""
-        cache, n = self._checked(ids, cache), ids.shape[1]
+        cache, ids, n = self._checked(ids, cache), ids.cpu(), ids.shape[1]
         new = cache.match(ids, self._variant(n), last)
         cache.expect(n)
         if new.shape[1] > RECENT:  # a prompt: its last position is computed again if it comes again, or after drafts
@@ -198,7 +208,7 @@ class CausalLM(ABC):
 
     def _span(self, new: Tensor, cache: KVCache, start: int, total: int) -> Span:
         if not cache.states:
-            cache.states = self.new_states(new.shape[0], new.device, cache.dtype)
+            cache.states = self.new_states(new.shape[0], self.device, cache.dtype)
         return Span(new, cache, start, total)
 
     def _chunk_size(self, span: Span) -> int:
@@ -207,7 +217,7 @@ class CausalLM(ABC):
         Never by the clock: on torch the size of a pass may change the last bits of its logits.
         """
         size = PREFILL_CHUNK
-        if span.new.device.type == "cpu":
+        if self.device.type not in ("cuda", "mps"):
             products = self.config.products_at(span.start + size)
             size = min(size, max(_MIN_CHUNK, int(_MAX_PRODUCTS / products) // _MIN_CHUNK * _MIN_CHUNK))
         return max(1, size // span.new.shape[0])

@@ -37,7 +37,7 @@ from kvgen.model.mlp_and_experts import MLPAndExpertsModule
 from kvgen.model.moe import MoEModule
 from kvgen.model.shared_attention import SharedAttentionModule
 from kvgen.model.short_conv import ShortConvModule
-from kvgen.model.spans import Pass, Span, positions_of
+from kvgen.model.spans import Pass, Span, ids_of, positions_of
 from kvgen.model.sparse_mlp import SparseMLPModule
 
 # The module for each dataclass of a layer's mixer and ffn. A mixer takes (x, Pass) and keeps its past in a `State`:
@@ -91,11 +91,15 @@ class Decoder(CausalLM, nn.Module):
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.token_embd.weight.dtype
 
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.token_embd.weight.device
+
     def extend(self, spans: Sequence[Span]) -> Tensor:
-        positions = positions_of(spans)
+        positions = positions_of(spans, self.device)
         x = self.embed(spans, positions)  # (rows, dim)
         tables = [(cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]) for cos, sin in self.rotations(spans, positions)]
-        inputs = None if self.inputs is None else self.inputs(torch.cat([span.new.flatten() for span in spans]), x)
+        inputs = None if self.inputs is None else self.inputs(ids_of(spans, self.device), x)
         batch = Pass(spans, dict(zip(self.config.rotaries, tables, strict=True)), layer_inputs=inputs)
         x = x if self.streams is None else self.streams.made_of(x)
         for block in self.blk:

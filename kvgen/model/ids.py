@@ -20,6 +20,6 @@ def check_form(ids: Tensor) -> None:
 
 def check_range(ids: Tensor, vocab_size: int) -> None:
     """Raises UsageError if an id is outside the vocabulary."""
-    for extreme in map(int, ids.aminmax()):
+    for extreme in (int(ids),) if ids.numel() == 1 else map(int, ids.aminmax()):
         if not 0 <= extreme < vocab_size:
             raise UsageError(f"token id {extreme} is outside the model's vocabulary of {vocab_size}")

@@ -48,7 +48,7 @@ class LatentAttentionModule(nn.Module):
         q = torch.einsum("thd,hdc->thc", q, k_b)  # (rows, H, C)
         masks = batch.shared.get(LatentAttention)
         if masks is None:
-            masks = batch.shared[LatentAttention] = [_later_positions(span) for span in batch.spans]
+            masks = batch.shared[LatentAttention] = [_later_positions(span, x.device) for span in batch.spans]
         rows = [span.rows for span in batch.spans]
         new = (part.split(rows) for part in (q, rotate(turned, *rotation), keys, latents))
         read = torch.cat([self._attend(*part) for part in zip(batch.spans, masks, *new, strict=True)])  # (rows, H, C)
@@ -75,10 +75,10 @@ class LatentAttentionModule(nn.Module):
         return read.view(span.rows, self.spec.heads, -1).to(new[0].dtype)
 
 
-def _later_positions(span: Span) -> Tensor | None:
+def _later_positions(span: Span, device: torch.device) -> Tensor | None:
     """Return which of S positions come after each of T new ones, (T, 1, S) bool; None if none do."""
     new, past = span.new.shape[1], span.cache.length
     if new == 1:
         return None
-    positions = torch.arange(past + new, device=span.new.device)
+    positions = torch.arange(past + new, device=device)
     return positions > positions[past:, None, None]

@@ -17,7 +17,7 @@ from kvgen.model.recurrent import Core
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of one sequence in a pass: `new`, (B, T) ids, at positions from `start`.
+    """New tokens of one sequence in a pass: `new`, (B, T) ids on the CPU, at positions from `start`.
 
     total: the length of the whole sequence, which may continue after this span.
     """
@@ -65,7 +65,12 @@ class Pass:
         return torch.cat(outputs)
 
 
-def positions_of(spans: Sequence[Span]) -> Tensor:
+def ids_of(spans: Sequence[Span], device: torch.device) -> Tensor:
+    """Return the token of each row, (rows,) int64."""
+    return torch.cat([span.new.flatten() for span in spans]).to(device)
+
+
+def positions_of(spans: Sequence[Span], device: torch.device | None = None) -> Tensor:
     """Return the position of each row, (rows,) int64."""
     runs = (range(span.start, span.start + span.new.shape[1]) for span in spans for _ in range(span.new.shape[0]))
-    return torch.tensor(list(chain.from_iterable(runs)), device=spans[0].new.device)
+    return torch.tensor(list(chain.from_iterable(runs)), device=device)

@@ -20,9 +20,13 @@ from kvgen.tokenizer import Tokenizer
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
+class TimeLimitError(KvgenError):
+    """A request took too long."""
+
+
 @dataclass
 class Choice:
-    """What has come of one request. tools: whether calls are parsed from the text."""
+    """What has come of one request."""
 
     index: int
     prompt_tokens: int
@@ -124,15 +128,16 @@ class Answer:
             best = [[self._token(*pair) for pair in step.top_logprobs] for step in steps]
             chosen = [self._token(step.token, step.logprob) for step in steps]
             return {"content": [{**one, "top_logprobs": top} for one, top in zip(chosen, best, strict=True)]}
-        tokens = [self._tokenizer.token(step.token) for step in steps]
+        tokens = [self._name(step.token) for step in steps]
         return {
             "tokens": tokens,
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [
-                {self._tokenizer.token(id_): logprob for id_, logprob in step.top_logprobs} for step in steps
-            ],
+            "top_logprobs": [{self._name(id_): logprob for id_, logprob in step.top_logprobs} for step in steps],
             "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
         }
+
+    def _name(self, id_: int) -> str:
+        return f"token_id:{id_}" if self.job.token_ids else self._tokenizer.token(id_)
 
     def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token(id_)
@@ -145,6 +150,8 @@ def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
     code: str | None = None
     if isinstance(error, BusyError):
         status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    elif isinstance(error, TimeLimitError):
+        status, kind = 408, "timeout_error"
     elif isinstance(error, NotFoundError):
         status, kind, code = 404, "invalid_request_error", "model_not_found"
     elif isinstance(error, UsageError | UnsupportedError):

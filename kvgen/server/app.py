@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import parse_json
-from kvgen.server.answers import Answer, Choice, error_body
+from kvgen.server.answers import Answer, Choice, TimeLimitError, error_body
 from kvgen.server.engine import Engine
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, parse_chat, parse_completion
@@ -83,6 +83,13 @@ class Server:
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=self.metrics.media_type)
 
+    async def tokenize(self, request: Request) -> Response:
+        body = await self.body(request)
+        if not isinstance(text := body.get("prompt"), str):
+            raise UsageError("`prompt` must be a string")
+        ids = await run_in_threadpool(self.engine.loaded.tokenizer.encode, text)
+        return JSONResponse({"tokens": ids, "count": len(ids)})
+
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
         """Answer /v1/completions or /v1/chat/completions."""
         began = time.monotonic()
@@ -95,7 +102,8 @@ class Server:
         events = Events(self.engine, job, began, self.limits.timeout)
         done = partial(self._done, request.url.path, answer, began)
         if job.stream:
-            first = await events.first()  # so that an error has its status
+            async with watched(request):
+                first = await events.first()  # so that an error has its status
             return StreamingResponse(self._stream(answer, first, events, done), media_type="text/event-stream")
         async with aclosing(events), watched(request):
             async for index, chunk in events:
@@ -189,7 +197,7 @@ class Events:
         try:
             index, event = await asyncio.wait_for(self._queue.get(), left)
         except TimeoutError:
-            raise HTTPException(408, f"the request took longer than {self._timeout:g} s") from None
+            raise TimeLimitError(f"the request took longer than {self._timeout:g} s") from None
         if isinstance(event, KvgenError):
             del self._open[index]
             raise event
@@ -264,20 +272,14 @@ def make_app(server: Server, more: Sequence[Route], *, key: str | None, hosts: l
         server.log(f"{request.method} {request.url.path} {status}: {body['error']['message']:.200}")
         return JSONResponse(body, status, {"Retry-After": RETRY_AFTER} if status == 429 else None)
 
-    def counted(route: Callable[[Request], Any]) -> Callable[[Request], Any]:
-        async def answer(request: Request) -> Response:
-            response: Response = await route(request)
-            return response
-
-        return answer
-
     routes = [
         Route("/health", server.health),
         Route("/metrics", server.show_metrics),
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.one_model),
-        Route("/v1/completions", counted(partial(server.complete, parse=parse_completion)), methods=["POST"]),
-        Route("/v1/chat/completions", counted(partial(server.complete, parse=parse_chat)), methods=["POST"]),
+        Route("/tokenize", server.tokenize, methods=["POST"]),
+        Route("/v1/completions", partial(server.complete, parse=parse_completion), methods=["POST"]),
+        Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
         *more,
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]

@@ -70,9 +70,13 @@ class Engine:
         self.loaded, self.counts = loaded, Counts()
         self.last_active = time.monotonic()
         self._max_waiting = max_waiting + batch_size
-        # Rows bound the number of caches only where memory does not.
         self._batch = Batch(
-            loaded, batch_size=batch_size, max_cache_bytes=max_cache_bytes, kept=kept, max_kept=4 * batch_size
+            loaded,
+            batch_size=batch_size,
+            max_cache_bytes=max_cache_bytes,
+            divide_prompts=True,
+            kept=kept,
+            max_kept=4 * batch_size,  # where memory bounds nothing
         )
         self._pending: dict[int, _Pending] = {}
         self._submitted = 0

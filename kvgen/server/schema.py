@@ -17,7 +17,7 @@ _SAMPLING = {field.name for field in fields(Sampling)}
 _OWN = {"max_context", "keep_first", "regex", "grammar", "json_schema", "cache"}
 _COMMON = {"model", "max_tokens", "n", "stop", "stream", "stream_options", *_SAMPLING, *_OWN}
 _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
-_COMPLETION = _COMMON | _IGNORED | {"prompt", "logprobs", "echo", "best_of", "suffix"}
+_COMPLETION = _COMMON | _IGNORED | {"prompt", "logprobs", "return_tokens_as_token_ids", "echo", "best_of", "suffix"}
 _CHAT = (
     _COMMON
     | _IGNORED
@@ -41,7 +41,8 @@ class FieldError(UsageError):
 class Job:
     """What a client asks for: one request for each choice.
 
-    chat: whether it is a conversation. tools: whether tool calls are parsed from the answer.
+    chat: whether it is a conversation. tools: whether tool calls are parsed from the answer. token_ids: whether tokens
+    of log-probabilities are named by their ids, as in `token_id:17`.
     """
 
     requests: tuple[Request, ...]
@@ -49,6 +50,7 @@ class Job:
     stream: bool = False
     include_usage: bool = False
     tools: bool = False
+    token_ids: bool = False
 
 
 def parse_completion(body: Mapping[str, Any], loaded: Loaded) -> Job:
@@ -60,7 +62,10 @@ def parse_completion(body: Mapping[str, Any], loaded: Loaded) -> Job:
     prompts = [_ids(prompt, loaded) for prompt in _prompts(body.get("prompt"))]
     logprobs = _whole(body, "logprobs", 0, _MOST_LOGPROBS)
     settings = _settings(body, DEFAULT_MAX_TOKENS) | {"top_logprobs": logprobs}
-    return _job(prompts, settings, body, chat=False)
+    named = body.get("return_tokens_as_token_ids", False)
+    if not isinstance(named, bool):
+        raise FieldError("return_tokens_as_token_ids", "must be true or false")
+    return replace(_job(prompts, settings, body, chat=False), token_ids=named)
 
 
 def parse_chat(body: Mapping[str, Any], loaded: Loaded) -> Job:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sized
 from typing import Any
 
+import numpy as np
 import tokenizers
 from gguf import TokenType
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, processors
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.tokenizer import sentencepiece
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS, RSTRIP_EXCEPTIONS
+from kvgen.tokenizer.sentencepiece import SentencePieceTokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
 
 # Control tokens that end a turn or a text. A file names one EOS, but a model may stop at others.
@@ -48,37 +51,40 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     tokens = _read_strings(raw, "tokens")
     types = _read_types(raw, tokens)
     if model == "llama":  # most converters write user-defined tokens with plain spaces, some do not
-        tokens = [
-            token.replace(sentencepiece.SPACE, " ") if type_ == TokenType.USER_DEFINED else token
-            for token, type_ in zip(tokens, types, strict=True)
-        ]
-    if len(set(tokens)) != len(tokens):
+        for id_ in np.flatnonzero(types == TokenType.USER_DEFINED).tolist():
+            tokens[id_] = tokens[id_].replace(sentencepiece.SPACE, " ")
+    vocab = {token: id_ for id_, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has the same token twice")
+    for id_ in (vocab[token] for token in _ALWAYS_CONTROL & vocab.keys()):
+        if types[id_] in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            types[id_] = TokenType.CONTROL
     if model == "llama":
-        backend, add_bos = _build_sentencepiece(raw, tokens, types), True
+        backend, add_bos = _build_sentencepiece(raw, vocab, tokens, types), True
         rstrip_exceptions = RSTRIP_EXCEPTIONS.get(str(raw.metadata.get("general.architecture")))
     else:
-        backend, add_bos = _build_byte_level(raw, tokens)
+        backend, add_bos = _build_byte_level(raw, vocab)
         rstrip_exceptions = None
     _add_tokens(backend, tokens, types, rstrip_exceptions)
     _add_bos_and_eos(raw, backend, tokens, add_bos=add_bos)
     template = raw.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{raw.path}: tokenizer.chat_template is not a string")
-    return Tokenizer(backend, _read_eos_ids(raw, tokens, types), template, _read_special_tokens(raw, tokens))
+    settings = _read_eos_ids(raw, vocab, types), template, _read_special_tokens(raw, tokens)
+    if model == "gpt2":
+        return Tokenizer(backend, *settings)
+    longest, is_piece = max(map(len, tokens), default=0), types == TokenType.NORMAL
+    return SentencePieceTokenizer(backend, longest, _read_scores(raw, tokens), is_piece, *settings)
 
 
-def _read_types(raw: RawCheckpoint, tokens: list[str]) -> list[Any]:
+def _read_types(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
     types = _read_per_token(raw, "token_type", tokens, [TokenType.NORMAL] * len(tokens))
-    if not all(isinstance(type_, int) for type_ in types):
+    if types.dtype.kind not in "biu":
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.token_type must be integers")
-    return [
-        TokenType.CONTROL if token in _ALWAYS_CONTROL and type_ in (TokenType.NORMAL, TokenType.USER_DEFINED) else type_
-        for token, type_ in zip(tokens, types, strict=True)
-    ]
+    return types
 
 
-def _build_byte_level(raw: RawCheckpoint, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+def _build_byte_level(raw: RawCheckpoint, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """Return the tokenizer without added tokens, and whether to add BOS by default.
 
     Bytes without a token are dropped from text, as the models' own tokenizers do.
@@ -98,7 +104,7 @@ def _build_byte_level(raw: RawCheckpoint, tokens: list[str]) -> tuple[tokenizers
     except ValueError:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges has an entry that is not two tokens") from None
     try:
-        bpe = models.BPE({token: id_ for id_, token in enumerate(tokens)}, merges, ignore_merges=pre.ignore_merges)
+        bpe = models.BPE(vocab, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges does not fit the vocabulary ({error})") from error
     backend = tokenizers.Tokenizer(bpe)
@@ -109,46 +115,48 @@ def _build_byte_level(raw: RawCheckpoint, tokens: list[str]) -> tuple[tokenizers
     return backend, pre.add_bos
 
 
-def _build_sentencepiece(raw: RawCheckpoint, tokens: list[str], types: list[Any]) -> tokenizers.Tokenizer:
-    scores = _read_per_token(raw, "scores", tokens, None)
-    if not all(isinstance(score, (int, float)) and not math.isnan(score) for score in scores):
-        raise CheckpointError(f"{raw.path}: tokenizer.ggml.scores must be numbers")
-    unknown = next((token for token, type_ in zip(tokens, types, strict=True) if type_ == TokenType.UNKNOWN), None)
-    if unknown is None and not sentencepiece.BYTES.issubset(tokens):
+def _build_sentencepiece(
+    raw: RawCheckpoint, vocab: dict[str, int], tokens: list[str], types: NDArray[Any]
+) -> tokenizers.Tokenizer:
+    unknown = next((tokens[id_] for id_ in np.flatnonzero(types == TokenType.UNKNOWN)), None)
+    if unknown is None and not vocab.keys() >= sentencepiece.BYTES:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has neither an unknown token nor all byte tokens")
-    return sentencepiece.build_backend(
-        tokens,
-        scores,
-        [type_ == TokenType.NORMAL for type_ in types],
-        unknown,
-        prefix_space=_read_flag(raw, "add_space_prefix", True),
-    )
+    prefix_space = _read_flag(raw, "add_space_prefix", True)
+    return sentencepiece.build_vocabulary(vocab, unknown, prefix_space=prefix_space)
+
+
+def _read_scores(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
+    scores = _read_per_token(raw, "scores", tokens, None)
+    if scores.dtype.kind not in "biuf" or np.isnan(scores).any():
+        raise CheckpointError(f"{raw.path}: tokenizer.ggml.scores must be numbers")
+    return scores
 
 
 def _add_tokens(
-    backend: tokenizers.Tokenizer, tokens: list[str], types: list[Any], rstrip_exceptions: frozenset[str] | None
+    backend: tokenizers.Tokenizer, tokens: list[str], types: NDArray[Any], rstrip_exceptions: frozenset[str] | None
 ) -> None:
     """Add the tokens that are matched in text before merging: special ones on request, user-defined ones always."""
-    is_special: dict[int, bool] = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+    matched = np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)))
+    is_special = types[matched] != TokenType.USER_DEFINED
     backend.add_tokens(
         [
             AddedToken(
-                token,
-                special=is_special[type_],
+                tokens[id_],
+                special=special,
                 normalized=False,
-                rstrip=rstrip_exceptions is not None and token not in rstrip_exceptions,
+                rstrip=rstrip_exceptions is not None and tokens[id_] not in rstrip_exceptions,
             )
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ in is_special
+            for id_, special in zip(matched.tolist(), is_special.tolist(), strict=True)
         ]
     )
 
 
-def _read_per_token(raw: RawCheckpoint, name: str, tokens: list[str], default: list[Any] | None) -> list[Any]:
+def _read_per_token(raw: RawCheckpoint, name: str, tokens: list[str], default: list[Any] | None) -> NDArray[Any]:
+    """Return a copy, (V)."""
     values = raw.metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(values, list) or len(values) != len(tokens):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.{name} must have one entry per token")
-    return values
+    return np.array(values, dtype=object if any(isinstance(value, list) for value in values[:1]) else None)
 
 
 def _read_flag(raw: RawCheckpoint, name: str, default: bool) -> bool:
@@ -158,7 +166,7 @@ def _read_flag(raw: RawCheckpoint, name: str, default: bool) -> bool:
     return value
 
 
-def _read_token_id(raw: RawCheckpoint, kind: str, tokens: list[str]) -> int | None:
+def _read_token_id(raw: RawCheckpoint, kind: str, tokens: Sized) -> int | None:
     id_ = raw.metadata.get(f"tokenizer.ggml.{kind}_token_id")
     if id_ is not None and not (type(id_) is int and 0 <= id_ < len(tokens)):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.{kind}_token_id is {id_!r}, outside the vocabulary")
@@ -179,9 +187,9 @@ def _add_bos_and_eos(raw: RawCheckpoint, backend: tokenizers.Tokenizer, tokens: 
         backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
 
 
-def _read_eos_ids(raw: RawCheckpoint, tokens: list[str], types: list[Any]) -> frozenset[int]:
-    named = {_read_token_id(raw, kind, tokens) for kind in ("eos", "eot", "eom")}
-    known = {id_ for id_, token in enumerate(tokens) if token in _END_TOKENS and types[id_] == TokenType.CONTROL}
+def _read_eos_ids(raw: RawCheckpoint, vocab: dict[str, int], types: NDArray[Any]) -> frozenset[int]:
+    named = {_read_token_id(raw, kind, vocab) for kind in ("eos", "eot", "eom")}
+    known = {vocab[token] for token in _END_TOKENS & vocab.keys() if types[vocab[token]] == TokenType.CONTROL}
     return frozenset(known | {id_ for id_ in named if id_ is not None})
 
 
@@ -193,6 +201,6 @@ def _read_special_tokens(raw: RawCheckpoint, tokens: list[str]) -> dict[str, str
 
 def _read_strings(raw: RawCheckpoint, name: str) -> list[str]:
     value = raw.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value[:1]):  # all are of one type
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.{name} is missing or not a list of strings")
-    return value
+    return list(value)

@@ -2,34 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from kvgen.tokenizer.special_tokens import encode_text
+from kvgen.tokenizer.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # replaces the space in these vocabularies
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's fraction
+_FEW = 10_000  # characters; finding their merges takes 0.1 s or less
 _Ints = NDArray[np.int64]
 _Hash = NDArray[np.uint64]
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
-def build_backend(
-    tokens: Sequence[str], scores: Sequence[float], is_piece: Sequence[bool], unknown: str | None, *, prefix_space: bool
-) -> tokenizers.Tokenizer:
-    """Build a tokenizer without added tokens.
+class SentencePieceTokenizer(Tokenizer):
+    """A vocabulary whose merges follow from its scores.
 
-    tokens, scores: by id.
-    is_piece: whether merging may produce the token; false for special, user-defined and byte tokens.
+    All merges of a large vocabulary take a second to find, and 20 MB. A text needs only those that form pieces of it,
+    and has the same tokens with them. So the first texts are encoded with their own, until many characters were.
+    """
+
+    def __init__(
+        self,
+        vocabulary: tokenizers.Tokenizer,
+        longest: int,
+        scores: NDArray[Any],
+        is_piece: NDArray[np.bool_],
+        *settings: Any,
+    ) -> None:
+        """vocabulary: without merges. longest: characters of a token. scores, is_piece: see `merges_by_score`.
+
+        settings: see `Tokenizer`.
+        """
+        super().__init__(vocabulary, *settings)
+        self._longest, self._scores, self._is_piece = longest, scores, is_piece
+        self._encoded = 0  # characters
+
+    @cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        vocab = self._vocabulary.get_vocab(with_added_tokens=False)
+        return self._with_merges(vocab, self._vocabulary.get_added_tokens_decoder().values())
+
+    def _encode(self, text: str, *, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        self._encoded += len(text)
+        backend = self.backend if self._encoded > _FEW else self._backend_for(text, parse_special)
+        return encode_text(backend, text, parse_special=parse_special, add_special_tokens=add_special_tokens).ids
+
+    def _backend_for(self, text: str, parse_special: bool) -> tokenizers.Tokenizer:
+        """Return a tokenizer with those tokens that a text can have, and with tokens that do not matter to it."""
+        vocabulary = self._vocabulary
+        unmerged = encode_text(vocabulary, text, parse_special=parse_special, add_special_tokens=False).tokens
+        characters = "".join(token for token in unmerged if token not in BYTES)
+        added = [token for token in vocabulary.get_added_tokens_decoder().values() if token.content in text]
+        unknown = vocabulary.model.unk_token
+        tokens = {*unmerged, *BYTES, *(token.content for token in added), *([] if unknown is None else [unknown])}
+        vocab = {token: id_ for token in tokens if (id_ := vocabulary.token_to_id(token)) is not None}
+        for size in range(2, self._longest + 1):
+            parts = {characters[start : start + size] for start in range(len(characters) - size + 1)}
+            vocab.update((part, id_) for part in parts if (id_ := vocabulary.token_to_id(part)) is not None)
+        return self._with_merges(vocab, added)
+
+    def _with_merges(self, vocab: Mapping[str, int], added: Iterable[AddedToken]) -> tokenizers.Tokenizer:
+        """Return the tokenizer with the merges of a part of the vocabulary."""
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        ids = [vocab[token] for token in tokens]
+        merges = merges_by_score(tokens, self._scores[ids], self._is_piece[ids])
+        backend = _build(vocab, merges, self._vocabulary.model.unk_token)
+        backend.normalizer, backend.decoder = self._vocabulary.normalizer, self._vocabulary.decoder
+        if self._vocabulary.post_processor is not None:
+            backend.post_processor = self._vocabulary.post_processor
+        backend.add_tokens(list(added))
+        return backend
+
+
+def build_vocabulary(vocab: Mapping[str, int], unknown: str | None, *, prefix_space: bool) -> tokenizers.Tokenizer:
+    """Build a tokenizer without merges and added tokens.
+
+    vocab: the id of each token.
     unknown: the unknown token, for vocabularies without byte tokens.
     prefix_space: whether to put a space before a text, and after each special token.
     """
-    vocab = {token: id_ for id_, token in enumerate(tokens)}
-    merges = merges_by_score(tokens, scores, is_piece)
-    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
+    backend = _build(vocab, [], unknown)
     spaces = [normalizers.Prepend(SPACE)] if prefix_space else []
     backend.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if prefix_space else []
@@ -39,9 +99,17 @@ def build_backend(
     return backend
 
 
-def merges_by_score(tokens: Sequence[str], scores: Sequence[float], is_piece: Sequence[bool]) -> list[tuple[str, str]]:
+def _build(vocab: Mapping[str, int], merges: list[tuple[str, str]], unknown: str | None) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer(models.BPE(dict(vocab), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+
+
+def merges_by_score(
+    tokens: Sequence[str], scores: Sequence[float] | NDArray[Any], is_piece: Sequence[bool] | NDArray[np.bool_]
+) -> list[tuple[str, str]]:
     """Return every pair of pieces that forms a piece, best score first, which is SentencePiece's merge order.
 
+    tokens, scores: in the order of ids.
+    is_piece: whether merging may produce the token; false for special, user-defined and byte tokens.
     Pairs that form the same piece are sorted by their ids, as in transformers' conversion.
 
     A vocabulary has millions of places to cut a piece in two, so all are looked up at once, by hashes of 64 bits.

@@ -11,6 +11,7 @@ import re
 import secrets
 import threading
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cached_property
 
 import tokenizers
@@ -42,8 +43,9 @@ def encode_text(
 class SpecialTokenEscaper:
     """Separate a chat template's special tokens from text in messages that looks like them."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, complete: Callable[[], tokenizers.Tokenizer]) -> None:
+        """backend: may lack merges. complete: return it with merges; called when a message is escaped."""
+        self._complete = complete
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: (id_, token) for id_, token in added.items() if token.special}
         self._text = {id_: text for text, (id_, _) in self._special.items()}
@@ -91,7 +93,7 @@ class SpecialTokenEscaper:
 
         A placeholder is not special, but has the flags of its special token, so surrounding text is split the same way.
         """
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend = tokenizers.Tokenizer.from_str(self._complete().to_str())
         placeholders = [
             tokenizers.AddedToken(
                 self._name(id_),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -36,24 +37,30 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self.backend = backend
+        self._vocabulary = backend
         self.eos_ids = eos_ids
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        return self._vocabulary
+
     @cached_property
     def _escaper(self) -> SpecialTokenEscaper:
-        return SpecialTokenEscaper(self.backend)
+        return SpecialTokenEscaper(self._vocabulary, lambda: self.backend)
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with a different chat template."""
-        return type(self)(self.backend, self.eos_ids, source, self.special_tokens)
+        changed = copy(self)
+        changed.chat_template = ChatTemplate(source, self.special_tokens)
+        return changed
 
     def shares_vocabulary(self, other: Tokenizer) -> bool:
         """Return whether both map the same tokens to the same ids."""
-        return self.backend.get_vocab() == other.backend.get_vocab()
+        return self._vocabulary.get_vocab() == other._vocabulary.get_vocab()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Return the ids of `text`, with BOS and EOS if the checkpoint adds them.
@@ -62,7 +69,10 @@ class Tokenizer:
 
         Raises UsageError if the text is not valid Unicode.
         """
-        return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=True).ids
+        return self._encode(text, parse_special=parse_special, add_special_tokens=True)
+
+    def _encode(self, text: str, *, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        return encode_text(self.backend, text, parse_special=parse_special, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(
         self, messages: Sequence[Message], *, parse_special: bool = False, tools: Sequence[Any] | None = None
@@ -80,18 +90,18 @@ class Tokenizer:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
         if parse_special or not any(self._escaper.is_needed(text) for text in _texts([*messages, tools])):
             text = self.chat_template.render_with_system(messages, tools)
-            return encode_text(self.backend, text, parse_special=True, add_special_tokens=False).ids
+            return self._encode(text, parse_special=True, add_special_tokens=False)
         escape = self._escaper.escape
         escaped: list[Any] = [{**_mapped(message, escape), "role": message["role"]} for message in messages]
         return self._escaper.encode(self.chat_template.render_with_system(escaped, _mapped(tools, escape)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens. Invalid UTF-8 becomes U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        return self._vocabulary.decode(list(ids), skip_special_tokens=True)
 
     def token(self, id_: int) -> str:
         """Return the text of one token, which may be special."""
-        return self.backend.decode([id_], skip_special_tokens=False)
+        return self._vocabulary.decode([id_], skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> Iterator[tuple[str, range]]:
         """Split a text into the smallest pieces of whole characters; yield each with the range of its tokens in `ids`.
@@ -119,7 +129,7 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """Return a new detokenizer for a stream of ids."""
-        return Detokenizer(self.backend, self.special_ids)
+        return Detokenizer(self._vocabulary, self.special_ids)
 
 
 def _texts(value: Any) -> Iterator[str]:

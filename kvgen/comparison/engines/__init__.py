@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,12 @@ class EngineOptions:
     kv_dtype: str = "auto"
     device: str = "auto"
     tokenizer: str | Path | None = None
+
+    def check(self, engine: str, **known: Collection[str]) -> None:
+        """Raise UsageError for an option whose value is not among those that the engine has."""
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise UsageError(f"{name} {value!r} is not one that {engine} has: {', '.join(values)}")
 
 
 def load_engine(

@@ -41,8 +41,8 @@ class NativeSubject(Subject):
 
     def in_dtype(self, dtype: torch.dtype) -> NativeSubject | None:
         """None on the kernels: they give equal bits for equal texts, so a wider dtype has nothing to decide."""
-        if not isinstance(self._decoder, Decoder):
+        if not isinstance(self.module, Decoder):
             return None
-        twin: Decoder = widened(self._decoder, dtype)
+        twin: Decoder = widened(self.module, dtype)
         twin.kv_dtype = None
         return NativeSubject(NativeBackend(twin))

@@ -40,6 +40,10 @@ class Subject:
         self._count(written)
         return logits, written
 
+    def uncached(self, ids: Tensor) -> Tensor:
+        """Logits, (B, m, vocab) with m >= 1, of a call that neither reads nor writes a cache where the model can."""
+        return self(ids, None)[0]
+
     def forward_batch(
         self, sequences: Sequence[Tensor], caches: Sequence[Any], counts: Sequence[int]
     ) -> tuple[list[Tensor], list[Any]]:
@@ -73,6 +77,13 @@ class Subject:
         ascending = sorted(set(positions))
         found = self.backend.each_logits(ids, ascending)
         return None if found is None else torch.cat(list(found))[[ascending.index(position) for position in positions]]
+
+    def rounded_otherwise(self, ids: Tensor) -> Tensor | None:
+        """Uncached logits after `ids`, (1, n), that another implementation rounds differently: (vocab,).
+
+        None if the model has one only.
+        """
+        return None
 
     def library_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Pass the whole sequence with the library's default arguments."""

@@ -1,0 +1,142 @@
+"""Send JSON over HTTP within limits, and turn whatever goes wrong into one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+
+from kvgen.errors import KvgenError, NotFoundError, UnsupportedError, UsageError, in_one_line
+
+_MAX_BYTES = 64_000_000  # of one answer
+
+
+class LimitError(KvgenError):
+    """The allowed number of requests or seconds is used up."""
+
+
+class AbsentError(NotFoundError):
+    """The server has no such path: it is of another kind."""
+
+
+class Client:
+    """Requests to one server. Threads may share it.
+
+    key_variable: environment variable that holds an API key. timeout: seconds for each request.
+    max_requests, max_seconds: limits on all requests together. requests: their number so far.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key_variable: str | None = None,
+        timeout: float = 60,
+        max_requests: int = 400,
+        max_seconds: float = 300,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self._http = httpx2.Client(base_url=self.url, timeout=timeout, headers=_headers(key_variable))
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, ValueError) as error:
+            raise UsageError(f"--url {url}: {in_one_line(error)}") from None
+        self._timeout, self._max_requests = timeout, max_requests
+        self._max_seconds, self._ends = max_seconds, time.monotonic() + max_seconds
+        self._lock = threading.Lock()
+        self.requests = 0
+
+    def close(self) -> None:
+        """Close all connections; requests in progress fail."""
+        self._http.close()
+
+    def get(self, path: str) -> Any:
+        return self._json(path, *self._send("GET", path, None))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._json(path, *self._send("POST", path, body))
+
+    def text(self, path: str, method: str = "GET") -> str:
+        """The body of an answer that is not JSON."""
+        return self._send(method, path, None)[0].decode("utf-8", "replace")
+
+    def header(self, path: str, name: str) -> str:
+        """A header of the answer to a GET; "" if it is not there."""
+        return str(self._send("GET", path, None)[1].get(name, ""))
+
+    @contextmanager
+    def parsing(self, path: str) -> Iterator[None]:
+        """Report an answer that lacks what it should have."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise KvgenError(f"{self.url}{path}: unexpected answer ({type(error).__name__}: {error})") from error
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[bytes, httpx2.Headers]:
+        where = f"{self.url}{path}"
+        self._count()
+        try:
+            with self._http.stream(method, path, json=body) as response:
+                data = bytearray()
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) > _MAX_BYTES:
+                        raise KvgenError(f"{where}: the answer has over {_MAX_BYTES // 10**6} MB")
+        except httpx2.ConnectError as error:
+            raise NotFoundError(f"{self.url}: no server answers there ({in_one_line(error)})") from error
+        except httpx2.TimeoutException as error:
+            raise KvgenError(f"{where}: no answer within {self._timeout:g} seconds; raise --timeout") from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise UsageError(f"--url {self.url}: {in_one_line(error)}") from error
+        except httpx2.HTTPError as error:
+            raise KvgenError(f"{where}: the connection broke ({in_one_line(error)}); look at the server") from error
+        if response.status_code != 200:
+            raise _status_error(where, response.status_code, bytes(data))
+        return bytes(data), response.headers
+
+    def _count(self) -> None:
+        with self._lock:
+            if self.requests >= self._max_requests:
+                raise LimitError(f"{self._max_requests} requests are used up; raise --max-requests")
+            if time.monotonic() > self._ends:
+                raise LimitError(f"{self._max_seconds:g} seconds are used up; raise --max-seconds")
+            self.requests += 1
+
+    def _json(self, path: str, data: bytes, _: httpx2.Headers) -> Any:
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise KvgenError(f"{self.url}{path}: the answer is no JSON: {_excerpt(data)}") from error
+
+
+def _headers(key_variable: str | None) -> dict[str, str]:
+    if key_variable is None:
+        return {}
+    if not (key := os.environ.get(key_variable)):
+        raise UsageError(f"--api-key-env {key_variable}: the environment has no such variable, or it is empty")
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"--api-key-env {key_variable}: the key has characters that no header can have")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _status_error(where: str, status: int, data: bytes) -> KvgenError:
+    if status in (401, 403):
+        return KvgenError(f"{where}: the server wants another API key ({status}); see --api-key-env")
+    if status in (404, 405):
+        return AbsentError(
+            f"{where}: not there ({status}: {_excerpt(data)}); is the server of another kind? See --server"
+        )
+    if status == 429:
+        return KvgenError(f"{where}: too many requests for the server (429); try again later")
+    if status >= 500:
+        return KvgenError(f"{where}: the server failed ({status}: {_excerpt(data)})")
+    return UnsupportedError(f"{where}: refused ({status}: {_excerpt(data)})")
+
+
+def _excerpt(data: bytes) -> str:
+    return " ".join(data[:400].decode("utf-8", "replace").split())[:200] or "an empty answer"

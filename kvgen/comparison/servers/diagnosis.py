@@ -1,0 +1,140 @@
+"""Explain wrong answers without seeing inside: ask, uncached, for the text that a fault would have computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from kvgen.comparison.servers.client import LimitError
+from kvgen.comparison.servers.distance import distance
+from kvgen.comparison.servers.probes import ServerProbe, Session, Trial
+from kvgen.comparison.servers.server import Prompt
+from kvgen.comparison.trial import Finding
+
+_CLOSER = 3.0  # times closer to the answer predicted than to the right one
+_SMALL = 0.1  # of what one missing token changes
+_EXPLAINED = 3  # wrong probes
+_CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
+_VAGUE = {"lower precision", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
+_SPACED = 4  # smallest chunk
+
+_STALE = "Stale state: the answer is that of an earlier prompt; an edit is not noticed."
+_FOREIGN = "Another request's state: the answer continues a different prompt."
+_LEAK = "Another request's tokens: rows that are computed at the same time leak into each other."
+_NEWEST = "The newest token is missing: the answer is that of the text without it."
+_OLDEST = "The beginning is lost: the answer is that of the text without its first tokens."
+
+
+def diagnose(session: Session, probes: Sequence[ServerProbe]) -> list[Finding]:
+    """Findings for the wrong probes, at least one if there are any."""
+    found: dict[str, Finding] = {}
+    wrong = [probe for probe in probes if probe.wrong]
+    alone = any(not probe.wrong and not (probe.worst and probe.worst.beside) for probe in probes)
+    for probe in wrong[:_EXPLAINED]:
+        try:
+            finding = _explain(session, probe, alone=alone and probe.worst is not None)
+        except LimitError as error:
+            finding = Finding("not diagnosed", "The cause was not looked for.", str(error))
+        found.setdefault(finding.name, finding)
+    if found.keys() - _VAGUE:
+        found = {name: finding for name, finding in found.items() if name not in _VAGUE}
+    for probe in probes:
+        if probe.unproven:
+            text = "Claimed hits: the server counts reused positions, but takes as long as without its cache."
+            found["claimed hits"] = Finding("claimed hits", text, probe.note)
+    return list(found.values())
+
+
+def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
+    trial = probe.worst
+    assert trial is not None
+    beside = bool(trial.beside)
+    for name, text, prompt in _predictions(session, trial):
+        if not session.server.repeats and not session.reference.knows(prompt):
+            continue
+        apart = distance(session.reference.answer(prompt), trial.answer)
+        if apart * _CLOSER < probe.distance and apart <= session.reference.of(prompt).limit:
+            return Finding(
+                name, text, f"{probe.name}: {apart:.2g} nats from it, {probe.distance:.2g} from the right one"
+            )
+    if beside and alone:
+        return Finding(
+            "another request's tokens", _LEAK, f"{probe.name}: right alone, {probe.distance:.2g} nats off here"
+        )
+    if finding := _chunks(session, probe):
+        return finding
+    control = session.reference.of(trial.prompt)
+    if not session.server.repeats:
+        text = "The cause cannot be looked for: the server computes a text without its cache only once."
+        return Finding("unexplained", text, f"{probe.name}: {probe.distance:.2g} nats")
+    one = distance(control.answer, session.reference.answer(trial.prompt[:-1]))
+    evidence = f"{probe.name}: {probe.distance:.2g} nats, {probe.distance / probe.noise:.2g} times the noise; "
+    evidence += f"a missing token changes {one:.2g}"
+    if probe.distance < _SMALL * one:
+        text = "The difference is small, as of a cache of lower precision: no text without the fault has this answer."
+        return Finding("lower precision", text, evidence)
+    return Finding("unexplained", "None of the known explanations fits.", evidence)
+
+
+def _predictions(session: Session, trial: Trial) -> Iterator[tuple[str, str, Prompt]]:
+    """Names and sentences of faults, with the text that each would have computed."""
+    prompt, reused = trial.prompt, trial.answer.reused or 0
+    foreign = "another request's tokens", _LEAK
+    for other in dict.fromkeys((*trial.earlier, *trial.beside, *session.others)):
+        if other == prompt:
+            continue
+        shared = next((at for at, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), len(prompt))
+        mixed = other[: len(prompt) - 1] + prompt[len(other[: len(prompt) - 1]) :]
+        name = foreign if other in trial.beside else ("another request's state", _FOREIGN)
+        if shared > len(prompt) // 4:
+            name = "stale state", _STALE
+        for predicted in dict.fromkeys((other, mixed, other[:reused] + prompt[reused:])):
+            if predicted != prompt and not _only_shorter(predicted, prompt):
+                yield *name, predicted
+    for place in dict.fromkeys((len(prompt) - 1, len(prompt) - 2, reused - 1)):
+        if 0 <= place < len(prompt):
+            yield "newest token missing", _NEWEST, prompt[:place] + prompt[place + 1 :]
+    yield "beginning lost", _OLDEST, prompt[1:]
+    yield "beginning lost", _OLDEST, prompt[:1] + prompt[2:]
+    if session.server.repeats:
+        yield "beginning lost", _OLDEST, prompt[-_window(session, trial) :]
+
+
+def _window(session: Session, trial: Trial) -> int:
+    """The number of last tokens whose uncached answer is closest to that of a trial, by ternary search."""
+    low, high = 1, len(trial.prompt) - 1
+    while high - low > 2:
+        third = (high - low) // 3
+        near, far = (
+            distance(session.reference.answer(trial.prompt[-kept:]), trial.answer)
+            for kept in (low + third, high - third)
+        )
+        low, high = (low, high - third) if near < far else (low + third, high)
+    kept = range(low, high + 1)
+    return min(kept, key=lambda last: distance(session.reference.answer(trial.prompt[-last:]), trial.answer))
+
+
+def _only_shorter(predicted: Prompt, prompt: Prompt) -> bool:
+    return predicted == prompt[: len(predicted)]
+
+
+def _chunks(session: Session, probe: ServerProbe) -> Finding | None:
+    """Whether a text is wrong only if it is continued at multiples of some number."""
+    trial = probe.worst
+    assert trial is not None
+    if not session.server.repeats or not trial.earlier or trial.beside:
+        return None
+    wrong: list[int] = []
+    right: list[int] = []
+    control = session.reference.of(trial.prompt)
+    for cut in (cut for cut in _CUTS if cut < len(trial.prompt)):
+        answer = session.hit(trial.prompt, trial.prompt[:cut]).answer
+        if answer.hit or not session.counts:
+            (wrong if distance(control.answer, answer) > control.limit else right).append(cut)
+    size = math.gcd(*wrong)
+    if not wrong or not right or size < _SPACED or any(cut % size == 0 for cut in right):
+        return None
+    text = f"Chunk boundary: wrong where a text is continued at multiples of {size}."
+    return Finding(
+        "chunk boundary", text, f"wrong at {', '.join(map(str, wrong))}; right at {', '.join(map(str, right))}"
+    )

@@ -1,0 +1,51 @@
+"""kvgen's own server. `cache: false` computes a request without the cache; answers count what was reused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvgen.comparison.servers.client import AbsentError, Client
+from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, read_logprobs, timed
+
+_PATH = "/v1/completions"
+_TOP = 20  # the server's limit
+
+
+class KvgenServer:
+    kind = "kvgen"
+    repeats = True
+
+    def __init__(self, client: Client, model: dict[str, Any]) -> None:
+        self._client = client
+        with client.parsing("/v1/models"):
+            self.model, self.context = str(model["id"]), model["context_length"]
+
+    @classmethod
+    def detect(cls, client: Client) -> Server | None:
+        try:
+            models = client.get("/v1/models")
+        except AbsentError:
+            return None
+        with client.parsing("/v1/models"):
+            model = models["data"][0]
+            return cls(client, model) if model.get("owned_by") == cls.kind else None
+
+    def encode(self, text: str) -> Prompt:
+        answer = self._client.post("/tokenize", {"prompt": text})
+        with self._client.parsing("/tokenize"):
+            return tuple(int(id_) for id_ in answer["tokens"])
+
+    def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": steps,
+            "temperature": 0,
+            "logprobs": _TOP,
+            "return_tokens_as_token_ids": True,
+            "cache": space is not None,
+        }
+        answer, seconds = timed(self._client, _PATH, body)
+        with self._client.parsing(_PATH):
+            found, tokens = read_logprobs(answer["choices"][0]["logprobs"])
+            usage = answer["usage"]
+            return Answer(found, tokens, cached_tokens(usage), int(usage["prompt_tokens"]), seconds)

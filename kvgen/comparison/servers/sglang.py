@@ -1,0 +1,74 @@
+"""SGLang's own API. An `extra_key` of its own keeps a request from what others cached.
+
+Where `cached_tokens` says that a request read the cache all the same, as in versions without that field, the cache is
+flushed, and the request made again for the log-probabilities of its whole prompt, which need all of it.
+
+Source: python/sglang/srt/managers/io_struct.py and entrypoints/http_server.py of SGLang.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from kvgen.comparison.servers.client import AbsentError, Client
+from kvgen.comparison.servers.server import Answer, Prompt, Server, Step, Token, first_model, timed
+from kvgen.errors import UnsupportedError
+
+_PATH = "/generate"
+_TOP = 20
+
+
+class SglangServer:
+    kind = "sglang"
+    repeats = True
+
+    def __init__(self, client: Client, model: dict[str, Any]) -> None:
+        self._client = client
+        with client.parsing("/v1/models"):
+            self.model = str(model["id"])
+            length = model.get("max_model_len")
+            self.context = None if length is None else int(length)
+
+    @classmethod
+    def detect(cls, client: Client) -> Server | None:
+        try:
+            model = first_model(client)
+        except AbsentError:
+            return None
+        return cls(client, model) if model.get("owned_by") == cls.kind else None
+
+    def encode(self, text: str) -> Prompt:
+        answer = self._client.post("/tokenize", {"model": self.model, "prompt": text})
+        with self._client.parsing("/tokenize"):
+            return tuple(int(id_) for id_ in answer["tokens"])
+
+    def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
+        answer = self._ask(prompt, steps, space or uuid.uuid4().hex, -1)
+        if space is None and answer.reused:
+            self._client.text("/flush_cache", "POST")
+            answer = self._ask(prompt, steps, uuid.uuid4().hex, 0)
+        return answer
+
+    def _ask(self, prompt: Prompt, steps: int, space: str, start: int) -> Answer:
+        body = {
+            "input_ids": list(prompt),
+            "extra_key": space,
+            "sampling_params": {"max_new_tokens": steps, "temperature": 0, "ignore_eos": True},
+            "return_logprob": True,
+            "top_logprobs_num": _TOP,
+            "logprob_start_len": start,
+        }
+        answer, seconds = timed(self._client, _PATH, body)
+        with self._client.parsing(_PATH):
+            about = answer["meta_info"]
+            if not about.get("output_top_logprobs"):
+                raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+            steps_ = tuple(_step(top) for top in about["output_top_logprobs"])
+            tokens: tuple[Token, ...] = tuple(int(one[1]) for one in about["output_token_logprobs"])
+            reused = about.get("cached_tokens")
+            return Answer(steps_, tokens, None if reused is None else int(reused), about.get("prompt_tokens"), seconds)
+
+
+def _step(top: list[Any]) -> Step:
+    return {int(id_): float(value) for value, id_, *_ in top}

@@ -1,0 +1,1 @@
+"""Steps of one position on an NVIDIA GPU: Triton kernels, launched as one CUDA graph."""

@@ -1,0 +1,328 @@
+"""`kvgen compare --url` against a small server on localhost: honest, noisy, lying, or no such server at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.comparison import ServerComparison, compare_server
+from kvgen.comparison.servers.connect import KINDS, connect
+from kvgen.comparison.servers.distance import distance, printed_precision, step_distance
+from kvgen.comparison.servers.reference import LIMIT
+from kvgen.comparison.servers.server import Answer
+from kvgen.comparison.servers.texts import compose
+from kvgen.comparison.verdict import Verdict
+from tests.lying_server import FAULTS, Toy, answer, serving
+from tests.program import run, run_on_terminal
+
+ONLY_THOROUGH = {"window", "claimed hits"}
+
+
+def compare(toy: Toy, kind: str = "llama.cpp", reply: Any = answer, **options: Any) -> ServerComparison:
+    limits = {name: options.pop(name) for name in ("max_requests", "max_seconds", "timeout") if name in options}
+    with serving(toy, kind, reply) as url:
+        client = Client(url, **{"max_requests": 3000, **limits})
+        try:
+            return compare_server(client, connect(client), "Once upon a time,", **options)
+        finally:
+            client.close()
+
+
+def names(result: ServerComparison) -> set[str]:
+    return {finding.name for finding in result.findings}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - ONLY_THOROUGH))
+def test_faults_are_found_and_explained(fault: str) -> None:
+    kinds = ("llama.cpp", "vllm", "sglang")
+    result = compare(Toy(fault), kinds[sorted(FAULTS).index(fault) % 3])
+    assert result.verdict is Verdict.DIFFERENT
+    assert not FAULTS[fault] or FAULTS[fault] in names(result)
+
+
+def test_a_fault_past_a_window_is_found_by_thorough() -> None:
+    assert compare(Toy("window")).verdict is Verdict.EQUIVALENT
+    result = compare(Toy("window"), thorough=True)
+    assert result.verdict is Verdict.DIFFERENT and names(result) == {"beginning lost"}
+    assert "past 128 positions" in {probe.name for probe in result.probes if probe.wrong}
+
+
+@pytest.mark.slow  # seconds of computing for each text
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_thorough_finds_all_faults(fault: str) -> None:
+    result = compare(Toy(fault, slow=6 if fault in ("", "claimed hits") else 0), thorough=True, max_seconds=900)
+    wanted = Verdict.NOT_COMPARABLE if fault == "claimed hits" else Verdict.DIFFERENT
+    assert result.verdict is (wanted if fault else Verdict.EQUIVALENT), result.reason
+    assert not FAULTS.get(fault) or FAULTS[fault] in names(result)
+
+
+HONEST = [
+    (seed, kind, noise, block)
+    for seed in range(4)
+    for kind, noise, block in (
+        ("llama.cpp", 0.0, 1),
+        ("vllm", 0.0, 16),
+        ("sglang", 1e-4, 1),
+        ("llama.cpp", 0.03, 1),
+        ("vllm", 0.1, 32),
+        ("openai", 0.01, 1),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("seed", "kind", "noise", "block"),
+    [pytest.param(*case, marks=() if case[0] == 0 else pytest.mark.slow) for case in HONEST],
+)
+def test_honest_servers_raise_no_alarm(seed: int, kind: str, noise: float, block: int) -> None:
+    """Also those whose rounding depends on what is computed at the same time."""
+    result = compare(Toy(noise=noise, seed=seed, block=block), kind)
+    assert result.verdict is Verdict.EQUIVALENT, (result.reason, result.findings)
+    assert result.acceptable and not result.findings
+    assert any(probe.reused for probe in result.probes)
+
+
+def test_noise_is_measured_and_hides_nothing_larger() -> None:
+    result = compare(Toy("newest dropped", noise=0.02))
+    assert result.verdict is Verdict.DIFFERENT
+    assert all(0.005 < probe.noise < 0.1 for probe in result.probes if probe.name != "decoding")
+
+
+def beginning_only(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+    """A server that reuses no more than the token that all prompts begin with."""
+    found = answer(toy, kind, path, body)
+    if "timings" in (found or {}):
+        found["timings"]["cache_n"] = min(1, found["timings"]["cache_n"])
+    return found
+
+
+@pytest.mark.parametrize(("block", "reply"), [(10_000, answer), (1, beginning_only)])
+def test_nothing_reused_is_not_comparable(block: int, reply: Any) -> None:
+    result = compare(Toy(block=block), reply=reply)
+    assert result.verdict is Verdict.NOT_COMPARABLE and "nothing was reused" in result.reason
+    assert not result.acceptable
+
+
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+def test_a_server_without_counts_is_not_comparable(kind: str) -> None:
+    def silent(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = answer(toy, kind, path, body)
+        return {name: value for name, value in found.items() if name != "usage"} if found else found
+
+    result = compare(Toy(), kind, silent)
+    assert result.verdict is Verdict.NOT_COMPARABLE and "does not say" in result.reason
+    assert compare(Toy("another state"), kind, silent).verdict is Verdict.DIFFERENT
+
+
+def test_counts_may_come_from_metrics() -> None:
+    hits = 0
+
+    def counting(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        nonlocal hits
+        if path == "/metrics":
+            return 200, f'# HELP\nvllm:prefix_cache_hits_total{{engine="0"}} {float(hits)}\n'.encode()
+        found = answer(toy, kind, path, body)
+        if found and (usage := found.pop("usage", None)):
+            hits += usage["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    result = compare(Toy(), "vllm", counting)
+    assert result.verdict is Verdict.EQUIVALENT
+    assert {probe.name: probe.reused for probe in result.probes}["same prompt"] == 95
+
+
+def test_a_server_that_differs_from_itself_is_not_comparable() -> None:
+    calls = 0
+
+    def random(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        return answer(
+            toy, kind, path, {**body, "prompt": [*body["prompt"], calls % 200]} if "n_probs" in body else body
+        )
+
+    result = compare(Toy(), reply=random)
+    assert result.verdict is Verdict.NOT_COMPARABLE and names(result) == {"not deterministic"}
+
+
+def test_limits_leave_probes_out_and_say_so() -> None:
+    result = compare(Toy(), max_requests=30)
+    assert "30 requests are used up; raise --max-requests" in result.not_tested
+    assert "beside others" in result.not_tested and result.requests == 30
+
+
+def test_a_server_may_take_log_probabilities_as_chats_do_and_in_any_order() -> None:
+    """As mlx-lm does, whose `token` is not the generated one but the first of an unsorted list."""
+
+    def chatty(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        if path != "/v1/completions":
+            return answer(toy, kind, path, body)
+        if body["logprobs"] is not True:
+            return 422, b'{"error": "logprobs must be of type bool"}'
+        found = answer(toy, kind, path, {**body, "logprobs": body["top_logprobs"]})
+        steps = found["choices"][0]["logprobs"]["top_logprobs"]
+        tops = [[{"token": name, "logprob": value} for name, value in step.items()][::-1] for step in steps]
+        found["choices"][0]["logprobs"] = {"content": [{**top[0], "top_logprobs": top} for top in tops]}
+        return found
+
+    assert compare(Toy(), "openai", chatty).verdict is Verdict.EQUIVALENT
+    assert compare(Toy("another state"), "openai", chatty).verdict is Verdict.DIFFERENT
+
+
+def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
+    calls = 0
+
+    def reply(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        return (status, data) if calls > after else answer(toy, kind, path, body)
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (failing(401, b"{}"), "wants another API key (401); see --api-key-env"),
+        (failing(429, b"{}", after=5), "too many requests for the server (429)"),
+        (failing(503, b"loading model", after=3), "the server failed (503: loading model)"),
+        (failing(200, b"<html>hello</html>"), "the answer is no JSON: <html>hello</html>"),
+        (failing(200, b"[" * 100_000), "the answer is no JSON"),
+        (failing(200, b'{"a": 1}', after=4), "unexpected answer (KeyError"),
+        (failing(404, b""), "the server there is not of a known kind"),
+        (failing(400, b'{"error": "no"}', after=4), 'refused (400: {"error": "no"})'),
+    ],
+)
+def test_failures_are_one_line(reply: Any, message: str) -> None:
+    with serving(Toy(), reply=reply) as url:
+        result = run("compare", "--url", url)
+    assert result.returncode == 1 and not result.stdout
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_server_without_log_probabilities_is_refused() -> None:
+    def bare(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        return {"choices": [{"text": " x"}]} if path == "/v1/completions" else answer(toy, kind, path, body)
+
+    with serving(Toy(), "openai", bare) as url:
+        result = run("compare", "--url", url)
+    assert (result.returncode, "gives no log-probabilities" in result.stderr) == (1, True)
+
+
+def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
+    def nameless(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        assert "model" not in body
+        return {"data": []} if path == "/v1/models" else answer(toy, kind, path, body)
+
+    assert compare(Toy(), "openai", nameless).verdict is Verdict.EQUIVALENT
+
+
+def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        silent = run("compare", "--url", url, "--timeout", "0.2")
+        closer = threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True)
+        listener.accept()[0].close()
+        closer.start()
+        broken = run("compare", "--url", url, "--timeout", "20")
+    assert "no answer within 0.2 seconds; raise --timeout" in silent.stderr
+    assert "the connection broke" in broken.stderr
+    assert silent.returncode == broken.returncode == 1
+    gone = run("compare", "--url", url)
+    assert gone.returncode == 1 and "no server answers there" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--url", "localhost"), "http://"),
+        (("--server", "vllm"), "--server needs --url"),
+        (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
+        (("--url", "http://localhost", "--server", "x"), "known: llama.cpp, vllm, sglang, openai"),
+        (("--url", "http://localhost", "--api-key-env", "NO_SUCH_KEY"), "the environment has no such variable"),
+    ],
+)
+def test_wrong_usage_is_named(arguments: tuple[str, ...], message: str) -> None:
+    result = run("compare", *arguments)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_KEY", "secret-17")
+    with serving(Toy()) as url:
+        client = Client(url, key_variable="TOY_KEY")
+        assert client._http.headers["authorization"] == "Bearer secret-17"
+        client.close()
+
+
+def test_the_command_prints_a_table_or_json() -> None:
+    with serving(Toy()) as url:
+        shown = run("compare", "--url", url)
+        data = run("compare", "--url", f"{url}/v1", "--json", "--server", "llama.cpp")
+    assert shown.returncode == 0 and not shown.stderr
+    assert shown.stdout.startswith("llama.cpp: equivalent\n")
+    assert "edit in the middle" in shown.stdout and "Not tested: " in shown.stdout
+    report = json.loads(data.stdout)
+    assert report["acceptable"] and report["backend"] == "llama.cpp"
+    [pattern] = report["comparisons"][0]["patterns"]
+    assert {probe["verdict"] for probe in pattern["probes"]} == {"equivalent"}
+
+
+def test_a_wrong_server_fails_with_its_cause(tmp_path: Path) -> None:
+    with serving(Toy("stale edit")) as url:
+        wrong = run("compare", "--url", url, "--junit", str(tmp_path / "report.xml"))
+    assert wrong.returncode == 1 and wrong.stdout.startswith("llama.cpp: different\n")
+    assert "an edit is not noticed" in wrong.stdout
+    report = (tmp_path / "report.xml").read_text()
+    assert 'name="cached: edit in the middle"' in report and "an edit is not noticed" in report
+
+
+def test_interrupting_ends_at_once() -> None:
+    asked, ended = threading.Event(), threading.Event()
+
+    def hanging(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        if path == "/completion":
+            asked.set()
+            ended.wait(60)
+        return answer(toy, kind, path, body)
+
+    with serving(Toy(), reply=hanging) as url:
+        code, shown = run_on_terminal("compare", "--url", url, interrupt_after="comparing")
+        ended.set()
+    assert code == 130 and "Traceback" not in shown
+
+
+def of(*steps: dict[Any, float]) -> Answer:
+    return Answer(steps, tuple(max(step, key=step.__getitem__) for step in steps), None, None, 0)
+
+
+def test_distance_counts_tokens_that_one_side_names() -> None:
+    assert step_distance({1: -1.0, 2: -2.0}, {1: -1.0, 2: -2.0}) == 0
+    assert step_distance({1: -1.0, 2: -3.0}, {1: -1.0, 3: -3.0}) == 0  # 2 may have been just below
+    assert step_distance({1: -1.0, 2: -2.0}, {1: -1.0, 3: -3.0}) == pytest.approx((1 / 3) ** 0.5)
+    assert step_distance({1: float("nan")}, {1: -1.0}) == float("inf")
+    assert distance(of(), of()) == 0 and distance(of(), of({1: -1.0})) == float("inf")
+    ends, other = of({1: -1.0, 2: -2.0}, {5: -1.0}, {6: -1.0}), of({1: -1.0, 2: -2.0}, {4: -1.0}, {7: -9.0})
+    assert distance(ends, other) == step_distance({5: -1.0}, {4: -1.0})  # later steps follow other texts
+
+
+def test_printed_precision_is_that_of_decimals_or_of_sixteen_bits() -> None:
+    assert printed_precision([{1: -1.2346, 2: -3.4, 3: -0.0001}]) == pytest.approx(1e-4)
+    bf16 = {token: -2.0157 - token / 8 for token in range(10)}
+    assert printed_precision([bf16]) == 1 / 8
+    fine = {token: -2.0157 - token / 7.3 for token in range(10)}
+    assert printed_precision([fine]) < 1e-4
+
+
+def test_texts_are_as_long_as_asked_for_and_differ_from_the_first_word() -> None:
+    texts = [compose(200, seed).split(" ") for seed in range(4)]
+    assert {len(text) for text in texts} == {200}
+    assert len({text[0] for text in texts}) == 4
+    assert LIMIT > 1 and list(KINDS)[-1] == "openai"

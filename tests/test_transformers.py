@@ -1,0 +1,180 @@
+"""`compare --backend transformers`: correct models, seeded faults, and what the library refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.architectures import tiny_config, tiny_model
+from kvgen.comparison.comparison import Comparison, compare_ids
+from kvgen.comparison.engines import EngineOptions, load_engine
+from kvgen.comparison.engines.transformers import TransformersSubject
+from kvgen.comparison.engines.transformers_model import TransformersBackend, cache_names
+from kvgen.comparison.verdict import Verdict
+from kvgen.errors import UnsupportedError, UsageError
+from tests.program import run
+from tests.transformers_faults import FAULTS
+
+PROMPT = [5, 17, 3, 40, 22, 61, 9, 33]
+FEW = ("a layer reads another", "crop leaves one token", "window one too short", "position one too far")
+_AUTO = """
+    llama mistral gemma2 lfm2 qwen3_next gpt2 bloom opt mixtral deepseek_v3 gemma gemma3_text qwen2 qwen3 phi phi3
+    gpt_neox gptj codegen cohere cohere2 olmo2 olmoe granite bamba mamba2 gpt_oss starcoder2 stablelm falcon bart bert
+"""
+_STATIC = "llama mistral gemma2 gemma3_text qwen2 gpt2 olmo2 phi3 cohere2 gpt_oss"
+CORRECT = [f"{name}:{cache}" for cache, names in (("auto", _AUTO), ("static", _STATIC)) for name in names.split()]
+
+
+def compare(name: str, cache: str = "auto", *patterns: str, **options: Any) -> Comparison:
+    backend = TransformersBackend(tiny_model(name), cache)
+    return compare_ids(backend, PROMPT, patterns=patterns or ("full-sequence",), steps=20, **options)
+
+
+def folder(path: Path, name: str = "llama", **settings: Any) -> Path:
+    tiny_model(name, **settings).save_pretrained(path)
+    return path
+
+
+def slow(values: list[str], fast: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("which", slow(CORRECT, ("llama:auto", "gemma2:static", "lfm2:auto")))
+def test_correct_models_raise_no_alarm(which: str) -> None:
+    row = compare(*which.split(":")).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT, row.findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["llama:auto", "llama:static", "mistral:auto", "gpt2:auto", "lfm2:auto"])
+def test_correct_models_raise_no_thorough_alarm(which: str) -> None:
+    row = compare(*which.split(":"), thorough=True).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT, row.findings
+    checked = {probe.name for probe in row.probes if probe.ratio is not None}
+    assert {"left padding", "saved and loaded", "rows in another order"} <= checked
+
+
+def found(fault: str, monkeypatch: pytest.MonkeyPatch, *, thorough: bool) -> tuple[Verdict, set[str]]:
+    FAULTS[fault].plant(monkeypatch)
+    row = compare(FAULTS[fault].model, FAULTS[fault].cache, thorough=thorough).rows[1]
+    return row.verdict, {finding.name for finding in row.findings}
+
+
+@pytest.mark.parametrize("fault", slow([name for name, fault in FAULTS.items() if not fault.thorough], FEW))
+def test_finds_faults_by_default(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict, findings = found(fault, monkeypatch, thorough=False)
+    assert verdict is Verdict.DIFFERENT
+    assert findings & (FAULTS[fault].names | {"unexplained"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [name for name, fault in FAULTS.items() if fault.thorough])
+def test_finds_the_other_faults_thoroughly(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict, findings = found(fault, monkeypatch, thorough=True)
+    assert verdict is Verdict.DIFFERENT
+    assert findings & FAULTS[fault].names
+
+
+def test_the_last_token_alone_is_harmless_and_a_wrong_position_is_named() -> None:
+    _, last_token, wrong_offset = compare("llama", "auto", "last-token", "wrong-offset").rows
+    assert last_token.verdict is Verdict.EQUIVALENT
+    assert [finding.name for finding in last_token.findings] == ["harmless here"]
+    assert wrong_offset.verdict is Verdict.DIFFERENT
+    assert [finding.name for finding in wrong_offset.findings] == ["offset wrong"]
+
+
+def test_a_cache_that_cannot_be_cropped_is_not_checked_by_rewinds() -> None:
+    probes = {probe.name: probe for probe in compare("llama", "static").rows[1].probes}
+    assert probes["rewinds"].note.startswith("not checked")
+    assert probes["rows of a batch"].ratio is not None
+
+
+def test_a_model_that_reads_later_tokens_is_not_comparable() -> None:
+    backend = TransformersBackend(tiny_model("bert", is_decoder=False))
+    row = compare_ids(backend, PROMPT, steps=8).rows[1]
+    assert row.verdict is Verdict.NOT_COMPARABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "words"),
+    [
+        ("mistral", "quantized-fp8", "full attention"),
+        ("rwkv", "static", "which makes its own"),
+    ],
+)
+def test_what_the_library_refuses_is_unsupported_in_its_words(name: str, cache: str, words: str) -> None:
+    row = compare(name, cache).rows[1]
+    assert row.verdict is Verdict.UNSUPPORTED
+    assert words in row.reason
+
+
+def test_a_quantized_cache_is_lossy() -> None:
+    assert compare("llama", "quantized-fp8").rows[1].verdict is Verdict.LOSSY
+
+
+def test_caches_are_the_librarys() -> None:
+    assert {"auto", "dynamic", "static", "offloaded", "quantized-fp8", "quantized-hqq"} <= cache_names().keys()
+
+
+def test_a_wider_dtype_is_a_copy_of_the_model() -> None:
+    subject = TransformersSubject(TransformersBackend(tiny_model("mixtral").to(torch.bfloat16)))
+    wide = subject.in_dtype(torch.float32)
+    assert wide is not None and wide.dtype is torch.float32
+    widest = wide.in_dtype(torch.float64)
+    assert widest is not None
+    assert widest(torch.tensor([PROMPT]))[0].dtype is torch.float64
+    assert widest.in_dtype(torch.float64) is None
+    assert subject(torch.tensor([PROMPT]))[0].dtype is torch.bfloat16
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model")
+    options = ("--backend", "transformers", "--model", str(model), "--ids", "--prompt", "5 17 3 40", "-n", "6", "-q")
+    result = run("compare", *options, "--cache", "static", "--attention", "eager", "--dtype", "bfloat16", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    report = json.loads(result.stdout)
+    assert (report["backend"], report["dtype"], report["acceptable"]) == ("transformers", "bfloat16", True)
+    wrong = run("compare", *options, "--cache", "elastic")
+    assert wrong.returncode == 2
+    assert "--cache 'elastic'" in wrong.stderr and "static" in wrong.stderr
+    wrong = run("compare", *options, "--attention", "elastic")
+    assert wrong.returncode == 1
+    assert len(wrong.stderr.splitlines()) == 1 and "elastic" in wrong.stderr
+
+
+def test_options_that_the_library_lacks(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model")
+    for options in (EngineOptions(kv_dtype="int8"), EngineOptions(dtype="int3")):
+        with pytest.raises(UsageError):
+            load_engine("transformers", model, options)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilModel"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": names}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UnsupportedError, match="transformers refuses it"):
+        load_engine("transformers", model, EngineOptions(tokenizer="ids"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    torch.save(tiny_model("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="safetensors"):
+        load_engine("transformers", tmp_path, EngineOptions(tokenizer="ids"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["auto", "static"])
+def test_the_default_model(cache: str) -> None:
+    loaded = load_engine("transformers", options=EngineOptions(cache=cache))
+    row = compare_ids(loaded.model, loaded.tokenizer.encode("Once upon a time,"), steps=16).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT, row.findings

@@ -56,7 +56,7 @@ def comparable(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "given"),
+    "case",
     first(
         8,
         [
@@ -81,8 +81,9 @@ def comparable(text: str) -> list[Any]:
     ),
 )
 def test_output_errors_and_exit_codes_are_those_of_a_model_that_is_loaded_here(
-    server: Served, smollm2_path: Path, arguments: tuple[str, ...], given: str | None
+    server: Served, smollm2_path: Path, case: tuple[tuple[str, ...], str | None]
 ) -> None:
+    arguments, given = case
     there = run(*arguments, "--server", address(server), input=given)
     here = run(*arguments, "-m", str(smollm2_path), input=given)
     assert (there.returncode, comparable(there.stdout)) == (here.returncode, comparable(here.stdout))

@@ -51,5 +51,9 @@ class CancelledError(KvgenError):
     """A request was cancelled before it was complete."""
 
 
+class ServerError(KvgenError):
+    """There is no server, or it ended during a request."""
+
+
 class ModelError(KvgenError):
     """A model returned invalid logits: not a number, or of a wrong shape."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-from platformdirs import user_cache_path
+from platformdirs import user_cache_path, user_runtime_path
 
-from kvgen.errors import UsageError
+from kvgen.errors import KvgenError, UsageError
 
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -22,11 +23,15 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 def total_memory() -> int:
     """Return the bytes of memory that this process may use at most."""
+    import psutil
+
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits())])
 
 
 def available_memory() -> int:
     """Return the bytes of memory that this process can still take without swapping."""
+    import psutil  # here, because it takes time that short commands would spend in vain
+
     free = [limit - used for limit, used in _memory_limits()]
     return max(0, min([int(psutil.virtual_memory().available), *free]))
 
@@ -65,6 +70,18 @@ def _read(file: Path) -> str:
 def cache_dir() -> Path:
     """Return $KVGEN_CACHE_DIR or the user's cache folder; kvgen writes nowhere else by itself."""
     return path_of_variable("KVGEN_CACHE_DIR") or user_cache_path("kvgen", appauthor=False)
+
+
+def runtime_dir() -> Path:
+    """Return the user's folder for sockets. Raises KvgenError if others could open it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the system has none, there is one in /tmp
+        folder = user_runtime_path("kvgen", appauthor=False)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise KvgenError(f"{folder}: must be a folder that belongs to you and that nobody else can open")
+    return folder
 
 
 def path_of_variable(name: str) -> Path | None:

@@ -19,7 +19,7 @@ from kvgen import CacheError, CheckpointError, KvgenError, NotFoundError, Unsupp
 from kvgen.backends.adapter import read_adapter
 from kvgen.generation.prompt_cache import load_prompt_cache, save_prompt_cache
 from kvgen.loading.inspect import inspect
-from kvgen.pipeline.record import Record, differences, run_record
+from kvgen.pipeline.record import Record, describe_model, differences, run_record
 from kvgen.tokenizer.prompt import PromptFormat
 from tests import gguf_files, program
 from tests.families import CONFIGS, ONE_KV_HEAD, make_model
@@ -350,7 +350,8 @@ def test_a_run_is_resumed_with_the_same_adapter_only(adapted: tuple[Path, Path],
 
     def record(adapter: Path | None) -> Record:
         arguments = {"reference": folder, "tokenizer": "ids", "adapter": adapter}
-        return run_record(arguments, kvgen.load(**arguments), kvgen.Request(()), PromptFormat(), None, **bounds)
+        model = describe_model(arguments, kvgen.load(**arguments))
+        return run_record(model, kvgen.Request(()), PromptFormat(), None, **bounds)
 
     bounds = {"max_tokens_bounds_rows": False}
     first = record(adapter)

@@ -19,7 +19,7 @@ import kvgen
 from kvgen import ModelError, Score, Tokenizer, UsageError
 from kvgen.backends.native import NativeBackend
 from kvgen.backends.python import PythonBackend
-from kvgen.cli.surprise import heat_map, pieces, table
+from kvgen.cli.surprise import heat_map, table
 from kvgen.generation.scoring import windows
 from tests.conftest import CORPUS
 from tests.test_cache import make_decoder
@@ -224,7 +224,7 @@ def vocabulary(request: pytest.FixtureRequest, tiny_tokenizer: tokenizers.Tokeni
 @pytest.mark.parametrize("text", CORPUS)
 def test_pieces_are_whole_characters_and_add_up_to_the_text(vocabulary: Tokenizer, text: str) -> None:
     ids = tuple(vocabulary.encode(text))
-    parts = list(pieces(ids, vocabulary))
+    parts = list(vocabulary.pieces(ids))
     assert "".join(piece for piece, _ in parts) == vocabulary.decode(ids)
     assert [place for _, places in parts for place in places] == list(range(len(ids)))
     assert not any("\ufffd" in piece for piece, _ in parts)
@@ -233,15 +233,13 @@ def test_pieces_are_whole_characters_and_add_up_to_the_text(vocabulary: Tokenize
 
 def test_the_token_after_a_run_of_bytes_is_a_piece_of_its_own() -> None:
     vocabulary = byte_fallback()
-    assert [piece for piece, _ in pieces(tuple(vocabulary.encode("a日本 b")), vocabulary)] == [
-        *("", "a", "日", "本", " ", "b")
-    ]
+    assert [piece for piece, _ in vocabulary.pieces(vocabulary.encode("a日本 b"))] == [*("", "a", "日", "本", " ", "b")]
 
 
 def test_pieces_show_special_tokens_and_what_is_no_text(tiny_tokenizer: tokenizers.Tokenizer) -> None:
     vocabulary = Tokenizer(tiny_tokenizer, frozenset())
     a, broken = vocabulary.encode("a"), vocabulary.encode("日")[:1]
-    found = list(pieces((0, *a, *broken, 1, *a, *broken), vocabulary))
+    found = list(vocabulary.pieces((0, *a, *broken, 1, *a, *broken)))
     assert found == [
         ("<s>", range(1)),
         ("a", range(1, 2)),
@@ -255,7 +253,7 @@ def test_pieces_show_special_tokens_and_what_is_no_text(tiny_tokenizer: tokenize
 def test_what_never_becomes_a_character_is_held_back_for_four_tokens(tiny_tokenizer: tokenizers.Tokenizer) -> None:
     vocabulary = Tokenizer(tiny_tokenizer, frozenset())
     broken = vocabulary.encode("日")[:1] * 6
-    assert list(pieces(tuple(broken), vocabulary)) == [("\ufffd" * 4, range(4)), ("\ufffd" * 2, range(4, 6))]
+    assert list(vocabulary.pieces(broken)) == [("\ufffd" * 4, range(4)), ("\ufffd" * 2, range(4, 6))]
 
 
 def test_a_character_is_as_surprising_as_its_tokens_together() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -17,13 +17,13 @@ from kvgen.cli.errors import EXIT_INTERRUPTED
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.interrupts import ending_softly
 from kvgen.cli.prompts import open_lines
+from kvgen.cli.remote import connected
 from kvgen.cli.render import notes, parse_bytes, print_note, row_progress, write_json
 from kvgen.cli.stats import Totals
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
 
 if TYPE_CHECKING:
-    from kvgen import Loaded
     from kvgen.contract import Backend
     from kvgen.pipeline.complete import Result
     from kvgen.pipeline.results import ResultsFile
@@ -68,6 +68,7 @@ def batch(
     ] = None,
     reading: PromptOptions,
     source: ModelOptions,
+    server: options.Server = None,
     completion: CompletionOptions,
     prompt_cache: options.PromptCache = None,
     stats: options.Stats = False,
@@ -106,7 +107,10 @@ def batch(
     done, failed = ({}, 0) if file is None else (file.done, file.failed)
     todo = not_done(read_rows(lines), done, output)
     model: Backend | None = None
-    if ray is None:
+    if server:
+        given = {"ray": ray, "prompt_cache": prompt_cache, "max_cache_memory": max_cache_memory}
+        complete = run.complete_on_server(todo, server, [name for name, value in given.items() if value is not None])
+    elif ray is None:
         complete, model = run.complete_locally(todo, prompt_cache)
     else:
         complete = run.complete_on_ray(todo, None if ray == "here" else ray, ray_workers)
@@ -157,8 +161,10 @@ class _Run:
 
     def complete_locally(self, rows: Iterable[InputRow], prompt_cache: Path | None) -> tuple[_Complete, Backend]:
         """Load the model in this process, and return it too."""
+        from kvgen.pipeline.record import describe_model
+
         loaded = self.reading.prepared(self.source.load(quiet=self.quiet))
-        self._claim_file(loaded)
+        self._claim_file(lambda: describe_model(self.source.arguments(), loaded))
 
         from kvgen import Batch
         from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
@@ -178,7 +184,9 @@ class _Run:
 
     def complete_on_ray(self, rows: Iterable[InputRow], address: str | None, workers: int | None) -> _Complete:
         """Load the model in each worker of a Ray cluster."""
-        self._claim_file(None)
+        from kvgen.pipeline.record import describe_model
+
+        self._claim_file(lambda: describe_model(self.source.arguments(), None))
 
         from kvgen.pipeline.ray import Work, complete_on_ray
 
@@ -187,13 +195,24 @@ class _Run:
         results = complete_on_ray(rows, work, address, workers, notes(quiet=self.quiet))
         return lambda going_on: takewhile(lambda result: going_on(), results)
 
-    def _claim_file(self, loaded: Loaded | None) -> None:
+    def complete_on_server(self, rows: Iterable[InputRow], server: str, refused: list[str]) -> _Complete:
+        """Send the rows to a server. refused: options that were given in vain."""
+        remote = self.reading.prepared(connected(server, self.source, refused))
+        self._claim_file(remote.describe)
+
+        from kvgen.pipeline.complete import complete_rows
+
+        engine, settings = remote.batch(self.batch_size), (self.defaults, self.reading.format)
+        return lambda going_on: complete_rows(engine, remote.tokenizer, rows, *settings, going_on, self.max_tokens)
+
+    def _claim_file(self, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Claim the file of results, if there is one. describe: returns what `describe_model` does."""
         from kvgen.pipeline.record import run_record
 
         if self.file is not None:
             settings = self.defaults, self.reading.format, self.reading.template
             bounded = self.max_tokens is not None
-            self.file.claim(run_record(self.source.arguments(), loaded, *settings, max_tokens_bounds_rows=bounded))
+            self.file.claim(run_record(describe(), *settings, max_tokens_bounds_rows=bounded))
 
 
 def _write_results(

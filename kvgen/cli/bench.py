@@ -7,14 +7,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Group
-from rich.text import Text
 from typer import Option
 
 from kvgen.cli import options
 from kvgen.cli.groups import ModelOptions, takes_groups
 from kvgen.cli.render import check_page, count_progress, escape_controls, terminal, write_file, write_json
-from kvgen.cli.tables import log_chart, number_table
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +93,11 @@ def _as_data(loaded: Loaded, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from kvgen.cli.tables import log_chart, number_table
+
     console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     names = ("weight_bytes", "cache_bytes", "peak_bytes")
     weights, cache, peak = ("?" if report[name] is None else f"{report[name] / 1e6:.0f} MB" for name in names)

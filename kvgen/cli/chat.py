@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +15,11 @@ from typer import Option
 from kvgen.cli import options
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.prompts import with_piped_text
+from kvgen.cli.remote import connected
 from kvgen.cli.render import TextWriter, escape_controls, notes, print_note, terminal, with_prefill_bar
 from kvgen.cli.stats import Meter, format_count, format_tokens
 from kvgen.errors import ContextError, KvgenError, UsageError
+from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -46,6 +49,7 @@ def chat(
     system: Annotated[str | None, Option(help="System message.")] = None,
     chat_template: options.ChatTemplateFile = None,
     source: ModelOptions,
+    server: options.Server = None,
     completion: CompletionOptions,
     prompt_cache: options.PromptCache = None,
     markdown: Annotated[bool, Option("--markdown", help="Show answers as formatted Markdown.")] = False,
@@ -64,24 +68,50 @@ def chat(
         raise UsageError("the prompt is empty")
     reading, request = PromptOptions(chat=True, chat_template=chat_template), completion.request()
     reading.check()
-    loaded = reading.prepared(source.load(quiet=quiet))
-
-    from kvgen import Conversation
-    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
-
-    if loaded.tokenizer.chat_template is None:
+    conversation, save = (
+        _connect(server, source, reading, request, prompt_cache)
+        if server
+        else _load(source, reading, request, prompt_cache, quiet=quiet)
+    )
+    if conversation.loaded.tokenizer.chat_template is None:
         raise UsageError("this checkpoint has no chat template: choose a chat model, or give --chat-template")
-    conversation = Conversation(loaded, request)
     conversation.system = system
-    if prompt_cache is not None:
-        conversation.cache = open_prompt_cache(prompt_cache, loaded)
     talk = Talk(conversation, markdown and sys.stdout.isatty(), stats, quiet)
     if prompt is not None:
         talk.answer(prompt)
     else:
         talk.run()
-    if prompt_cache is not None and conversation.cache is not None:
-        save_prompt_cache(prompt_cache, conversation.cache, loaded)
+    save()
+
+
+def _load(
+    source: ModelOptions, reading: PromptOptions, request: Request, prompt_cache: Path | None, *, quiet: bool
+) -> tuple[Conversation, Callable[[], None]]:
+    """Return a conversation with a model that is loaded here, and a function that saves the prompt cache."""
+    loaded = reading.prepared(source.load(quiet=quiet))
+
+    from kvgen import Conversation
+    from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
+
+    cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
+    conversation = Conversation(loaded, request, cache=cache)
+
+    def save() -> None:
+        if prompt_cache is not None and conversation.cache is not None:
+            save_prompt_cache(prompt_cache, conversation.cache, loaded)
+
+    return conversation, save
+
+
+def _connect(
+    server: str, source: ModelOptions, reading: PromptOptions, request: Request, prompt_cache: Path | None
+) -> tuple[Conversation, Callable[[], None]]:
+    """Return a conversation with the model of a server, where nothing is to be saved."""
+    remote = connected(server, source, [] if prompt_cache is None else ["prompt_cache"])
+
+    from kvgen.client.remote import RemoteConversation
+
+    return RemoteConversation(reading.prepared(remote), request), lambda: None
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.markup import escape
 from typer import Exit
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
@@ -96,6 +95,8 @@ def _make_help_plain(command: Any, context: Any) -> None:
 
 def _plain(text: str | None) -> str | None:
     """Join the lines of each paragraph, which Typer would keep apart, and escape brackets, which are Rich markup."""
+    from rich.markup import escape  # here, because Rich takes time that commands would spend in vain
+
     return text and "\n\n".join(escape(" ".join(paragraph.split())) for paragraph in text.split("\n\n"))
 
 

@@ -14,7 +14,6 @@ from kvgen.cli.errors import exiting_with
 from kvgen.cli.groups import EngineChoice, ModelOptions, takes_groups
 from kvgen.cli.prompts import read_file
 from kvgen.cli.render import check_file, check_page, status, write_file, write_json
-from kvgen.cli.report import print_comparison
 from kvgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,6 +128,8 @@ def compare(
         if json:
             write_json(report)
         else:
+            from kvgen.cli.report import print_comparison
+
             for data in report["comparisons"]:
                 print_comparison(data, report)
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.text import Text
 from typer import Option
 
 from kvgen.cli.errors import exiting_with
@@ -42,9 +41,10 @@ class ServerOptions:
     url: Annotated[
         str | None, _option(metavar="URL", help="Compare the model that a running server serves, over HTTP.")
     ] = None
-    server: Annotated[
+    server_kind: Annotated[  # KVGEN_SERVER names a server for other commands, not a kind
         str | None,
         _option(
+            "--server",
             metavar="KIND",
             help=f"Kind of server: {', '.join(_KINDS)}.",
             show_default="found out",
@@ -64,9 +64,9 @@ class ServerOptions:
 
     def check(self) -> None:
         """Raise UsageError for options of a server without --url."""
-        given = [name for name in ("server", "api_key_env", "max_requests", "max_seconds") if getattr(self, name)]
+        given = [name for name in ("server_kind", "api_key_env", "max_requests", "max_seconds") if getattr(self, name)]
         if self.url is None and given:
-            raise UsageError(f"--{given[0].replace('_', '-')} needs --url")
+            raise UsageError(f"--{given[0].removesuffix('_kind').replace('_', '-')} needs --url")
 
 
 def compare_url(
@@ -92,7 +92,7 @@ def compare_url(
     )
     try:
         with _progress(client, quiet=quiet) as show:
-            server = connect(client, options.server)
+            server = connect(client, options.server_kind)
             result = compare_server(client, server, prompt, steps=steps, thorough=thorough, progress=show)
     finally:
         client.close()
@@ -119,6 +119,8 @@ def _progress(client: Client, *, quiet: bool) -> Iterator[Callable[[int, int], N
 
 def print_server_comparison(result: ServerComparison) -> None:
     """Print verdict, table of probes and findings on stdout."""
+    from rich.text import Text
+
     console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     head = Text(f"{result.server}: ").append(result.verdict.value, _STYLES.get(result.verdict.value, "yellow"))
     console.print(head.append(f"   {result.reason}" if result.reason else ""), soft_wrap=True)

@@ -17,7 +17,6 @@ else:
 
 import typer
 from platformdirs import user_config_path
-from rich.text import Text
 
 from kvgen.cli import options
 from kvgen.cli.render import escape_controls, print_note, terminal, write_json
@@ -142,6 +141,8 @@ def config(context: typer.Context, *, json: options.Json = False) -> None:
         return
     if not settings:
         print_note(f"no defaults in {config_path()} or in the environment")
+    from rich.text import Text
+
     console = terminal(sys.stdout)
     for setting in settings:
         command = f"{setting.command} " if setting.command else ""

@@ -15,6 +15,7 @@ from kvgen.cli import options
 from kvgen.cli.errors import print_error
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
+from kvgen.cli.remote import changed, connected
 from kvgen.cli.render import TextWriter, notes, print_note, with_prefill_bar, write_json
 from kvgen.cli.stats import Meter, format_cache, format_stats
 from kvgen.errors import KvgenError, UsageError, as_kvgen_error
@@ -22,6 +23,8 @@ from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
     from kvgen import Batch, Chunk, Loaded, Step, Tokenizer
+    from kvgen.client.batch import RemoteBatch
+    from kvgen.client.remote import Remote, RemoteTokenizer
     from kvgen.generation.drafts import Drafter
 
     _Completion = tuple[GivenPrompt, Request, Meter, Iterator[Chunk]]
@@ -91,6 +94,7 @@ def generate(
     lines: options.Lines = False,
     reading: PromptOptions,
     source: ModelOptions,
+    server: options.Server = None,
     completion: CompletionOptions,
     caching: CacheOptions,
     output: OutputOptions,
@@ -116,14 +120,38 @@ def generate(
     first = next(prompts, None)  # refuse an empty prompt before loading a model
     if first is None:
         return  # --lines with an empty file
-    started = time.perf_counter()
-    loaded = source.load(quiet=quiet)
-    load_seconds = time.perf_counter() - started
-    loaded = reading.prepared(loaded)
+    if server:
+        request = replace(request, use_cache=not caching.no_cache)
+        engine = _connect(server, source, reading, caching)
+    else:
+        engine = _load(source, reading, caching, lines=lines, quiet=quiet)
+    loaded = engine.loaded
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
     if on_terminal and not quiet and not reading.chat and loaded.tokenizer.chat_template is not None:
         print_note("this model has a chat template: --chat puts the prompt into it, and so does kvgen chat")
-    loaded = caching.verified(loaded)
+    completions = _complete(engine.batch, loaded, chain([first], prompts), reading, request, quiet=quiet)
+    show_reuse = caching.prompt_cache is not None and not quiet
+    failed, count = _print_all(completions, loaded, engine.load_seconds, output, lines=lines, show_reuse=show_reuse)
+    engine.save()
+    if failed:
+        raise KvgenError(f"{failed} of {count} lines could not be completed")
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """A model, what completes requests, and a function that saves the prompt cache, if there is one."""
+
+    loaded: Loaded | Remote
+    batch: Batch | RemoteBatch
+    load_seconds: float
+    save: Callable[[], None]
+
+
+def _load(source: ModelOptions, reading: PromptOptions, caching: CacheOptions, *, lines: bool, quiet: bool) -> _Engine:
+    started = time.perf_counter()
+    loaded = source.load(quiet=quiet)
+    load_seconds = time.perf_counter() - started
+    loaded = caching.verified(reading.prepared(loaded))
 
     from kvgen import Batch
     from kvgen.generation.prompt_cache import open_prompt_cache, save_prompt_cache
@@ -135,18 +163,24 @@ def generate(
         cache=None if caching.prompt_cache is None else open_prompt_cache(caching.prompt_cache, loaded),
         make_drafter=caching.drafter(loaded, source, quiet=quiet),
     )
-    completions = _complete(batch, loaded, chain([first], prompts), reading, request, quiet=quiet)
-    show_reuse = caching.prompt_cache is not None and not quiet
-    failed, count = _print_all(completions, loaded, load_seconds, output, lines=lines, show_reuse=show_reuse)
-    if caching.prompt_cache is not None and batch.cache is not None:
-        save_prompt_cache(caching.prompt_cache, batch.cache, loaded)
-    if failed:
-        raise KvgenError(f"{failed} of {count} lines could not be completed")
+
+    def save() -> None:
+        if caching.prompt_cache is not None and batch.cache is not None:
+            save_prompt_cache(caching.prompt_cache, batch.cache, loaded)
+
+    return _Engine(loaded, batch, load_seconds, save)
+
+
+def _connect(server: str, source: ModelOptions, reading: PromptOptions, caching: CacheOptions) -> _Engine:
+    started = time.perf_counter()
+    refused = [name for name in changed(caching) if name != "no_cache"]
+    remote = reading.prepared(connected(server, source, refused))
+    return _Engine(remote, remote.batch(), time.perf_counter() - started, lambda: None)
 
 
 def _complete(
-    batch: Batch,
-    loaded: Loaded,
+    batch: Batch | RemoteBatch,
+    loaded: Loaded | Remote,
     prompts: Iterable[GivenPrompt],
     reading: PromptOptions,
     request: Request,
@@ -200,7 +234,7 @@ def _chunks(event: Chunk | KvgenError, events: Iterator[tuple[int, Chunk | Kvgen
 
 def _print_all(
     completions: Iterable[_Completion],
-    loaded: Loaded,
+    loaded: Loaded | Remote,
     load_seconds: float,
     output: OutputOptions,
     *,
@@ -245,7 +279,7 @@ def _print_all(
     return failed, count
 
 
-def _as_json(loaded: Loaded, prompt: str, request: Request, completion: str, meter: Meter) -> dict[str, Any]:
+def _as_json(loaded: Loaded | Remote, prompt: str, request: Request, completion: str, meter: Meter) -> dict[str, Any]:
     steps = [chunk.step for chunk in meter.chunks]
     value: dict[str, Any] = {
         "prompt": prompt,
@@ -262,7 +296,7 @@ def _as_json(loaded: Loaded, prompt: str, request: Request, completion: str, met
     return value
 
 
-def _logprobs_as_json(tokenizer: Tokenizer, step: Step) -> dict[str, Any]:
+def _logprobs_as_json(tokenizer: Tokenizer | RemoteTokenizer, step: Step) -> dict[str, Any]:
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
         # JSON has no infinity, which is the log-probability of a token that the model rules out.
         finite = logprob if logprob is None or math.isfinite(logprob) else None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, wraps
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from kvgen.cli import options
 from kvgen.cli.interrupts import raise_interrupts
@@ -19,7 +19,10 @@ from kvgen.generation.settings import DEFAULT_KEEP_FIRST, DEFAULT_MAX_TOKENS, Co
 
 if TYPE_CHECKING:
     from kvgen import Loaded
+    from kvgen.client.remote import Remote
     from kvgen.tokenizer.prompt import PromptFormat
+
+L = TypeVar("L", "Loaded", "Remote")
 
 
 def takes_groups(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -228,7 +231,7 @@ class PromptOptions:
         """The text of --chat-template."""
         return None if self.chat_template is None else read_option_file("--chat-template", self.chat_template)
 
-    def prepared(self, loaded: Loaded) -> Loaded:
+    def prepared(self, loaded: L) -> L:
         """Replace the checkpoint's chat template with that of --chat-template, if given."""
         if self.template is None:
             return loaded

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from typer import Argument, Exit, Option
 
 from kvgen.cli import options
@@ -99,6 +96,10 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not console.is_terminal:
         sys.stdout.write("".join("\t".join(row) + "\n" for row in rows))
         return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     widths = [max(map(len, column)) + _COLUMN_GAP for column in zip(titles, *rows, strict=True)]
     if console.width < sum(widths[:-1]) + _MIN_PATH_WIDTH:  # too narrow for a table: one line per field
         for row in rows:

@@ -67,6 +67,13 @@ Model = Annotated[
         autocompletion=complete_model,
     ),
 ]
+Server = Annotated[
+    str | None,
+    _model(
+        metavar="URL",
+        help="Use the model of a running kvgen serve, which has loaded it: http://HOST:PORT, or unix:PATH.",
+    ),
+]
 TokenizerFile = Annotated[
     str | None, _model(help="Tokenizer for a model without one: a tokenizer.json file, or bytes.")
 ]

@@ -8,22 +8,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from rich import filesize, progress
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from kvgen.errors import KvgenError, UnsupportedError, UsageError
-from kvgen.hub.catalogue import Progress as ProgressCallback
 from kvgen.system import atomic_file
 
 if TYPE_CHECKING:
+    from rich import progress
+    from rich.console import Console
+
+    from kvgen.client.remote import RemoteModel
     from kvgen.contract import Backend
+    from kvgen.hub.catalogue import Progress as ProgressCallback
 
 T = TypeVar("T")
 
@@ -46,6 +45,8 @@ def terminal(stream: TextIO, *, pipe_width: int | None = None) -> Console:
 
     pipe_width: columns if the stream is not a terminal; None for Rich's default.
     """
+    from rich.console import Console  # here, because it takes time that commands in pipes would spend in vain
+
     width = None if stream.isatty() else pipe_width
     return Console(file=stream, force_terminal=stream.isatty(), width=width, highlight=False, markup=False, emoji=False)
 
@@ -59,7 +60,7 @@ class TextWriter:
 
     def __init__(self, *, raw: bool) -> None:
         self._raw = raw
-        self._console = terminal(sys.stdout)
+        self._console = terminal(sys.stdout) if sys.stdout.isatty() else None
         self._line = ""  # unfinished
 
     def __enter__(self) -> TextWriter:
@@ -72,7 +73,7 @@ class TextWriter:
     def write(self, text: str) -> None:
         whole, end, rest = text.rpartition("\n")
         lines, self._line = (self._line + whole + end, rest) if end else ("", self._line + rest)
-        if not self._console.is_terminal:
+        if self._console is None:
             sys.stdout.write(lines)
         elif self._raw:
             sys.stdout.write(text)
@@ -93,6 +94,8 @@ def write_json(value: Any) -> None:
 
 def format_bytes(count: int) -> str:
     """Format a number of bytes in decimal units, as in `1.5 GB`."""
+    from rich import filesize
+
     return filesize.decimal(count)
 
 
@@ -107,6 +110,8 @@ def parse_bytes(text: str) -> int:
 def print_note(text: str, style: str = "dim") -> None:
     """Print a line on stderr."""
     if sys.stderr.isatty():
+        from rich.text import Text
+
         terminal(sys.stderr).print(Text(escape_controls(text), style=style))
         return
     sys.stderr.write(f"{escape_controls(text)}\n")
@@ -160,6 +165,8 @@ def _is_device(path: Path) -> bool:
 @contextmanager
 def download_progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """Yield a callback for `kvgen.load`: a bar on a terminal, one line elsewhere, nothing if `quiet`."""
+    from rich import progress
+
     with _bar(progress.TextColumn("{task.description}", markup=False), progress.DownloadColumn(), hidden=quiet) as bar:
 
         def show(what: str, done: int, total: int) -> None:
@@ -180,8 +187,12 @@ def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Cal
 
     delay: seconds after a call with 0 during which the bar stays hidden.
     """
-    hidden = quiet or not sys.stderr.isatty()
-    with _bar(progress.TextColumn(label), progress.MofNCompleteColumn(), hidden=hidden, transient=True) as bar:
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress  # takes a tenth of a second
+
+    with _bar(progress.TextColumn(label), progress.MofNCompleteColumn(), hidden=False, transient=True) as bar:
         task, began = bar.add_task(label, total=None), time.perf_counter()
 
         def show(done: int, total: int) -> None:
@@ -198,7 +209,7 @@ def count_progress(label: str, *, quiet: bool, delay: float = 0) -> Iterator[Cal
         yield show
 
 
-def with_prefill_bar(events: Iterator[T], model: Backend, *, quiet: bool) -> Iterator[T]:
+def with_prefill_bar(events: Iterator[T], model: Backend | RemoteModel, *, quiet: bool) -> Iterator[T]:
     """Yield a model's events; show a bar on a terminal while it reads the prompt, if that takes over a second."""
     with count_progress("reading the prompt", quiet=quiet, delay=1) as show:
         model.watch(show)
@@ -211,9 +222,14 @@ def row_progress(total: int | None, model: Backend | None, *, quiet: bool) -> It
 
     total: number of rows; None if unknown. model: whose long prompts are shown in place of the rates.
     """
+    if quiet or not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    from rich import progress
+
     started, done, generated = time.perf_counter(), 0, 0
     columns = progress.TextColumn("rows"), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}")
-    with _bar(*columns, hidden=quiet or not sys.stderr.isatty()) as bar:
+    with _bar(*columns, hidden=False) as bar:
         task = bar.add_task("rows", total=total, rate="")
         bar.start()
 
@@ -252,43 +268,12 @@ def format_reading(done: int, total: int) -> str:
     return f"(reading {total:,} tokens: {100 * done // total} %)" if done < total else ""
 
 
-class _Bar(progress.Progress):
-    """A progress bar without the parts that do not fit into the terminal. The count stays."""
-
-    def __init__(
-        self,
-        label: progress.ProgressColumn,
-        count: progress.ProgressColumn,
-        *rates: progress.ProgressColumn,
-        console: Console,
-        **options: Any,
-    ) -> None:
-        bar, left = progress.BarColumn(bar_width=20), progress.TimeRemainingColumn()
-        numbers = count, *rates
-        self._choices = (
-            (label, bar, *numbers, left),
-            (label, *numbers, left),
-            (label, *numbers),
-            (label, count),
-            (count,),
-        )
-        self._terminal = console
-        super().__init__(*self._choices[0], console=console, **options)
-
-    def make_tasks_table(self, tasks: Iterable[progress.Task]) -> Table:
-        tasks, unlimited = list(tasks), self._terminal.options.update(max_width=sys.maxsize)
-        for columns in self._choices:
-            self.columns = columns
-            table = super().make_tasks_table(tasks)
-            if self._terminal.measure(table, options=unlimited).maximum <= self._terminal.width:
-                break
-        return table
-
-
 @contextmanager
 def _bar(*columns: progress.ProgressColumn, hidden: bool, transient: bool = False) -> Iterator[progress.Progress]:
     """Yield a progress bar on stderr, which the caller starts, and stop it at the end. columns: label, count, rates."""
-    bar = _Bar(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
+    from kvgen.cli.bars import Bar
+
+    bar = Bar(*columns, console=terminal(sys.stderr), transient=transient, disable=hidden)
     try:
         yield bar
     finally:

@@ -6,6 +6,7 @@ import json as json_library
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +16,16 @@ from typer import Argument, Option
 from kvgen.cli import options
 from kvgen.cli.groups import ModelOptions, takes_groups
 from kvgen.cli.prompts import GivenPrompt, read_file, read_prompts
+from kvgen.cli.remote import connected
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.stats import format_tokens
-from kvgen.cli.surprise import heat_map, legend, table
-from kvgen.errors import KvgenError, UsageError, as_kvgen_error
+from kvgen.errors import KvgenError, ServerError, UsageError, as_kvgen_error
 
 if TYPE_CHECKING:
-    from kvgen import Loaded, Score, Tokenizer
+    from kvgen import Score, Tokenizer
+    from kvgen.client.remote import RemoteTokenizer
+
+    AnyTokenizer = Tokenizer | RemoteTokenizer
 
 _option = partial(Option, rich_help_panel="What to score")
 
@@ -49,6 +53,7 @@ def score(
         int | None, _option(min=1, help="Tokens from window to window.", show_default="half a window")
     ] = None,
     source: ModelOptions,
+    server: options.Server = None,
     tokens: Annotated[bool, Option("--tokens", help="Show each token, as a line or JSON entry.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -64,54 +69,76 @@ def score(
         raise UsageError("give --prompt or a file, not both; --jsonl reads a file")
     if prompt is None and text is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("no text: give a FILE or --prompt TEXT, or pipe text in")
-    run = partial(_score, window=window, stride=stride, ids=source.ids, quiet=quiet)
+    run = partial(_score, window=window, stride=stride, quiet=quiet)
+    load = partial(_connect, server, source) if server else partial(_load, source, quiet=quiet)
     if jsonl:
-        _score_lines(text, source, run, tokens=tokens, quiet=quiet)
+        _score_lines(text, load, run, tokens=tokens)
         return
     whole = read_file(text or Path("-")) if prompt in (None, "-") else prompt
     if not whole:
         raise UsageError("the text is empty")
-    loaded = source.load(quiet=quiet)
-    result, bits = run(loaded, whole)
+    engine = load()
+    result, bits = run(engine, whole)
     if json:
-        write_json({"text": whole} | _as_data(result, bits, loaded.tokenizer, tokens=tokens))
+        write_json({"text": whole} | _as_data(result, bits, engine.tokenizer, tokens=tokens))
     else:
-        _print_score(result, bits, loaded.tokenizer, tokens=tokens)
+        _print_score(result, bits, engine.tokenizer, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """score: `kvgen.score` for a model, here or on a server. ids: whether texts are token ids."""
+
+    score: Callable[..., Score]
+    tokenizer: AnyTokenizer
+    ids: bool
+
+
+def _load(source: ModelOptions, *, quiet: bool) -> _Engine:
+    loaded = source.load(quiet=quiet)
+
+    from kvgen.generation.scoring import score
+
+    return _Engine(partial(score, loaded), loaded.tokenizer, source.ids)
+
+
+def _connect(server: str, source: ModelOptions) -> _Engine:
+    remote = connected(server, source)
+    return _Engine(remote.score, remote.tokenizer, remote.ids)
 
 
 def _score(
-    loaded: Loaded, text: str, *, window: int | None, stride: int | None, ids: bool, quiet: bool
+    engine: _Engine, text: str, *, window: int | None, stride: int | None, quiet: bool
 ) -> tuple[Score, float | None]:
     """Return the score and its bits per byte; None for token ids and for special tokens alone, which have no bytes."""
-    from kvgen.generation.scoring import score
-
     with count_progress("scoring", quiet=quiet) as progress:
-        result = score(loaded, text, window=window, stride=stride, progress=progress)
-    if ids or not text:
+        result = engine.score(text, window=window, stride=stride, progress=progress)
+    if engine.ids or not text:
         return result, None
-    ordinary = sum(id_ not in loaded.tokenizer.special_ids for id_ in result.ids)
+    ordinary = sum(id_ not in engine.tokenizer.special_ids for id_ in result.ids)
     return result, result.bits_per_byte(ordinary, len(text.encode()))
 
 
 def _score_lines(
     file: Path | None,
-    source: ModelOptions,
-    run: Callable[[Loaded, str], tuple[Score, float | None]],
+    load: Callable[[], _Engine],
+    run: Callable[[_Engine, str], tuple[Score, float | None]],
     *,
     tokens: bool,
-    quiet: bool,
 ) -> None:
     """Write a line of JSON for each line. Invalid lines get an error; the others continue."""
-    loaded: Loaded | None = None
+    engine: _Engine | None = None
     count = failed = 0
     for line in read_prompts(None, file, lines=True):
-        loaded = loaded or source.load(quiet=quiet)
+        engine = engine or load()
         count += 1
         fields: dict[str, Any] = {}
         try:
             fields = _parse_line(line)
-            result, bits = run(loaded, fields["text"])
-            found = _as_data(result, bits, loaded.tokenizer, tokens=tokens)
+            result, bits = run(engine, fields["text"])
+            found = _as_data(result, bits, engine.tokenizer, tokens=tokens)
+        except ServerError:
+            raise
         except Exception as error:  # noqa: BLE001 (any error belongs to this line alone)
             failed += 1
             found = {"error": f"{line.where}: {as_kvgen_error(error)}"}
@@ -136,7 +163,7 @@ def _parse_line(line: GivenPrompt) -> dict[str, Any]:
     return fields
 
 
-def _as_data(score: Score, bits: float | None, tokenizer: Tokenizer, *, tokens: bool) -> dict[str, Any]:
+def _as_data(score: Score, bits: float | None, tokenizer: AnyTokenizer, *, tokens: bool) -> dict[str, Any]:
     def finite(value: float | None) -> float | None:  # JSON has no infinity
         return value if value is None or math.isfinite(value) else None
 
@@ -156,11 +183,15 @@ def _as_data(score: Score, bits: float | None, tokenizer: Tokenizer, *, tokens: 
     return data
 
 
-def _print_score(score: Score, bits: float | None, tokenizer: Tokenizer, *, tokens: bool) -> None:
-    console = terminal(sys.stdout)
+def _print_score(score: Score, bits: float | None, tokenizer: AnyTokenizer, *, tokens: bool) -> None:
     if tokens:
+        from kvgen.cli.surprise import table
+
         sys.stdout.writelines(f"{line}\n" for line in table(score, tokenizer))
-    elif console.is_terminal:
+    elif sys.stdout.isatty():
+        from kvgen.cli.surprise import heat_map, legend
+
+        console = terminal(sys.stdout)
         coloured = console.color_system is not None and not console.no_color
         console.print(heat_map(score, tokenizer, coloured=coloured))
         console.print(legend(coloured=coloured))

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
 
+from kvgen import __version__
 from kvgen.cli import options
 from kvgen.cli.groups import ModelOptions, takes_groups
+from kvgen.cli.remote import API_KEY
 from kvgen.cli.render import escape_controls, notes, parse_bytes, print_note
-from kvgen.errors import KvgenError, UnsupportedError, UsageError
+from kvgen.errors import UnsupportedError, UsageError
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE
 
-if TYPE_CHECKING:
-    pass
-
 _option = partial(Option, rich_help_panel="Server")
-_KEY = "KVGEN_API_KEY"
+_LOCAL, _PORT = "127.0.0.1", 8080
 
 
 @takes_groups()
 def serve(
     *,
-    host: Annotated[str, _option(help=f"Address to listen on; others than 127.0.0.1 need {_KEY}.")] = "127.0.0.1",
-    port: Annotated[int, _option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
+    host: Annotated[str, _option(help=f"Address to listen on; others than 127.0.0.1 need {API_KEY}.")] = _LOCAL,
+    port: Annotated[
+        int | None, _option(min=0, max=65535, help="Port to listen on; 0 for a free one.", show_default="8080")
+    ] = None,
+    socket: Annotated[
+        Path | None, _option(metavar="PATH", help="Listen on a unix socket; on a port too only with --port.")
+    ] = None,
+    detach: Annotated[
+        bool, _option("--detach", help="Run in the background, with a socket in your runtime folder.")
+    ] = False,
+    stop_running: Annotated[
+        bool, _option("--stop", help="End the server that --detach started, when its requests have ended.")
+    ] = False,
     name: Annotated[str | None, _option(help="The model's name for clients.", show_default="its file's")] = None,
     batch_size: Annotated[int, _option(min=1, help="Maximum number of requests at a time.")] = DEFAULT_BATCH_SIZE,
     max_waiting: Annotated[int, _option(min=0, help="Maximum number that wait; more get status 429.")] = 256,
@@ -39,6 +49,10 @@ def serve(
             help="Memory limit for all caches, as in 2GB; those of finished requests stay until it is needed.",
             show_default="half of what the weights leave",
         ),
+    ] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        _option(metavar="DIR", help="Keep the caches of finished requests in this folder when the server ends."),
     ] = None,
     max_body: Annotated[str, _option(metavar="SIZE", help="Largest body of a request.")] = "8MB",
     timeout: Annotated[float | None, _option(min=0, metavar="SECONDS", help="End a request after this time.")] = None,
@@ -54,52 +68,58 @@ def serve(
     The model stays in memory, and so do the caches of finished requests: a request that begins like an earlier one
     computes only what is new. Requests run side by side, each with the tokens that it would get alone.
     """
-    key = os.environ.get(_KEY) or None
-    if not _is_loopback(host) and key is None:
-        raise UsageError(f"--host {host} can be reached by others: set {_KEY} to a key that clients must give")
+    from kvgen.cli.background import background_socket, detached, stop_background
+    from kvgen.cli.sockets import address_of, is_loopback, tcp_socket, unix_socket
+
+    if stop_running:
+        notes(quiet=quiet)(stop_background(background_socket() if socket is None else socket))
+        return
+    key = os.environ.get(API_KEY) or None
+    if not is_loopback(host) and key is None:
+        raise UsageError(f"--host {host} can be reached by others: set {API_KEY} to a key that clients must give")
     most_bytes = None if max_cache_memory is None else parse_bytes(max_cache_memory)
     largest = parse_bytes(max_body)
-    listening = _listen(host, port)
-    loaded = source.load(quiet=quiet)
-    try:
-        from kvgen.server.app import Limits, Server, make_app
-        from kvgen.server.run import run_server
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"kvgen serve needs {error.name}: pip install 'kvgen[serve]'") from None
-    from kvgen.server.engine import Engine
+    tell: Callable[[str], None] = notes(quiet=quiet)
+    with ExitStack() as stack:
+        if detach:
+            socket = background_socket() if socket is None else socket.absolute()
+            tell = detached(socket.with_suffix(".log"), quiet=quiet)
+        # Bound before the model is loaded, so that an address in use is reported at once.
+        listening = [] if socket is None else [stack.enter_context(unix_socket(socket))]
+        if socket is None or port is not None:
+            listening.append(tcp_socket(host, _PORT if port is None else port))
+        loaded = source.load(quiet=quiet)
+        try:
+            from kvgen.server.app import Limits, Server, make_app
+            from kvgen.server.own import OwnRoutes
+            from kvgen.server.run import run_server
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(f"kvgen serve needs {error.name}: pip install 'kvgen[serve]'") from None
+        from kvgen.server.engine import Engine
+        from kvgen.server.saved import SavedCaches
 
-    budget = loaded.cache_budget if most_bytes is None else most_bytes
-    engine = Engine(loaded, batch_size=batch_size, max_cache_bytes=budget, max_waiting=max_waiting)
-    log = (lambda line: None) if quiet else (lambda line: print_note(escape_controls(line)))
-    server = Server(engine, name or _name(loaded.source), Limits(largest, timeout), log, log_prompts)
-    hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None else ["*"]
-    listening.listen()  # from here on, clients are kept waiting instead of refused
-    notes(quiet=quiet)(f"serving {server.model} on {_address(listening)}/v1; Ctrl-C stops")
-    run_server(make_app(server, key=key, hosts=hosts), listening, engine, idle_timeout)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded, so that a port in use is reported at once."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        raise KvgenError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
-    return listening
+        budget = loaded.cache_budget if most_bytes is None else most_bytes
+        log = (lambda line: None) if quiet else (lambda line: print_note(escape_controls(line)))
+        saved = None if prompt_cache is None else SavedCaches(prompt_cache, loaded, print_note)
+        kept = [] if saved is None else saved.load(budget)
+        engine = Engine(loaded, batch_size=batch_size, max_cache_bytes=budget, max_waiting=max_waiting, kept=kept)
+        server = Server(engine, name or _name(loaded.source), Limits(largest, timeout), log, log_prompts)
+        own = OwnRoutes(server, __version__, source.arguments())
+        hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None else ["*"]
+        app = make_app(server, own.routes(), key=key, hosts=hosts)
+        for one in listening:
+            one.listen()  # from here on, clients are kept waiting instead of refused
+        tell(_greeting(server.model, [address_of(one) for one in listening], detach=detach))
+        in_peace = run_server(app, listening, engine, idle_timeout)
+        if saved is not None and in_peace:
+            saved.save(engine.kept)
 
 
-def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def _greeting(model: str, addresses: list[str], *, detach: bool) -> str:
+    where = " and ".join(f"{one}/v1" if one.startswith("http") else one for one in addresses)
+    if not detach:
+        return f"serving {model} on {where}; Ctrl-C stops"
+    return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: kvgen serve --stop"
 
 
 def _name(source: str) -> str:

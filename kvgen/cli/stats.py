@@ -10,6 +10,7 @@ from kvgen.generation.counts import total
 
 if TYPE_CHECKING:
     from kvgen import Chunk, Loaded, Sampling
+    from kvgen.client.remote import Remote, RemoteModel
     from kvgen.contract import Backend
     from kvgen.generation.settings import Request
     from kvgen.pipeline.complete import Result
@@ -90,7 +91,7 @@ class Totals:
         )
 
 
-def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sampling) -> str:
+def format_stats(meter: Meter, loaded: Loaded | Remote, load_seconds: float, sampling: Sampling) -> str:
     """Return the line that --stats prints after a completion."""
     stats, dtype = meter.as_json(), str(loaded.model.dtype).removeprefix("torch.")
     parts = [
@@ -108,7 +109,7 @@ def format_stats(meter: Meter, loaded: Loaded, load_seconds: float, sampling: Sa
     return " | ".join([*parts, f"seed {sampling.seed}", f"{dtype} on {loaded.model.device}, {loaded.model.engine}"])
 
 
-def format_cache(model: Backend, request: Request) -> str:
+def format_cache(model: Backend | RemoteModel, request: Request) -> str:
     """Return the line that --stats prints before a completion: the expected size of the cache."""
     if model.position_bytes is None:
         return "cache: size unknown"

@@ -12,22 +12,22 @@ from kvgen.cli.render import escape_controls
 
 if TYPE_CHECKING:
     from kvgen import Score, Tokenizer
+    from kvgen.client.remote import RemoteTokenizer
 
 # Upper limits in bits of surprise, each with its background colour.
 _HEAT = ((1.0, 22), (2.0, 64), (4.0, 100), (7.0, 136), (10.0, 130), (14.0, 124), (math.inf, 160))
 _MARKED_ABOVE = 4.0  # bits, on terminals without colours
 _SUBSCRIPT = str.maketrans({digit: 0x2080 + value for value, digit in enumerate("0123456789")})
 _MAX_MAPPED = 4000  # tokens; a screen cannot show more
-_MAX_UTF8_BYTES = 4  # of one character, each of which may be a token
 
 
-def heat_map(score: Score, tokenizer: Tokenizer, *, coloured: bool = True) -> Text:
+def heat_map(score: Score, tokenizer: Tokenizer | RemoteTokenizer, *, coloured: bool = True) -> Text:
     """Return the text with background colours for surprise. Tokens of one character share the sum of their surprise.
 
     coloured: False marks surprising pieces with a small number instead.
     """
     heat = Text()
-    for piece, places in pieces(score.ids[:_MAX_MAPPED], tokenizer):
+    for piece, places in tokenizer.pieces(score.ids[:_MAX_MAPPED]):
         scored = [logprob for place in places if (logprob := score.logprobs[place]) is not None]
         shown = escape_controls(piece).replace("\n", "\u23ce\n")  # a line break alone shows no colour
         bits = sum(map(surprise, scored))
@@ -51,9 +51,9 @@ def legend(*, coloured: bool = True) -> Text:
     return line
 
 
-def table(score: Score, tokenizer: Tokenizer) -> Iterator[str]:
+def table(score: Score, tokenizer: Tokenizer | RemoteTokenizer) -> Iterator[str]:
     """Yield a line per token: log-likelihood, surprise, id, text, and its part if several tokens make a character."""
-    for piece, places in pieces(score.ids, tokenizer):
+    for piece, places in tokenizer.pieces(score.ids):
         shown = escape_controls(piece).replace("\n", "\\n").replace("\t", "\\t")
         for place in places:
             id_, logprob = score.ids[place], score.logprobs[place]
@@ -65,30 +65,6 @@ def table(score: Score, tokenizer: Tokenizer) -> Iterator[str]:
 def surprise(logprob: float) -> float:
     """Convert log-likelihood in nats to surprise in bits."""
     return -logprob / math.log(2)
-
-
-def pieces(ids: tuple[int, ...], tokenizer: Tokenizer) -> Iterator[tuple[str, range]]:
-    """Split the text into the smallest pieces of whole characters; yield each with the range of its tokens in `ids`.
-
-    Special tokens are pieces of their own; the other pieces join to `tokenizer.decode(ids)`.
-
-    Each step decodes from the start of the previous piece, since decoders treat the start of a text differently. Unlike
-    a stream's detokenizer, it does not wait for the token after a run of byte tokens, which needs its own colour.
-    """
-    anchor = start = 0
-    for place, id_ in enumerate(ids):
-        known = len(tokenizer.decode(ids[anchor:start]))
-        if id_ in tokenizer.special_ids:
-            if start < place:
-                yield tokenizer.decode(ids[anchor:place])[known:], range(start, place)
-            yield tokenizer.token(id_), range(place, place + 1)
-            start = place + 1
-            continue
-        piece = tokenizer.decode(ids[anchor : place + 1])[known:]
-        complete = not piece.endswith("\N{REPLACEMENT CHARACTER}") or place + 1 - start == _MAX_UTF8_BYTES
-        if complete or place + 1 == len(ids):
-            yield piece, range(start, place + 1)
-            anchor, start = start, place + 1
 
 
 def _style(bits: float) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from kvgen.cli.render import escape_controls, terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 _CHART_MARKERS = "ox+*#"
 _CHART_WIDTH, _CHART_HEIGHT = 100, 12
@@ -22,6 +23,9 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     if not console.is_terminal:
         sys.stdout.write("".join(f"{name:<15}{value}\n" for name, value in facts))
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -35,6 +39,9 @@ def number_table(titles: Sequence[str], rows: Iterable[Sequence[str | Text]], *,
 
     On a narrow terminal, cells are folded, since a number without its last digits would be another one.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, title in enumerate(titles):
         table.add_column(title, justify="left" if index < left else "right", overflow="fold")

@@ -42,6 +42,7 @@ class Batch:
     max_cache_bytes: limit for all caches together, the kept one included; None for no limit.
     use_cache: False recomputes every position on each step; a request can ask for the same. cache: of an earlier
         completion, to continue from.
+    kept: caches of earlier completions, the least recently used first.
     divide_prompts: read long prompts in parts between the passes of other rows, so that these need not wait.
     max_kept: how many caches of finished rows to keep for later requests, the least recently used go first.
     make_drafter: returns a new drafter for each row.
@@ -61,13 +62,14 @@ class Batch:
         max_cache_bytes: int | None = None,
         use_cache: bool = True,
         cache: Any = None,
+        kept: Sequence[Any] = (),
         divide_prompts: bool = False,
         max_kept: int = 1,
         make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
-        self._kept = [] if cache is None else [cache]  # the least recently used first
+        self._kept = [*kept, *([] if cache is None else [cache])]  # the least recently used first
         self._max_kept, self._divide_prompts = max_kept, divide_prompts and loaded.model.rewinds
         self._cancelled: set[int] = set()
         self.pass_began = 0.0
@@ -80,6 +82,11 @@ class Batch:
     def cache(self) -> Any:
         """See `Batch`."""
         return self._kept[-1] if self._kept else None
+
+    @property
+    def kept(self) -> list[Any]:
+        """The caches of finished rows, the least recently used first."""
+        return list(self._kept)
 
     @property
     def kept_bytes(self) -> int:

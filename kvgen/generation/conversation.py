@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvgen.errors import KvgenError, NotFoundError, UsageError
-from kvgen.generation.batch import Batch
 from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
-from kvgen.loading.load import Loaded
 from kvgen.tokenizer.chat import Message, check_messages
+
+if TYPE_CHECKING:
+    from kvgen.generation.batch import Batch
+    from kvgen.loading.load import Loaded
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Conversation:
         Raises UsageError if the template refuses the conversation, ContextError if it fills the context; the messages
         are then unchanged.
         """
-        before, batch = len(self.messages), Batch(self.loaded, batch_size=1, cache=self.cache)
+        before, batch = len(self.messages), self._batch()
         self.messages.append({"role": "user", "content": text})
         answer: Message = {"role": "assistant", "content": ""}
         try:
@@ -58,6 +60,11 @@ class Conversation:
                 self.messages.append(answer)
             else:
                 del self.messages[before:]
+
+    def _batch(self) -> Batch:
+        from kvgen.generation.batch import Batch  # imports torch, which a conversation on a server does without
+
+        return Batch(self.loaded, batch_size=1, cache=self.cache)
 
     def undo(self) -> str | None:
         """Remove the last question and its answer; return the question, or None if there is none."""

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from kvgen.errors import KvgenError
+from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
+
+
+class Completer(Protocol):
+    """Completes requests side by side: a `Batch`, here or on a server."""
+
+    def run(
+        self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = ...
+    ) -> Iterator[tuple[int, Chunk | KvgenError]]:
+        """See `Batch.run`."""
 
 
 def ends(event: Chunk | KvgenError) -> bool:

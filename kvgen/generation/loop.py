@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from kvgen.contract import ForwardBatch
 from kvgen.errors import KvgenError, as_kvgen_error
-from kvgen.generation.completion import Completion, Step
+from kvgen.generation.completion import Completion
+from kvgen.generation.step import Step
 
 
 @dataclass(eq=False, kw_only=True)

@@ -59,7 +59,7 @@ def save_prompt_cache(path: str | Path, cache: KVCache, loaded: Loaded) -> None:
         tensors |= {f"{name}.{number}": tensor for name, tensor in layer.tensors.items()}
     metadata = {
         "kvgen-prompt-cache": _FORMAT,
-        "identity": _identity(loaded),
+        "identity": identity_of(loaded),
         "model": _name(loaded),
         "numerics": native.numerics,
         "variant": str(cache.variant),
@@ -94,7 +94,7 @@ def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
     """
     path, native = Path(path), _native(loaded.model)
     metadata, tensors = _read(path)
-    if metadata["identity"] != _identity(loaded):
+    if metadata["identity"] != identity_of(loaded):
         raise CacheError(
             f"{path}: a prompt cache of {metadata['model']} ({_in_words(metadata['numerics'])}), "
             f"not of {_name(loaded)} ({_in_words(native.numerics)}); name another file"
@@ -223,7 +223,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def _identity(loaded: Loaded) -> str:
+def identity_of(loaded: Loaded) -> str:
     """Return a digest of weights and arithmetic. Token ids are compared, not text, so the tokenizer is left out."""
     numerics = _native(loaded.model).numerics
     if not loaded.files:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvgen.errors import KvgenError, as_kvgen_error
-from kvgen.generation.completion import Step
 from kvgen.generation.loop import Row
+from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk, CompletionText
 from kvgen.model.causal_lm import PREFILL_CHUNK
 

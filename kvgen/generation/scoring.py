@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,55 +10,12 @@ from torch import Tensor
 
 from kvgen.contract import Backend
 from kvgen.errors import ModelError, UsageError
+from kvgen.generation.scores import Score
 from kvgen.generation.settings import is_whole
 from kvgen.generation.stream import text_ids
 from kvgen.loading.load import Loaded
 
 DEFAULT_WINDOW = 2048
-
-
-@dataclass(frozen=True)
-class Score:
-    """Log-probabilities of the tokens of a text.
-
-        >>> score = kvgen.score(loaded, "The capital of France is Paris.")
-        >>> print(f"{score.count} tokens, {score.total:.2f} nats, perplexity {score.perplexity:.2f}")
-        6 tokens, -15.40 nats, perplexity 13.03
-
-    logprobs: in nats, one for each of `ids`; None for a token that is not scored, -inf for an impossible one.
-    window, stride: in tokens, see `score`.
-    """
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float | None, ...]
-    window: int
-    stride: int
-
-    @property
-    def count(self) -> int:
-        """Number of scored tokens."""
-        return sum(value is not None for value in self.logprobs)
-
-    @property
-    def total(self) -> float:
-        """Log-likelihood of the scored tokens, in nats; summed without intermediate rounding."""
-        return math.fsum(value for value in self.logprobs if value is not None)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(-total / count); infinite if it overflows float64."""
-        try:
-            return math.exp(-self.total / self.count)
-        except OverflowError:
-            return math.inf
-
-    def bits_per_byte(self, tokens: int, size: int) -> float:
-        """Bits per byte, which unlike perplexity can be compared between vocabularies: section 3.1 of arXiv:2101.00027.
-
-        (tokens / size) * (-total / count) / ln 2. tokens: of the text without BOS and EOS, scored or not. size: of the
-        text, in bytes of UTF-8. Tokens that are not scored count as surprising as the others.
-        """
-        return tokens / size * -self.total / self.count / math.log(2)
 
 
 def score(
@@ -86,6 +41,19 @@ def score(
     Raises UsageError for a text of one token, ids outside the vocabulary or invalid sizes, ModelError for logits that
     are not finite.
     """
+    steps = score_steps(loaded, text, window=window, stride=stride)
+    while True:
+        try:
+            progress(*next(steps))
+        except StopIteration as ended:
+            result: Score = ended.value
+            return result
+
+
+def score_steps(
+    loaded: Loaded, text: str | Sequence[int], *, window: int | None = None, stride: int | None = None
+) -> Generator[tuple[int, int], None, Score]:
+    """Score a text as `score` does; yield the number of tokens done, and in total, after each window."""
     for name, size in (("window", window), ("stride", stride)):
         if size is not None and not is_whole(size):
             raise UsageError(f"{name} is {size!r}; it must be a whole number of tokens, or None")
@@ -107,7 +75,7 @@ def score(
         first = max(first, begin + 1)  # nothing precedes the first token of a window
         if first < end:
             logprobs[first:end] = _logprobs(model, model.ids_tensor(ids[begin:end]), first - begin)
-        progress(end, len(ids))
+        yield end, len(ids)
     return Score(tuple(ids), tuple(logprobs), window, stride)
 
 

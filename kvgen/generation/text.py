@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kvgen.generation.completion import FinishReason, Step
-from kvgen.tokenizer import Tokenizer
+from kvgen.generation.step import FinishReason, Step
+
+if TYPE_CHECKING:
+    from kvgen.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

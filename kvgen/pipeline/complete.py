@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvgen.errors import KvgenError, UsageError, as_kvgen_error
-from kvgen.generation.batch import Batch
 from kvgen.generation.counts import total
+from kvgen.generation.events import Completer
 from kvgen.generation.settings import Request
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import InputRow
-from kvgen.tokenizer import Tokenizer
-from kvgen.tokenizer.prompt import PromptFormat
+from kvgen.tokenizer.prompt import Encoder, PromptFormat
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class _InProgress:
 
 
 def complete_rows(
-    batch: Batch,
-    tokenizer: Tokenizer,
+    batch: Completer,
+    tokenizer: Encoder,
     rows: Iterable[InputRow],
     defaults: Request,
     format: PromptFormat,

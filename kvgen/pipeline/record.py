@@ -9,14 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvgen.checkpoint.digest import digest_of, source_file
 from kvgen.errors import UsageError
 from kvgen.generation.settings import Request
-from kvgen.loading.load import Loaded
 from kvgen.system import atomic_file
 from kvgen.tokenizer.prompt import PromptFormat
+
+if TYPE_CHECKING:
+    from kvgen.loading.load import Loaded
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -26,8 +27,7 @@ Record = Mapping[str, Any]
 
 
 def run_record(
-    arguments: Mapping[str, Any],
-    loaded: Loaded | None,
+    model: Mapping[str, Any],
     defaults: Request,
     format: PromptFormat,
     chat_template: str | None,
@@ -36,14 +36,13 @@ def run_record(
 ) -> Record:
     """Return everything that the tokens depend on besides the rows, as JSON values.
 
-    arguments: of `kvgen.load`. loaded: its result; None if the model is loaded elsewhere, and its files are unknown.
+    model: see `describe_model`.
     """
     values = asdict(defaults)
     del values["prompt"], values["top_logprobs"]
     sampling = values.pop("sampling")
     record = {
-        **_describe_model(arguments, loaded),
-        **{name: str(value) for name, value in arguments.items() if name not in ("reference", "tokenizer")},
+        **model,
         **sampling,
         **values,
         "max_tokens_bounds_rows": max_tokens_bounds_rows,
@@ -54,11 +53,23 @@ def run_record(
     return plain
 
 
-def _describe_model(arguments: Mapping[str, Any], loaded: Loaded | None) -> dict[str, str | None]:
+def describe_model(arguments: Mapping[str, Any], loaded: Loaded | None) -> dict[str, str | None]:
+    """Return the part of a run record that describes the model: its name, digests of its files, how it computes.
+
+    arguments: of `kvgen.load`. loaded: its result; None if the model is loaded elsewhere, and its files are unknown.
+    """
+    others = {name: str(value) for name, value in arguments.items() if name not in ("reference", "tokenizer")}
+    return {**_describe_files(arguments, loaded), **others}
+
+
+def _describe_files(arguments: Mapping[str, Any], loaded: Loaded | None) -> dict[str, str | None]:
     """Return the model's name, and digests of its files if they are known. tokenizer: None if it has no own files."""
     chosen = arguments["tokenizer"]
     if loaded is None:
         return {"model": str(arguments["reference"]), "weights": None, "tokenizer": str(chosen)}
+
+    from kvgen.checkpoint.digest import digest_of, source_file  # imports torch
+
     source = Path(loaded.source.rpartition(":")[0] if loaded.config is None else loaded.source)
     weights = loaded.files or (source_file(source),)  # for a model in Python, its source file
     if chosen in ("ids", "bytes"):

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from kvgen.errors import ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
-from kvgen.generation.completion import Step
+from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk
 from kvgen.server.engine import BusyError
 from kvgen.server.schema import FieldError, Job

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from kvgen.server.engine import Engine
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, parse_chat, parse_completion
 
-_RETRY_AFTER = "1"  # seconds
+RETRY_AFTER = "1"  # seconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Server:
         return Response(self.metrics.render(), media_type=self.metrics.media_type)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._body(request)
+        body = await self.body(request)
         if not isinstance(text := body.get("prompt"), str):
             raise UsageError("`prompt` must be a string")
         ids = await run_in_threadpool(self.engine.loaded.tokenizer.encode, text)
@@ -93,26 +93,26 @@ class Server:
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
         """Answer /v1/completions or /v1/chat/completions."""
         began = time.monotonic()
-        body = await self._body(request)
+        body = await self.body(request)
         self._check_model(body)
         job = await run_in_threadpool(parse, body, self.engine.loaded)
         if self.log_prompts:
             self.log(json.dumps({"prompt": body.get("prompt", body.get("messages"))}))
         answer = Answer(job, self.model, self.engine.loaded.tokenizer)
-        events = _Events(self.engine, job, began, self.limits.timeout)
+        events = Events(self.engine, job, began, self.limits.timeout)
         done = partial(self._done, request.url.path, answer, began)
         if job.stream:
-            async with _watched(request):
+            async with watched(request):
                 first = await events.first()  # so that an error has its status
             return StreamingResponse(self._stream(answer, first, events, done), media_type="text/event-stream")
-        async with aclosing(events), _watched(request):
+        async with aclosing(events), watched(request):
             async for index, chunk in events:
                 answer.choices[index].chunks.append(chunk)
         done()
         return JSONResponse(answer.whole())
 
     async def _stream(
-        self, answer: Answer, first: tuple[int, Chunk], events: _Events, done: Callable[[], None]
+        self, answer: Answer, first: tuple[int, Chunk], events: Events, done: Callable[[], None]
     ) -> AsyncIterator[str]:
         async with aclosing(events):
             try:
@@ -139,7 +139,7 @@ class Server:
             f"{seconds:.2f} s"
         )
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def body(self, request: Request) -> dict[str, Any]:
         """Read the body. Raises HTTPException if it is too large or not JSON by its type, UsageError if it is not."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page in a browser cannot send this type without asking first
@@ -155,7 +155,7 @@ class Server:
         return body
 
 
-class _Events:
+class Events:
     """The events of all requests of a job, (index, chunk), as they come. Closing it cancels what has not ended."""
 
     def __init__(self, engine: Engine, job: Job, began: float, timeout: float | None) -> None:
@@ -187,7 +187,7 @@ class _Events:
             self.cancel()
             raise
 
-    def __aiter__(self) -> _Events:
+    def __aiter__(self) -> Events:
         return self
 
     async def __anext__(self) -> tuple[int, Chunk]:
@@ -209,7 +209,7 @@ class _Events:
         self.cancel()
 
 
-class _watched:  # noqa: N801 (used as a function)
+class watched:  # noqa: N801 (used as a function)
     """Cancel the task inside when the client leaves, whose body has been read."""
 
     def __init__(self, request: Request) -> None:
@@ -255,8 +255,11 @@ class _Authorized:
         await self._app(scope, receive, send)
 
 
-def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
-    """Return the application. key: that clients must give; None for none. hosts: names that clients may use for it."""
+def make_app(server: Server, more: Sequence[Route], *, key: str | None, hosts: list[str]) -> Starlette:
+    """Return the application. more: further routes. key: that clients must give; None for none.
+
+    hosts: names that clients may use for the server.
+    """
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -267,7 +270,7 @@ def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
             assert isinstance(error, KvgenError)
             status, body = error_body(error)
         server.log(f"{request.method} {request.url.path} {status}: {body['error']['message']:.200}")
-        return JSONResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
+        return JSONResponse(body, status, {"Retry-After": RETRY_AFTER} if status == 429 else None)
 
     routes = [
         Route("/health", server.health),
@@ -277,6 +280,7 @@ def make_app(server: Server, *, key: str | None, hosts: list[str]) -> Starlette:
         Route("/tokenize", server.tokenize, methods=["POST"]),
         Route("/v1/completions", partial(server.complete, parse=parse_completion), methods=["POST"]),
         Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
+        *more,
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     if key is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from kvgen.errors import KvgenError, as_kvgen_error
+from kvgen.errors import CancelledError, KvgenError, as_kvgen_error
 from kvgen.generation.batch import Batch
 from kvgen.generation.events import ends
 from kvgen.generation.settings import DEFAULT_BATCH_SIZE, Request
@@ -19,6 +21,8 @@ Emit = Callable[["Chunk | KvgenError"], None]
 """Receives the events of a request on the engine's thread, so it must return at once."""
 
 DEFAULT_MAX_WAITING = 256
+
+T = TypeVar("T")
 
 
 class BusyError(KvgenError):
@@ -48,7 +52,7 @@ class Engine:
     """Completes requests of any threads side by side.
 
     batch_size: most rows at a time. max_cache_bytes: for all caches, those of finished rows included. max_waiting: most
-    requests that wait for a row.
+    requests that wait for a row. kept: caches to begin with, the least recently used first.
 
     Attributes: `counts`; `running` and `waiting`, requests with and without a first token; `last_active`, when the last
     request ended, in seconds of `time.monotonic`.
@@ -61,6 +65,7 @@ class Engine:
         batch_size: int = DEFAULT_BATCH_SIZE,
         max_cache_bytes: int | None = None,
         max_waiting: int = DEFAULT_MAX_WAITING,
+        kept: Sequence[Any] = (),
     ) -> None:
         self.loaded, self.counts = loaded, Counts()
         self.last_active = time.monotonic()
@@ -70,12 +75,13 @@ class Engine:
             batch_size=batch_size,
             max_cache_bytes=max_cache_bytes,
             divide_prompts=True,
+            kept=kept,
             max_kept=4 * batch_size,  # where memory bounds nothing
         )
         self._pending: dict[int, _Pending] = {}
         self._submitted = 0
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Request | KvgenError | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvgen-engine", daemon=True)
         self._thread.start()
 
@@ -86,6 +92,11 @@ class Engine:
     @property
     def waiting(self) -> int:
         return sum(not pending.begun for pending in list(self._pending.values()))
+
+    @property
+    def kept(self) -> list[Any]:
+        """The caches of finished rows, the least recently used first; when `close` has ended the others."""
+        return self._batch.kept
 
     @property
     def kept_bytes(self) -> int:
@@ -100,9 +111,27 @@ class Engine:
         with self._lock:
             if len(self._pending) >= self._max_waiting:
                 raise BusyError(f"{len(self._pending)} requests are in progress or waiting; try again later")
-            number, self._submitted = self._submitted, self._submitted + 1
-            self._pending[number] = _Pending(emit, time.monotonic())
-            self._queue.put(request)
+            return self._enqueue(request, emit)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Call a function between passes, on the thread that computes; it takes its turn as requests do."""
+        future: Future[T] = Future()
+
+        def run(turn: Chunk | KvgenError) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # noqa: BLE001 (whoever waits raises it)
+                    future.set_exception(error)
+
+        with self._lock:
+            self._enqueue(CancelledError("a call, not a request"), run)  # comes back when its turn has come
+        return future
+
+    def _enqueue(self, item: Request | KvgenError, emit: Emit) -> int:
+        number, self._submitted = self._submitted, self._submitted + 1
+        self._pending[number] = _Pending(emit, time.monotonic())
+        self._queue.put(item)
         return number
 
     def cancel(self, number: int) -> None:
@@ -117,7 +146,7 @@ class Engine:
         self._queue.put(None)
         self._thread.join()
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self) -> Iterator[Request | KvgenError]:
         while (request := self._queue.get()) is not None:
             yield request
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -23,14 +24,17 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(app: ASGIApp, listening: socket.socket, engine: Engine, idle_timeout: float | None) -> None:
-    """Serve on a bound socket. idle_timeout: seconds without a request after which to stop; None for never."""
+def run_server(app: ASGIApp, listening: Sequence[socket.socket], engine: Engine, idle_timeout: float | None) -> bool:
+    """Serve on bound sockets, then close the engine. Returns whether requests could end: not after a second signal.
+
+    idle_timeout: seconds without a request after which to stop; None for never.
+    """
     config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False)
     server = _Server(config)
 
     async def serve() -> None:
         watching = None if idle_timeout is None else asyncio.create_task(_stop_when_idle(server, engine, idle_timeout))
-        await server.serve([listening])
+        await server.serve(list(listening))
         if watching is not None:
             watching.cancel()
 
@@ -38,6 +42,7 @@ def run_server(app: ASGIApp, listening: socket.socket, engine: Engine, idle_time
         asyncio.run(serve())
     finally:
         engine.close()
+    return not server.force_exit
 
 
 async def _stop_when_idle(server: uvicorn.Server, engine: Engine, seconds: float) -> None:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvgen.checkpoint import RawCheckpoint
-from kvgen.tokenizer import gguf, hf
-from kvgen.tokenizer.builtin import bytes_tokenizer, ids_tokenizer
-from kvgen.tokenizer.tokenizer import Tokenizer
+import lazy_loader
 
-__all__ = ["Tokenizer", "choose_tokenizer", "read_tokenizer"]
+if TYPE_CHECKING:
+    from kvgen.tokenizer.read import choose_tokenizer as choose_tokenizer
+    from kvgen.tokenizer.read import read_tokenizer as read_tokenizer
+    from kvgen.tokenizer.tokenizer import Tokenizer as Tokenizer
 
-
-def read_tokenizer(raw: RawCheckpoint) -> Tokenizer:
-    """Read the tokenizer of a checkpoint. Raises CheckpointError or UnsupportedError."""
-    if raw.format == "gguf":
-        return gguf.read(raw)
-    return bytes_tokenizer() if raw.metadata.get("tokenizer") == "bytes" else hf.read(raw)
-
-
-def choose_tokenizer(choice: str, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer that a user chose: `bytes`, `ids`, or the path of a tokenizer.json."""
-    if choice == "bytes":
-        return bytes_tokenizer()
-    if choice == "ids":
-        return ids_tokenizer(vocab_size)
-    return Tokenizer(hf.read_backend(Path(choice)), frozenset())
+# Chat messages and formats of prompts do without a tokenizer, and without torch, which reading one imports.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"read": ["choose_tokenizer", "read_tokenizer"], "tokenizer": ["Tokenizer"]}
+)

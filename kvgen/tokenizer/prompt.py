@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvgen.tokenizer.chat import Message
-from kvgen.tokenizer.tokenizer import Tokenizer
+
+
+class Encoder(Protocol):
+    """Turns prompts into ids: a `Tokenizer`, here or on a server."""
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]: ...
+
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class PromptFormat:
     system: str | None = None
     parse_special: bool = False
 
-    def encode(self, tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(self, tokenizer: Encoder, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text or conversation. Raises UsageError as `Tokenizer` does."""
         if isinstance(prompt, str):
             if not self.chat:

@@ -14,6 +14,8 @@ from kvgen.tokenizer.chat import ChatTemplate, Message
 from kvgen.tokenizer.detokenizer import Detokenizer
 from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
 
+_MAX_UTF8_BYTES = 4  # of one character, each of which may be a token
+
 
 class Tokenizer:
     """A vocabulary with its BOS, EOS and chat template.
@@ -100,6 +102,30 @@ class Tokenizer:
     def token(self, id_: int) -> str:
         """Return the text of one token, which may be special."""
         return self._vocabulary.decode([id_], skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> Iterator[tuple[str, range]]:
+        """Split a text into the smallest pieces of whole characters; yield each with the range of its tokens in `ids`.
+
+        Special tokens are pieces of their own; the other pieces join to `decode(ids)`.
+
+        Each step decodes from the start of the previous piece, since decoders treat the start of a text differently.
+        Unlike a stream's detokenizer, it does not wait for the token after a run of byte tokens, which needs its own
+        colour.
+        """
+        anchor = start = 0
+        for place, id_ in enumerate(ids):
+            known = len(self.decode(ids[anchor:start]))
+            if id_ in self.special_ids:
+                if start < place:
+                    yield self.decode(ids[anchor:place])[known:], range(start, place)
+                yield self.token(id_), range(place, place + 1)
+                start = place + 1
+                continue
+            piece = self.decode(ids[anchor : place + 1])[known:]
+            complete = not piece.endswith("\N{REPLACEMENT CHARACTER}") or place + 1 - start == _MAX_UTF8_BYTES
+            if complete or place + 1 == len(ids):
+                yield piece, range(start, place + 1)
+                anchor, start = start, place + 1
 
     def detokenizer(self) -> Detokenizer:
         """Return a new detokenizer for a stream of ids."""

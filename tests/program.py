@@ -33,7 +33,7 @@ _TIMEOUT = 300
 _LOST = 10  # seconds of silence after which a Ctrl-C is pressed again
 
 _server = multiprocessing.get_context("forkserver")
-# Typer imports Pydantic with `_adapters`, when it first reads a command line. The libraries of engines take seconds, and
+# Typer imports Pydantic with `_adapters`, when it first reads a command line. Libraries of engines take seconds, and
 # huggingface_hub, which comes with one, keeps the cache folder of its import.
 _modules = [module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen.") if ".engines" not in module.name]
 _server.set_forkserver_preload(["torch", "typer._adapters", *_modules])

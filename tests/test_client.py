@@ -250,10 +250,10 @@ def test_a_server_in_the_background(smollm2_path: Path, tmp_path: Path) -> None:
         text = kvgen("generate", PROMPT, *GREEDY, "--server", where[1]).stdout
         assert text == run("generate", PROMPT, *GREEDY, "-m", str(smollm2_path)).stdout
     finally:
-        stopped = kvgen("serve", "--stop")
+        stopped = kvgen("serve", "--stop-running")
     assert (stopped.returncode, stopped.stdout) == (0, ""), stopped.stderr
     assert stopped.stderr.startswith("stopped the server")
-    gone = kvgen("serve", "--stop")
+    gone = kvgen("serve", "--stop-running")
     assert (gone.returncode, len(gone.stderr.splitlines())) == (1, 1)
 
 

@@ -243,9 +243,9 @@ def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
     ("arguments", "message"),
     [
         (("--url", "localhost"), "http://"),
-        (("--server", "vllm"), "--server needs --url"),
+        (("--server-kind", "vllm"), "--server-kind needs --url"),
         (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
-        (("--url", "http://localhost", "--server", "x"), "unknown; known: llama.cpp, vllm, sglang"),
+        (("--url", "http://localhost", "--server-kind", "x"), "unknown; known: llama.cpp, vllm, sglang"),
         (("--url", "http://localhost", "--api-key-env", "NO_SUCH_KEY"), "the environment has no such variable"),
     ],
 )
@@ -265,7 +265,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_prints_a_table_or_json() -> None:
     with serving(Toy()) as url:
         shown = run("compare", "--url", url)
-        data = run("compare", "--url", f"{url}/v1", "--json", "--server", "llama.cpp")
+        data = run("compare", "--url", f"{url}/v1", "--json", "--server-kind", "llama.cpp")
     assert shown.returncode == 0 and not shown.stderr
     assert shown.stdout.startswith("llama.cpp: equivalent\n")
     assert "edit in the middle" in shown.stdout and "Not tested: " in shown.stdout

@@ -1,4 +1,4 @@
-"""A server in the background: `kvgen serve --detach` and `--stop`."""
+"""A server in the background: `kvgen serve --detach` and `--stop-running`."""
 
 from __future__ import annotations
 

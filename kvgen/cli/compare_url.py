@@ -41,10 +41,9 @@ class ServerOptions:
     url: Annotated[
         str | None, _option(metavar="URL", help="Compare the model that a running server serves, over HTTP.")
     ] = None
-    server_kind: Annotated[  # KVGEN_SERVER names a server for other commands, not a kind
+    server_kind: Annotated[
         str | None,
         _option(
-            "--server",
             metavar="KIND",
             help=f"Kind of server: {', '.join(_KINDS)}.",
             show_default="found out",
@@ -66,7 +65,7 @@ class ServerOptions:
         """Raise UsageError for options of a server without --url."""
         given = [name for name in ("server_kind", "api_key_env", "max_requests", "max_seconds") if getattr(self, name)]
         if self.url is None and given:
-            raise UsageError(f"--{given[0].removesuffix('_kind').replace('_', '-')} needs --url")
+            raise UsageError(f"--{given[0].replace('_', '-')} needs --url")
 
 
 def compare_url(

@@ -37,7 +37,7 @@ def serve(
         bool, _option("--detach", help="Run in the background, with a socket in your runtime folder.")
     ] = False,
     stop_running: Annotated[
-        bool, _option("--stop", help="End the server that --detach started, when its requests have ended.")
+        bool, _option("--stop-running", help="End the server that --detach started, when its requests have ended.")
     ] = False,
     name: Annotated[str | None, _option(help="The model's name for clients.", show_default="its file's")] = None,
     batch_size: Annotated[int, _option(min=1, help="Maximum number of requests at a time.")] = DEFAULT_BATCH_SIZE,
@@ -110,7 +110,8 @@ def serve(
         for one in listening:
             one.listen()  # from here on, clients are kept waiting instead of refused
         tell(_greeting(server.model, [address_of(one) for one in listening], detach=detach))
-        in_peace = run_server(app, listening, engine, idle_timeout)
+        ending = partial(tell, "requests in progress may end; Ctrl-C again to stop at once")
+        in_peace = run_server(app, listening, engine, idle_timeout, ending)
         if saved is not None and in_peace:
             saved.save(engine.kept)
 
@@ -119,7 +120,7 @@ def _greeting(model: str, addresses: list[str], *, detach: bool) -> str:
     where = " and ".join(f"{one}/v1" if one.startswith("http") else one for one in addresses)
     if not detach:
         return f"serving {model} on {where}; Ctrl-C stops"
-    return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: kvgen serve --stop"
+    return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: kvgen serve --stop-running"
 
 
 def _name(source: str) -> str:

@@ -61,7 +61,7 @@ def unix_socket(path: Path) -> Iterator[socket.socket]:
         finally:
             os.umask(mask)
     except Timeout:
-        raise KvgenError(f"--socket {path}: a server runs there already; kvgen serve --stop ends one") from None
+        raise KvgenError(f"--socket {path}: a server runs there already; kvgen serve --stop-running ends one") from None
     except OSError as error:
         raise KvgenError(f"--socket {path}: cannot listen there ({error.strerror or error})") from error
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -17,22 +17,37 @@ _EVERY = 0.2  # seconds between looks at the clock
 
 
 class _Server(uvicorn.Server):
-    """The first signal lets requests end, the second stops at once."""
+    """The first signal lets requests end, the second stops at once. on_signal: called after the first."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_signal = on_signal
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.loop is not None and not self.force_exit:
+            self.loop.call_soon_threadsafe(self.on_signal)  # a signal's handler should not write
 
 
-def run_server(app: ASGIApp, listening: Sequence[socket.socket], engine: Engine, idle_timeout: float | None) -> bool:
+def run_server(
+    app: ASGIApp,
+    listening: Sequence[socket.socket],
+    engine: Engine,
+    idle_timeout: float | None,
+    on_signal: Callable[[], None],
+) -> bool:
     """Serve on bound sockets, then close the engine. Returns whether requests could end: not after a second signal.
 
-    idle_timeout: seconds without a request after which to stop; None for never.
+    idle_timeout: seconds without a request after which to stop; None for never. on_signal: called after the first
+    Ctrl-C or SIGTERM.
     """
     config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False)
-    server = _Server(config)
+    server = _Server(config, on_signal)
 
     async def serve() -> None:
+        server.loop = asyncio.get_running_loop()
         watching = None if idle_timeout is None else asyncio.create_task(_stop_when_idle(server, engine, idle_timeout))
         await server.serve(list(listening))
         if watching is not None:

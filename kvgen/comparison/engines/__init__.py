@@ -52,9 +52,9 @@ def load_engine(
 ) -> Loaded:
     """Load a checkpoint in another library, to compare its cached decoding with its uncached decoding.
 
-        >>> other = kvgen.load_engine("transformers", "smollm2", kvgen.EngineOptions(cache="dynamic"))
-        >>> other.model.name, other.tokenizer.decode([19556])
-        ('transformers', 'Hello')
+        >>> kvgen.load_engine("other", "smollm2")
+        Traceback (most recent call last):
+        kvgen.errors.UsageError: unknown backend 'other'; known: native, transformers, llama.cpp
 
     reference: a file, a folder, a catalogue name or a hub id, as `kvgen.load`; code in a checkpoint never runs.
 

@@ -129,7 +129,7 @@ def _status_error(where: str, status: int, data: bytes) -> KvgenError:
         return KvgenError(f"{where}: the server wants another API key ({status}); see --api-key-env")
     if status in (404, 405):
         return AbsentError(
-            f"{where}: not there ({status}: {_excerpt(data)}); is the server of another kind? See --server"
+            f"{where}: not there ({status}: {_excerpt(data)}); is the server of another kind? See --server-kind"
         )
     if status == 429:
         return KvgenError(f"{where}: too many requests for the server (429); try again later")

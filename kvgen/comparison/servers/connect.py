@@ -23,9 +23,9 @@ def connect(client: Client, kind: str | None = None) -> Server:
     Raises UsageError for an unknown kind, NotFoundError if there is no server, or none of that kind.
     """
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"--server {kind}: unknown; known: {', '.join(KINDS)}")
+        raise UsageError(f"--server-kind {kind}: unknown; known: {', '.join(KINDS)}")
     for name in KINDS if kind is None else (kind,):
         if server := KINDS[name].detect(client):
             return server
     wanted = "of a known kind" if kind is None else f"of the kind {kind}"
-    raise NotFoundError(f"{client.url}: the server there is not {wanted}; see --server")
+    raise NotFoundError(f"{client.url}: the server there is not {wanted}; see --server-kind")

@@ -81,8 +81,14 @@ def loaded_by(address: str, texts: list[str], tokens: int, clients: int, *, stre
         body = {"prompt": text, "max_tokens": tokens, "temperature": 0, "stream": stream}
         body |= {"stream_options": {"include_usage": True}} if stream else {}
         times = [time.perf_counter()]
-        connections.one.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connections.one.getresponse()
+        data, headers = json.dumps(body), {"Content-Type": "application/json"}
+        try:
+            connections.one.request("POST", "/v1/completions", data, headers)
+            response = connections.one.getresponse()
+        except (http.client.RemoteDisconnected, ConnectionError):  # llama.cpp's server ends connections after a while
+            connections.one = http.client.HTTPConnection(address, timeout=600)
+            connections.one.request("POST", "/v1/completions", data, headers)
+            response = connections.one.getresponse()
         assert response.status == 200, response.read()
         if not stream:
             usage = json.loads(response.read())["usage"]

@@ -198,6 +198,7 @@ def test_ctrl_c_keeps_the_text_and_frees_the_row(server: Served) -> None:
     assert server.metric("kvgen_requests_running") == 0
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_waited_for_and_one_that_is_killed_is_one_line(smollm2_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "caches"
     options = ("-m", str(smollm2_path), "--batch-size", "1", "--max-waiting", "0", "--prompt-cache", str(folder))

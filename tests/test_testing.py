@@ -29,7 +29,7 @@ def test_wrong(assert_cache_correct):
 
 def test_the_fixture_passes_a_right_cache_and_explains_a_wrong_one(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "kvgen.testing", "-p", "no:cacheprovider", "test_mine.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr
     assert "full-sequence: different" in result.stdout

@@ -254,6 +254,8 @@ def test_a_server_in_the_background(smollm2_path: Path, tmp_path: Path) -> None:
         stopped = kvgen("serve", "--stop-running")
     assert (stopped.returncode, stopped.stdout) == (0, ""), stopped.stderr
     assert stopped.stderr.startswith("stopped the server")
+    (log,) = tmp_path.rglob("serve.log")
+    assert log.read_text().splitlines()[-1] == "requests in progress may end; Ctrl-C again to stop at once"
     gone = kvgen("serve", "--stop-running")
     assert (gone.returncode, len(gone.stderr.splitlines())) == (1, 1)
 

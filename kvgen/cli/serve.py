@@ -110,7 +110,7 @@ def serve(
         for one in listening:
             one.listen()  # from here on, clients are kept waiting instead of refused
         tell(_greeting(server.model, [address_of(one) for one in listening], detach=detach))
-        ending = partial(tell, "requests in progress may end; Ctrl-C again to stop at once")
+        ending = partial(notes(quiet=quiet), "requests in progress may end; Ctrl-C again to stop at once")
         in_peace = run_server(app, listening, engine, idle_timeout, ending)
         if saved is not None and in_peace:
             saved.save(engine.kept)

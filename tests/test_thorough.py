@@ -126,3 +126,16 @@ def test_a_use_that_reuses_nothing_is_not_checked() -> None:
     row = run(Forgetful(None)).rows[1]
     unused = {probe.name for probe in row.probes if "the cache was not used" in probe.note}
     assert unused == {probe.name for probe in row.probes} - {"past a window", "special tokens"}
+
+
+def test_no_use_goes_beyond_the_context() -> None:
+    class Bounded(LongFault):
+        context_length = 150
+
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> Any:
+            assert ids.shape[1] <= self.context_length
+            return super().forward(ids, cache, positions)
+
+    row = run(Bounded(None), thorough=True).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT
+    assert not [probe.name for probe in row.probes if "fails" in probe.note]

@@ -114,7 +114,7 @@ def _long_edits(case: Case) -> Iterator[Check]:
 
 def _long_rewinds(case: Case) -> Iterator[Check]:
     """Remove tokens from the end, fewer and more, and continue differently: several tokens at once, then steps."""
-    text = _long_text(case)
+    text = _long_text(case)[:, :-2]  # what follows the shortest rewind is two tokens longer
     for count in (*_REWINDS, text.shape[1] // 2, text.shape[1] - 1):
         if count >= text.shape[1]:
             continue

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvgen.errors import CancelledError, KvgenError, as_kvgen_error
@@ -31,14 +31,12 @@ class BusyError(KvgenError):
 
 @dataclass
 class Counts:
-    """Totals since the start, for metrics. first_token, between_tokens: seconds of each, since the last reading."""
+    """Totals since the start, for metrics."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reused: int = 0
     computed: int = 0
-    first_token: list[float] = field(default_factory=list)
-    between_tokens: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -55,7 +53,8 @@ class Engine:
     requests that wait for a row. kept: caches to begin with, the least recently used first.
 
     Attributes: `counts`; `running` and `waiting`, requests with and without a first token; `last_active`, when the last
-    request ended, in seconds of `time.monotonic`.
+    request ended, in seconds of `time.monotonic`; `on_token`, called on the engine's thread for each token, with the
+    seconds since the request or its last token, and whether it is the first.
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class Engine:
         kept: Sequence[Any] = (),
     ) -> None:
         self.loaded, self.counts = loaded, Counts()
+        self.on_token: Callable[[float, bool], None] = lambda seconds, first: None
         self.last_active = time.monotonic()
         self._max_waiting = max_waiting + batch_size
         self._batch = Batch(
@@ -161,8 +161,7 @@ class Engine:
     def _emit(self, number: int, event: Chunk | KvgenError) -> None:
         pending, now = self._pending[number], time.monotonic()
         if isinstance(event, Chunk):
-            times = self.counts.between_tokens if pending.begun else self.counts.first_token
-            times.append(now - pending.last)
+            self.on_token(now - pending.last, not pending.begun)
             self.counts.prompt_tokens += 0 if pending.begun else event.step.positions
             self.counts.completion_tokens += 1
             self.counts.reused += event.step.reused or 0

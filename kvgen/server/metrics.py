@@ -19,22 +19,19 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._registry = engine, CollectorRegistry()
-        times = {"first_token": "From the request to its first token.", "between_tokens": "From a token to the next."}
-        self._histograms = {
-            name: Histogram(f"kvgen_{name}_seconds", text, buckets=_SECONDS, registry=self._registry)
-            for name, text in times.items()
-        }
+        self._first_token = self._histogram("first_token", "From the request to its first token.")
+        self._between_tokens = self._histogram("between_tokens", "From a token to the next.")
         self._registry.register(self)
+        engine.on_token = self._observe
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"kvgen_{name}_seconds", text, buckets=_SECONDS, registry=self._registry)
+
+    def _observe(self, seconds: float, first: bool) -> None:
+        (self._first_token if first else self._between_tokens).observe(seconds)
 
     def render(self) -> bytes:
         """Return the figures in Prometheus' text format."""
-        counts = self._engine.counts
-        for name, histogram in self._histograms.items():
-            seen: list[float] = getattr(counts, name)
-            taken = seen[:]  # the engine's thread appends meanwhile
-            del seen[: len(taken)]
-            for seconds in taken:
-                histogram.observe(seconds)
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:

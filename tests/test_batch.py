@@ -247,13 +247,13 @@ def test_caches_take_no_more_than_was_counted(small: dict[str, Loaded]) -> None:
 def test_a_cache_that_nobody_uses_is_taken_over_not_copied(small: dict[str, Loaded]) -> None:
     loaded, text = small["llama"], [*range(2, 60)]
     _, cache = loaded.model(torch.tensor([text]), None)
-    batch = Batch(loaded, cache=cache)
+    batch = Batch(loaded, kept=[cache])
     events = batch.run([Request([*text, 70, 71], GREEDY, 5)])
     first = next(events)[1]
     assert isinstance(first, Chunk)
     assert (first.step.reused, batch._rows[0].cache, batch.cache) == (58, cache, None)
     _, other = loaded.model(torch.tensor([text]), None)
-    batch = Batch(loaded, cache=other)
+    batch = Batch(loaded, kept=[other])
     events = batch.run([Request([2, 3, 4, 70], GREEDY, 5)])
     first = next(events)[1]
     assert isinstance(first, Chunk)

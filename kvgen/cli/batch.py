@@ -172,7 +172,7 @@ class _Run:
 
         cache = None if prompt_cache is None else open_prompt_cache(prompt_cache, loaded)
         budget = loaded.cache_budget if self.max_cache_bytes is None else self.max_cache_bytes
-        engine = Batch(loaded, batch_size=self.batch_size, max_cache_bytes=budget, cache=cache)
+        engine = Batch(loaded, batch_size=self.batch_size, max_cache_bytes=budget, kept=[cache])
 
         def complete(going_on: Callable[[], bool]) -> Iterator[Result]:
             settings = self.defaults, self.reading.format, going_on, self.max_tokens

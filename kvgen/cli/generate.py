@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvgen.cli import options
+from kvgen.cli.completions import completion_as_json
 from kvgen.cli.errors import print_error
 from kvgen.cli.groups import CompletionOptions, ModelOptions, PromptOptions, takes_groups
 from kvgen.cli.prompts import GivenPrompt, read_prompts, with_piped_text
@@ -22,9 +22,9 @@ from kvgen.errors import KvgenError, UsageError, as_kvgen_error
 from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
-    from kvgen import Batch, Chunk, Loaded, Step, Tokenizer
+    from kvgen import Batch, Chunk, Loaded
     from kvgen.client.batch import RemoteBatch
-    from kvgen.client.remote import Remote, RemoteTokenizer
+    from kvgen.client.remote import Remote
     from kvgen.generation.drafts import Drafter
 
     _Completion = tuple[GivenPrompt, Request, Meter, Iterator[Chunk]]
@@ -160,7 +160,7 @@ def _load(source: ModelOptions, reading: PromptOptions, caching: CacheOptions, *
         loaded,
         max_cache_bytes=loaded.cache_budget if lines else None,
         use_cache=not caching.no_cache,
-        cache=None if caching.prompt_cache is None else open_prompt_cache(caching.prompt_cache, loaded),
+        kept=[] if caching.prompt_cache is None else [open_prompt_cache(caching.prompt_cache, loaded)],
         make_drafter=caching.drafter(loaded, source, quiet=quiet),
     )
 
@@ -254,7 +254,7 @@ def _print_all(
         try:
             if output.json:
                 text = "".join(chunk.text for chunk in chunks)
-                write_json(_as_json(loaded, given.text, request, text, meter))
+                write_json(completion_as_json(loaded, given.text, request, text, meter))
             else:
                 with TextWriter(raw=output.raw) as writer:
                     for chunk in chunks:
@@ -277,29 +277,3 @@ def _print_all(
         if show_stats:
             print_note(format_stats(meter, loaded, load_seconds, request.sampling))
     return failed, count
-
-
-def _as_json(loaded: Loaded | Remote, prompt: str, request: Request, completion: str, meter: Meter) -> dict[str, Any]:
-    steps = [chunk.step for chunk in meter.chunks]
-    value: dict[str, Any] = {
-        "prompt": prompt,
-        "completion": completion,
-        "finish_reason": meter.last.finish_reason,
-        "prompt_ids": list(request.prompt),
-        "completion_ids": [step.token for step in steps],
-        "seed": request.sampling.seed,
-        "model": loaded.source,
-        **meter.as_json(),
-    }
-    if request.top_logprobs is not None:
-        value["logprobs"] = [_logprobs_as_json(loaded.tokenizer, step) for step in steps]
-    return value
-
-
-def _logprobs_as_json(tokenizer: Tokenizer | RemoteTokenizer, step: Step) -> dict[str, Any]:
-    def entry(id_: int, logprob: float | None) -> dict[str, Any]:
-        # JSON has no infinity, which is the log-probability of a token that the model rules out.
-        finite = logprob if logprob is None or math.isfinite(logprob) else None
-        return {"id": id_, "token": tokenizer.token(id_), "logprob": finite}
-
-    return {**entry(step.token, step.logprob), "top": [entry(*pair) for pair in step.top_logprobs]}

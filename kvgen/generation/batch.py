@@ -40,9 +40,8 @@ class Batch:
 
     batch_size: maximum number of rows in progress; 1 for a backend that cannot batch.
     max_cache_bytes: limit for all caches together, the kept one included; None for no limit.
-    use_cache: False recomputes every position on each step; a request can ask for the same. cache: of an earlier
-        completion, to continue from.
-    kept: caches of earlier completions, the least recently used first.
+    use_cache: False recomputes every position on each step; a request can ask for the same.
+    kept: caches of earlier completions, to continue from, the least recently used first; None counts for none.
     divide_prompts: read long prompts in parts between the passes of other rows, so that these need not wait.
     max_kept: how many caches of finished rows to keep for later requests, the least recently used go first.
     make_drafter: returns a new drafter for each row.
@@ -61,7 +60,6 @@ class Batch:
         batch_size: int = DEFAULT_BATCH_SIZE,
         max_cache_bytes: int | None = None,
         use_cache: bool = True,
-        cache: Any = None,
         kept: Sequence[Any] = (),
         divide_prompts: bool = False,
         max_kept: int = 1,
@@ -69,7 +67,7 @@ class Batch:
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
-        self._kept = [*kept, *([] if cache is None else [cache])]  # the least recently used first
+        self._kept = [cache for cache in kept if cache is not None]  # the least recently used first
         self._max_kept, self._divide_prompts = max_kept, divide_prompts and loaded.model.rewinds
         self._cancelled: set[int] = set()
         self.pass_began = 0.0
@@ -189,16 +187,11 @@ class Batch:
             raise UsageError(f"the cache of this request may take {sizes}")
         if not self._fits(nbytes):
             return None
-        cache, shared = None, 0
-        if use_cache:
-            donors = [row.cache for row in self._rows if row.use_cache and row not in begun]
-            cache = model.cache_for(ids, positions, donors, self._kept)
-            shared = getattr(cache, "length", 0)
-            for row in (row for row in self._rows if row.use_cache and (row in begun or row.is_long)):
-                if (common := common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
-                    model.expect_branch(row.cache, min(common, len(prompt) - 1))
-                    return None  # the next pass can copy more from that row
-        new = len(prompt) - shared
+        donors = [row.cache for row in self._rows if row.use_cache and row not in begun]
+        cache = model.cache_for(ids, positions, donors, self._kept) if use_cache else None
+        new = len(prompt) - getattr(cache, "length", 0)
+        if use_cache and self._waits(prompt, len(prompt) - new, begun):
+            return None
         if begun and sum(row.new for row in begun) + new > PREFILL_CHUNK:
             return None
         completion = Completion(
@@ -225,6 +218,14 @@ class Batch:
             nbytes=nbytes,
         )
 
+    def _waits(self, prompt: Sequence[int], shared: int, begun: list[RequestRow]) -> bool:
+        """Whether a row that reads its prompt will have more of this one than the first `shared` tokens."""
+        for row in (row for row in self._rows if row.use_cache and (row in begun or row.is_long)):
+            if (common := common_prefix(row.completion.tokens, prompt)) > shared + _WORTH_WAITING:
+                self._loaded.model.expect_branch(row.cache, min(common, len(prompt) - 1))
+                return True
+        return False
+
     def _sampler(self, request: Request) -> Sampler:
         sampler = make_sampler(request.sampling)
         if request.constraint is None:
@@ -245,9 +246,6 @@ class Batch:
         if self._divide_prompts:
             yield from self._read_on()
             rows = [row for row in self._rows if not row.is_long and not row.ended]
-        if not rows:
-            self._rows = [row for row in self._rows if not row.ended]
-            return
         for row, step in decode_step(self._loaded.model.forward_batch, rows):
             if row.ended:  # by a stop string inside a draft
                 continue

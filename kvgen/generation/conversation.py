@@ -64,7 +64,7 @@ class Conversation:
     def _batch(self) -> Batch:
         from kvgen.generation.batch import Batch  # imports torch, which a conversation on a server does without
 
-        return Batch(self.loaded, batch_size=1, cache=self.cache)
+        return Batch(self.loaded, batch_size=1, kept=[self.cache])
 
     def undo(self) -> str | None:
         """Remove the last question and its answer; return the question, or None if there is none."""

@@ -37,6 +37,8 @@ def decode_step(forward: ForwardBatch, rows: Sequence[R]) -> Iterator[tuple[R, S
 
     A row that fails yields an error and is finished; the others continue. If the pass fails, every row gets its error.
     """
+    if not rows:
+        return
     ids = [row.completion.next_ids() for row in rows]
     caches = [row.cache if row.use_cache else None for row in rows]
     try:

@@ -85,7 +85,7 @@ def open_prompt_cache(path: Path, loaded: Loaded) -> KVCache | None:
 def load_prompt_cache(path: str | Path, loaded: Loaded) -> KVCache:
     """Load a cache that `save_prompt_cache` or `--prompt-cache` wrote with the same weights and arithmetic.
 
-        >>> batch = kvgen.Batch(loaded, cache=kvgen.load_prompt_cache("document.cache", loaded))
+        >>> batch = kvgen.Batch(loaded, kept=[kvgen.load_prompt_cache("document.cache", loaded)])
         >>> ids = loaded.tokenizer.encode("A long document. " * 20 + "In short,")
         >>> next(batch.complete(kvgen.Request(ids))).step.computed
         3

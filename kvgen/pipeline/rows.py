@@ -88,9 +88,9 @@ def read_row(index: int, line: bytes) -> InputRow:
         prompt = _get_prompt(row)
         sampling = {name: row[name] for name in SAMPLING_FIELDS & row.keys()}
         if "logit_bias" in sampling:
-            sampling["logit_bias"] = _parse_logit_bias(sampling["logit_bias"])
+            sampling["logit_bias"] = parse_logit_bias(sampling["logit_bias"])
         others = {name: row[name] for name in _OTHERS if name in row}
-        if constraint := _get_constraint(row):
+        if constraint := parse_constraint(row):
             others["constraint"] = constraint
         found = InputRow(index, id_, digest, prompt, sampling, others, row.get("metadata"), line=line)
         found.request(Request(()))  # checks types and ranges
@@ -142,13 +142,15 @@ def _get_prompt(row: Mapping[str, Any]) -> Any:
     return row["prompt"]
 
 
-def _parse_logit_bias(value: Any) -> dict[int, Any]:
+def parse_logit_bias(value: Any) -> dict[int, Any]:
+    """Return token ids and numbers from JSON, whose keys are strings. Raises UsageError."""
     if not isinstance(value, dict) or not all(key.isdecimal() and len(key) <= _MAX_ID_DIGITS for key in value):
         raise UsageError("`logit_bias` must map token ids to numbers")
     return {int(key): bias for key, bias in value.items()}
 
 
-def _get_constraint(row: Mapping[str, Any]) -> Constraint | None:
+def parse_constraint(row: Mapping[str, Any]) -> Constraint | None:
+    """Return the constraint of `json_schema`, `regex` or `grammar`, or None. Raises UsageError for two of them."""
     given = [name for name in _CONSTRAINTS if name in row]
     if len(given) > 1:
         raise UsageError("give one of `json_schema`, `regex` and `grammar`")

@@ -30,7 +30,7 @@ from kvgen.server.engine import Engine
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, parse_chat, parse_completion
 
-RETRY_AFTER = "1"  # seconds
+_RETRY_AFTER = "1"  # seconds
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,17 @@ class Server:
     def _done(self, path: str, answer: Answer, began: float) -> None:
         usage = answer.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
+        self.log_completion(path, usage["prompt_tokens"], usage["completion_tokens"], cached, began)
+
+    def log_completion(self, path: str, prompt: int, completion: int, reused: int | None, began: float) -> None:
+        """Write the line of a request that was answered. prompt, completion, reused: tokens."""
         seconds = time.monotonic() - began
-        self.log(
-            f"POST {path} 200: {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {cached} reused, "
-            f"{seconds:.2f} s"
-        )
+        self.log(f"POST {path} 200: {prompt} + {completion} tokens, {reused} reused, {seconds:.2f} s")
+
+    def refused(self, request: Request, status: int, message: str, body: Mapping[str, Any]) -> Response:
+        """Return the response to a request that is refused, and write its line."""
+        self.log(f"{request.method} {request.url.path} {status}: {message:.200}")
+        return JSONResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
 
     async def body(self, request: Request) -> dict[str, Any]:
         """Read the body. Raises HTTPException if it is too large or not JSON by its type, UsageError if it is not."""
@@ -269,8 +275,7 @@ def make_app(server: Server, more: Sequence[Route], *, key: str | None, hosts: l
         else:
             assert isinstance(error, KvgenError)
             status, body = error_body(error)
-        server.log(f"{request.method} {request.url.path} {status}: {body['error']['message']:.200}")
-        return JSONResponse(body, status, {"Retry-After": RETRY_AFTER} if status == 429 else None)
+        return server.refused(request, status, str(body["error"]["message"]), body)
 
     routes = [
         Route("/health", server.health),

@@ -26,7 +26,7 @@ from kvgen.generation.settings import are_ids, is_whole
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.record import describe_model
 from kvgen.server.answers import error_body
-from kvgen.server.app import RETRY_AFTER, Events, Server
+from kvgen.server.app import Events, Server
 from kvgen.server.schema import Job
 from kvgen.tokenizer import Tokenizer
 from kvgen.tokenizer.chat import check_messages
@@ -66,9 +66,7 @@ class OwnRoutes:
                 return await route(request)
             except KvgenError as error:
                 status, _ = error_body(error)
-                self.server.log(f"{request.method} {request.url.path} {status}: {error!s:.200}")
-                headers = {"Retry-After": RETRY_AFTER} if status == 429 else None
-                return JSONResponse({"error": error_as_json(error)}, status, headers)
+                return self.server.refused(request, status, str(error), {"error": error_as_json(error)})
 
         return answer
 
@@ -146,9 +144,8 @@ class OwnRoutes:
                 done(chunks)
 
     def _done(self, request: Request, prompt: int, began: float, chunks: list[Chunk]) -> None:
-        reused, seconds = chunks[0].step.reused if chunks else 0, time.monotonic() - began
-        what = f"{prompt} + {len(chunks)} tokens, {reused} reused, {seconds:.2f} s"
-        self.server.log(f"POST {request.url.path} 200: {what}")
+        reused = chunks[0].step.reused if chunks else 0
+        self.server.log_completion(request.url.path, prompt, len(chunks), reused, began)
 
     async def score(self, request: Request) -> Response:
         """Score a text; a line for each window, then the result or the error."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvgen.errors import UsageError
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Constraint, Request, Sampling, are_ids, is_whole
 from kvgen.loading.load import Loaded
+from kvgen.pipeline.rows import SAMPLING_FIELDS, parse_constraint, parse_logit_bias
 from kvgen.server.tools import check_tools, template_messages
 
-_SAMPLING = {field.name for field in fields(Sampling)}
 _OWN = {"max_context", "keep_first", "regex", "grammar", "json_schema", "cache"}
-_COMMON = {"model", "max_tokens", "n", "stop", "stream", "stream_options", *_SAMPLING, *_OWN}
+_COMMON = {"model", "max_tokens", "n", "stop", "stream", "stream_options", *SAMPLING_FIELDS, *_OWN}
 _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
 _COMPLETION = _COMMON | _IGNORED | {"prompt", "logprobs", "return_tokens_as_token_ids", "echo", "best_of", "suffix"}
 _CHAT = (
@@ -131,34 +131,14 @@ def _ids(prompt: str | list[int], loaded: Loaded) -> list[int]:
 
 def _settings(body: Mapping[str, Any], most_tokens: int | None) -> dict[str, Any]:
     """Arguments for `Request` but the prompt. most_tokens: by default."""
-    sampling = {name: body[name] for name in _SAMPLING & body.keys()}
+    sampling = {name: body[name] for name in SAMPLING_FIELDS & body.keys()}
     if "logit_bias" in sampling:
-        sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
+        sampling["logit_bias"] = parse_logit_bias(sampling["logit_bias"])
     if not isinstance(body.get("cache", True), bool):
         raise FieldError("cache", "must be true or false")
     settings = {name: body[name] for name in ("stop", "max_context", "keep_first") if name in body}
     settings |= {"max_tokens": body.get("max_tokens", most_tokens), "use_cache": body.get("cache", True)}
-    return {**settings, "sampling": Sampling(**sampling), "constraint": _constraint(body)}
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, dict) or not all(key.isdecimal() and len(key) < 20 for key in value):
-        raise FieldError("logit_bias", "must map token ids to numbers")
-    return {int(key): bias for key, bias in value.items()}
-
-
-def _constraint(body: Mapping[str, Any]) -> Constraint | None:
-    given = [name for name in ("json_schema", "regex", "grammar") if name in body]
-    if len(given) > 1:
-        raise FieldError(given[1], f"goes without `{given[0]}`")
-    if "json_schema" in given:
-        return Constraint("json-schema", json.dumps(body["json_schema"]))
-    for name in given:
-        if not isinstance(body[name], str):
-            raise FieldError(name, "must be a string")
-    if "regex" in given:
-        return Constraint("regex", body["regex"])
-    return Constraint("grammar", body["grammar"]) if given else None
+    return {**settings, "sampling": Sampling(**sampling), "constraint": parse_constraint(body)}
 
 
 def _response_format(value: Any) -> Constraint | None:

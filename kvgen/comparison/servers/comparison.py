@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,23 +74,13 @@ def compare_server(
     began, reference = time.perf_counter(), Reference(server, steps)
     session = _session(server, reference, prompt, _longest(server, steps, thorough=thorough))
     control = reference.of(session.fresh(session.text))
-    probes: list[ServerProbe] = []
-    findings: list[Finding] = []
-    untried: list[str] = []
+    probes, findings, untried = list[ServerProbe](), list[Finding](), list[str]()
     if control.repeated > LARGEST_NOISE:
         text = "The server is not deterministic: equal uncached requests at temperature 0 give different results."
         findings = [Finding("not deterministic", text, f"they differ by {control.repeated:.2g} nats")]
     else:
-        runs = list(_runs(session, thorough=thorough))
-        for done, (_, run) in enumerate(runs):
-            progress(done, len(runs))
-            try:
-                probes.append(run())
-            except LimitError as error:
-                untried = [f"{', '.join(left for left, _ in runs[done:])} ({error})"]
-                break
+        probes, untried = _run_all(list(_runs(session, thorough=thorough)), progress)
         findings = diagnose(session, probes)
-        progress(len(runs), len(runs))
     verdict, reason = _verdict(session, probes, findings)
     return ServerComparison(
         server.kind,
@@ -107,6 +97,21 @@ def compare_server(
         client.requests,
         time.perf_counter() - began,
     )
+
+
+def _run_all(
+    runs: Sequence[tuple[str, Callable[[], ServerProbe]]], progress: Progress
+) -> tuple[list[ServerProbe], list[str]]:
+    """Run probes until a limit is reached. Returns their results, and what was not tried and why, in words."""
+    probes: list[ServerProbe] = []
+    for done, (_, run) in enumerate(runs):
+        progress(done, len(runs))
+        try:
+            probes.append(run())
+        except LimitError as error:
+            return probes, [f"{', '.join(left for left, _ in runs[done:])} ({error})"]
+    progress(len(runs), len(runs))
+    return probes, []
 
 
 def _longest(server: Server, steps: int, *, thorough: bool) -> int:

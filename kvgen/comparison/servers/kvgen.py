@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, first_model, read_logprobs, timed
+from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.server import (
+    Answer,
+    Prompt,
+    Server,
+    cached_tokens,
+    model_owned_by,
+    read_logprobs,
+    timed,
+    tokenized,
+)
 
 _PATH = "/v1/completions"
 _TOP = 20  # the server's limit
@@ -22,16 +31,11 @@ class KvgenServer:
 
     @classmethod
     def detect(cls, client: Client) -> Server | None:
-        try:
-            model = first_model(client)
-        except AbsentError:
-            return None
-        return cls(client, model) if model.get("owned_by") == cls.kind else None
+        model = model_owned_by(client, cls.kind)
+        return None if model is None else cls(client, model)
 
     def encode(self, text: str) -> Prompt:
-        answer = self._client.post("/tokenize", {"prompt": text})
-        with self._client.parsing("/tokenize"):
-            return tuple(int(id_) for id_ in answer["tokens"])
+        return tokenized(self._client, {"prompt": text})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         body = {

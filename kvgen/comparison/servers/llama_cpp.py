@@ -6,7 +6,7 @@ Source: tools/server/README.md and server-context.cpp of the project.
 from __future__ import annotations
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, read_content, timed
+from kvgen.comparison.servers.server import Answer, Prompt, Server, read_content, timed, tokenized
 from kvgen.errors import UnsupportedError
 
 _PATH = "/completion"
@@ -33,9 +33,7 @@ class GgufServer:
         return cls(client) if isinstance(known, dict) and "default_generation_settings" in known else None
 
     def encode(self, text: str) -> Prompt:
-        answer = self._client.post("/tokenize", {"content": text, "add_special": True})
-        with self._client.parsing("/tokenize"):
-            return tuple(int(id_) for id_ in answer["tokens"])
+        return tokenized(self._client, {"content": text, "add_special": True})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         body = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.client import AbsentError, Client
 from kvgen.errors import UnsupportedError
 
 Token = int | str
@@ -115,6 +115,29 @@ def timed(client: Client, path: str, body: dict[str, Any]) -> tuple[Any, float]:
     """Answer to a POST, and the seconds that it took."""
     began = time.perf_counter()
     return client.post(path, body), time.perf_counter() - began
+
+
+def tokenized(client: Client, body: Mapping[str, Any]) -> Prompt:
+    """Token ids that `/tokenize` answers to a body."""
+    answer = client.post("/tokenize", dict(body))
+    with client.parsing("/tokenize"):
+        return tuple(int(id_) for id_ in answer["tokens"])
+
+
+def model_owned_by(client: Client, owner: str) -> dict[str, Any] | None:
+    """What `/v1/models` says of the first model, if that is the program which serves it; else None."""
+    try:
+        model = first_model(client)
+    except AbsentError:
+        return None
+    return model if model.get("owned_by") == owner else None
+
+
+def name_and_context(client: Client, model: Mapping[str, Any]) -> tuple[str, int | None]:
+    """A model's id and `max_model_len`, as vLLM and SGLang list them."""
+    with client.parsing("/v1/models"):
+        length = model.get("max_model_len")
+        return str(model["id"]), None if length is None else int(length)
 
 
 def first_model(client: Client) -> dict[str, Any]:

@@ -11,8 +11,18 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, Step, Token, first_model, timed
+from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.server import (
+    Answer,
+    Prompt,
+    Server,
+    Step,
+    Token,
+    model_owned_by,
+    name_and_context,
+    timed,
+    tokenized,
+)
 from kvgen.errors import UnsupportedError
 
 _PATH = "/generate"
@@ -25,23 +35,15 @@ class SglangServer:
 
     def __init__(self, client: Client, model: dict[str, Any]) -> None:
         self._client = client
-        with client.parsing("/v1/models"):
-            self.model = str(model["id"])
-            length = model.get("max_model_len")
-            self.context = None if length is None else int(length)
+        self.model, self.context = name_and_context(client, model)
 
     @classmethod
     def detect(cls, client: Client) -> Server | None:
-        try:
-            model = first_model(client)
-        except AbsentError:
-            return None
-        return cls(client, model) if model.get("owned_by") == cls.kind else None
+        model = model_owned_by(client, cls.kind)
+        return None if model is None else cls(client, model)
 
     def encode(self, text: str) -> Prompt:
-        answer = self._client.post("/tokenize", {"model": self.model, "prompt": text})
-        with self._client.parsing("/tokenize"):
-            return tuple(int(id_) for id_ in answer["tokens"])
+        return tokenized(self._client, {"model": self.model, "prompt": text})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         answer = self._ask(prompt, steps, space or uuid.uuid4().hex, -1)

@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from kvgen.comparison.servers.client import AbsentError, Client
-from kvgen.comparison.servers.server import Answer, Prompt, Server, cached_tokens, first_model, read_logprobs, timed
+from kvgen.comparison.servers.server import (
+    Answer,
+    Prompt,
+    Server,
+    cached_tokens,
+    model_owned_by,
+    name_and_context,
+    read_logprobs,
+    timed,
+    tokenized,
+)
 
 _PATH = "/v1/completions"
 _TOP = 20  # the server's default limit, --max-logprobs
@@ -28,23 +38,15 @@ class VllmServer:
         self._client, self._lock = client, threading.Lock()
         self._running = self._started = 0
         self._in_usage: bool | None = None  # unknown before the first answer
-        with client.parsing("/v1/models"):
-            self.model = str(model["id"])
-            length = model.get("max_model_len")
-            self.context = None if length is None else int(length)
+        self.model, self.context = name_and_context(client, model)
 
     @classmethod
     def detect(cls, client: Client) -> Server | None:
-        try:
-            model = first_model(client)
-        except AbsentError:
-            return None
-        return cls(client, model) if model.get("owned_by") == cls.kind else None
+        model = model_owned_by(client, cls.kind)
+        return None if model is None else cls(client, model)
 
     def encode(self, text: str) -> Prompt:
-        answer = self._client.post("/tokenize", {"model": self.model, "prompt": text})
-        with self._client.parsing("/tokenize"):
-            return tuple(int(id_) for id_ in answer["tokens"])
+        return tokenized(self._client, {"model": self.model, "prompt": text})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         if self._in_usage is not False:

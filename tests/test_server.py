@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -22,7 +23,9 @@ import openai
 import pytest
 
 import kvgen
-from kvgen.server.schema import parse_chat
+from kvgen.generation.step import Step
+from kvgen.server.answers import Answer
+from kvgen.server.schema import Job, parse_chat
 from kvgen.server.tools import template_messages, tool_calls
 from tests.program import KVGEN, run
 
@@ -166,6 +169,15 @@ def test_log_probabilities_are_those_of_the_model(server: Served, smollm2: kvgen
     content = chat.choices[0].logprobs.content
     assert [len(token.top_logprobs) for token in content] == [3, 3]
     assert content[0].logprob == content[0].top_logprobs[0].logprob < 0
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_log_probabilities_of_ruled_out_tokens_are_numbers(smollm2: kvgen.Loaded, chat: bool) -> None:
+    step = Step(5, 3, 0, "length", -math.inf, ((6, -1.5), (7, -math.inf)))
+    answer = Answer(Job((kvgen.Request([1, 2, 3]),), chat), "m", smollm2.tokenizer)
+    answer.choices[0].chunks.append(kvgen.Chunk("x", step, "length"))
+    text = json.dumps(answer.whole(), allow_nan=False)
+    assert text.count("-9999.0") == 2 and "-1.5" in text
 
 
 def test_an_answer_in_a_json_schema(server: Served) -> None:

@@ -131,8 +131,10 @@ class Answer:
         tokens = [self._name(step.token) for step in steps]
         return {
             "tokens": tokens,
-            "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [{self._name(id_): logprob for id_, logprob in step.top_logprobs} for step in steps],
+            "token_logprobs": [_finite(step.logprob) for step in steps],
+            "top_logprobs": [
+                {self._name(id_): _finite(logprob) for id_, logprob in step.top_logprobs} for step in steps
+            ],
             "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
         }
 
@@ -141,7 +143,17 @@ class Answer:
 
     def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token(id_)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "surrogatepass")), "id": id_}
+        return {
+            "token": text,
+            "logprob": _finite(logprob),
+            "bytes": list(text.encode("utf-8", "surrogatepass")),
+            "id": id_,
+        }
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return a log-probability that JSON has; OpenAI's API writes -9999 for what is nearly impossible."""
+    return None if logprob is None else max(logprob, -9999.0)
 
 
 def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:

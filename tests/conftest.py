@@ -52,13 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs, unless the tests are to run on one.
 
-    Where a test does not say how many examples Hypothesis tries, fast tests try fewer.
+    Fast tests try fewer examples of Hypothesis; `tests.sizes.examples` where a test says how many.
     """
     os.environ["KVGEN_TEST_DEVICE"] = config.option.device
     if config.option.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    settings.register_profile("fast", max_examples=12)
-    settings.register_profile("slow", max_examples=40)
+    settings.register_profile("fast", max_examples=12, deadline=None)
+    settings.register_profile("slow", max_examples=40, deadline=None)
     settings.load_profile("fast" if config.option.markexpr == "not slow" else "slow")
 
 

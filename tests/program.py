@@ -74,10 +74,16 @@ def run(
 
 
 @contextlib.contextmanager
-def start(*arguments: str) -> Iterator[tuple[TextIO, TextIO, ForkServerProcess]]:
-    """Run kvgen beside a test: yields its stdin, its stdout, and the process, which does not outlive the block."""
+def start(
+    *arguments: str, stderr: int | None = None, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[TextIO, TextIO, ForkServerProcess]]:
+    """Run kvgen beside a test: yields its stdin, its stdout, and the process, which does not outlive the block.
+
+    stderr: a file descriptor to write to; None for that of the tests.
+    """
     (read_input, write_input), (read_out, write_out) = os.pipe(), os.pipe()
-    process = _started(arguments, os.environ, [read_input, write_out, sys.__stderr__.fileno()])
+    streams = [read_input, write_out, sys.__stderr__.fileno() if stderr is None else stderr]
+    process = _started(arguments, os.environ if env is None else env, streams)
     os.close(read_input)
     os.close(write_out)
     hung = threading.Timer(_TIMEOUT, process.kill)

@@ -19,6 +19,7 @@ from kvgen.kernels.build import library
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import OpKind
 from tests.families import make_checkpoint
+from tests.sizes import examples
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -84,7 +85,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]
 
 
 @given(data=st.data(), bits=st.sampled_from(["int4", "int8"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_any_way_to_split_a_text_gives_the_same_bits(models: dict[str, NativeBackend], data, bits: str) -> None:
     model = models[bits]
     ids = torch.tensor([data.draw(st.lists(st.integers(2, 95), min_size=1, max_size=150))])

@@ -26,6 +26,7 @@ from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
 from kvgen.model.causal_lm import CausalLM
 from tests.families import make_checkpoint
+from tests.sizes import examples
 from tests.test_cache import MODELS, TOLERANCE, any_state
 
 GREEDY = Sampling(temperature=0)
@@ -62,7 +63,7 @@ def alone(loaded: Loaded, request: Request) -> list[int]:
 
 
 @given(data=st.data(), kind=st.sampled_from(["llama", "gemma3_text", "phi3"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str, Loaded], data, kind: str) -> None:
     model = small[kind].model
     texts = data.draw(st.lists(st.lists(st.integers(2, 95), min_size=2, max_size=90), min_size=1, max_size=5))
@@ -83,7 +84,6 @@ def test_a_sequence_beside_others_has_the_bits_that_it_has_alone(small: dict[str
 
 
 @any_state
-@settings(deadline=None)
 @given(data=st.data())
 def test_on_torch_sequences_side_by_side_have_their_own_logits(model: CausalLM, data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=40), min_size=1, max_size=4))
@@ -108,7 +108,6 @@ def test_rows_of_a_batched_cache_go_beside_other_caches() -> None:
 
 
 @any_state
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st.DataObject) -> None:
     ids = st.lists(st.integers(0, 49), min_size=1, max_size=40)
@@ -124,7 +123,6 @@ def test_a_branch_is_right_and_leaves_its_origin_alone(model: CausalLM, data: st
 
 
 @any_state
-@settings(deadline=None)
 @given(first=st.lists(st.integers(0, 49), min_size=4, max_size=30), cut=st.integers(1, 3))
 def test_what_becomes_of_its_origin_does_not_reach_a_branch(model: CausalLM, first: list[int], cut: int) -> None:
     _, origin = model.forward(torch.tensor([first]))
@@ -158,7 +156,7 @@ requests_of_any_kind = st.lists(
 
 
 @given(requests=requests_of_any_kind, rows=st.integers(1, 5), kind=st.sampled_from(["llama", "gemma3_text", "phi3"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_a_row_gets_the_tokens_that_it_gets_alone(
     small: dict[str, Loaded], requests: list[Request], rows: int, kind: str
 ) -> None:

@@ -179,6 +179,7 @@ def test_a_library_of_another_source_or_compiler_is_not_used(tmp_path: Path, mon
         before.add(name)
 
 
+@pytest.mark.slow
 def test_two_processes_compile_a_library_once(copying_compiler: Path, tmp_path: Path) -> None:
     """Lines of `events`: a process asks for the lock, or the compiler runs, which ends when `gate` has had a writer."""
     for name in ("events", "gate"):

@@ -29,7 +29,7 @@ from kvgen.model.mixers import (
 )
 from kvgen.model.spans import Span
 from tests.device import DEVICE
-from tests.sizes import first
+from tests.sizes import examples, first
 
 VOCAB = 50
 TOLERANCE = 2e-5  # fp32 rounding on logits of size 10; measured below 5e-6
@@ -214,7 +214,6 @@ def edited_sequences(draw: st.DrawFn) -> list[list[int]]:
 
 
 @any_model
-@settings(deadline=None)
 @given(sequences=edited_sequences())
 def test_cached_logits_equal_uncached_for_any_edits(model: Decoder, sequences: list[list[int]]) -> None:
     cache = None
@@ -235,7 +234,6 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 @any_state
-@settings(deadline=None)
 @given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_any_split_into_calls_gives_the_logits_of_one_pass(
     model: Decoder, splits: list[int], batch: int, seed: int
@@ -250,7 +248,7 @@ def test_any_split_into_calls_gives_the_logits_of_one_pass(
         assert (logits[:, 0] - expected[:, end - 1]).abs().max() < TOLERANCE
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(ids_lists, st.data())
 def test_logits_after_a_trim_equal_uncached(ids: list[int], data: st.DataObject) -> None:
     _, cache = MODEL(sequence(*ids), None)

@@ -13,6 +13,7 @@ from kvgen import CheckpointError, UsageError
 from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.sandbox import MAX_CHARACTERS
 from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
+from tests.sizes import examples
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -203,7 +204,7 @@ def test_special_tokens_in_messages_are_tokens_when_asked_for(smollm2) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(text=st.text(st.characters(exclude_categories=("Cs",), max_codepoint=0x3FFFF), max_size=40))
 def test_ids_of_a_conversation_are_those_of_its_text(smollm2, text: str) -> None:
     """Encoded with doubles of the special tokens, as look-alikes need, or by the library alone."""

@@ -24,7 +24,7 @@ from kvgen.tokenizer.chat import ChatTemplate
 from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
 
 from .conftest import CORPUS
-from .sizes import first
+from .sizes import examples, first
 
 # --- Templates ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +185,7 @@ def test_threads_take_turns() -> None:
 IN_A_PROCESS = """
 import gc, os, sys, threading, time, warnings
 from kvgen.tokenizer.chat import ChatTemplate
+from tests.sizes import examples
 warnings.simplefilter("error")
 template = ChatTemplate("{% if messages %}" + FOREVER + "{% endif %}fine", {})
 assert template.render([]) == "fine"
@@ -326,7 +327,7 @@ def test_without_look_alikes_the_ids_are_the_librarys(kind: str, flags: str, nor
     backend = vocabulary(kind, flags, normalized=normalized)
     escaper = SpecialTokenEscaper(backend, lambda: backend)
 
-    @settings(deadline=None, max_examples=60, database=None)
+    @settings(max_examples=examples(60), database=None)
     @given(text=TEXTS)
     @example(text="a <|s|> <|e|>b<|s|>c [X] d")
     def check(text: str) -> None:
@@ -342,7 +343,7 @@ def test_a_look_alike_is_what_it_is_where_no_such_token_exists(kind: str) -> Non
     without = Tokenizer.from_str(backend.to_str().replace('"[X]"', '"\\u0001\\u0002"'))
     escaper = SpecialTokenEscaper(backend, lambda: backend)
 
-    @settings(deadline=None, max_examples=60, database=None)
+    @settings(max_examples=examples(60), database=None)
     @given(before=TEXTS, inside=TEXTS, after=TEXTS)
     def check(before: str, inside: str, after: str) -> None:
         before, inside, after = before.replace("[X]", ""), inside.replace("<|", ""), after.replace("[X]", "")

@@ -233,7 +233,7 @@ def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny, 
     ]
 
 
-@pytest.mark.parametrize("arguments", first(2, ["", "--lines", "-p x", "-f -"]))
+@pytest.mark.parametrize("arguments", first(1, ["", "--lines", "-p x", "-f -"]))
 def test_a_prompt_that_no_context_holds_is_refused_before_memory_ends(tiny, arguments: str) -> None:
     command = " ".join([*KVGEN, *tiny, arguments])
     endless = "head -c 70000000 /dev/zero | tr '\\0' a" if arguments == "--lines" else "yes ''"
@@ -418,6 +418,7 @@ def test_ctrl_c_keeps_the_line_that_is_not_ended(smollm2_path: Path) -> None:
         assert process.wait(60) == 130
 
 
+@pytest.mark.slow
 def test_a_stats_reader_that_leaves_costs_no_output(tiny) -> None:
     command = 'seq 1 6 | sed "s/$/ word/" | "$@" --lines --json --stats 2> >(true)'
     result = subprocess.run(["bash", "-c", command, "bash", *KVGEN, *tiny], capture_output=True, text=True, timeout=120)

@@ -60,7 +60,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVGEN_CONFIG", str(tmp_path / "config.toml"))
 
 
-@pytest.mark.parametrize("name", first(2, NAMES))
+@pytest.mark.parametrize("name", first(1, NAMES))
 @pytest.mark.usefixtures("config")
 def test_a_command_works_on_a_terminal_in_a_pipe_and_without_stdin(commands: dict[str, list[str]], name: str) -> None:
 

@@ -17,6 +17,7 @@ from kvgen.generation.completion import Limits
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.text import CompletionText, StopMatcher
 from tests.loop import decode
+from tests.sizes import examples
 
 GREEDY = kvgen.Sampling(temperature=0)
 
@@ -172,7 +173,7 @@ def test_the_tail_that_was_held_back_comes_with_the_last_token(smollm2) -> None:
 pieces_lists = st.lists(st.text("abc", max_size=3), max_size=12)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(pieces_lists, st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_stop_texts_are_found_however_the_text_is_cut(pieces: list[str], stop: list[str]) -> None:
     matcher = StopMatcher(stop)

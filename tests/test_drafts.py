@@ -21,6 +21,7 @@ from kvgen.generation.sampling import make_sampler
 from tests import program
 from tests.families import make_checkpoint
 from tests.loop import decode
+from tests.sizes import examples
 
 
 class Scripted:
@@ -71,7 +72,7 @@ samplings = st.builds(kvgen.Sampling, temperature=st.sampled_from([0.0, 0.3, 1.0
     sampling=samplings,
     most=st.none() | st.integers(6, 90),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_any_drafts_give_the_same_tokens(
     models, data, kind: str, prompt: list[int], sampling: kvgen.Sampling, most: int | None
 ) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz.targets import TARGETS, refuses_or_reads
+from tests.sizes import examples
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -23,7 +24,7 @@ def test_the_first_seed_is_read_as_far_as_it_goes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_mutations_are_read_or_refused_in_time(name: str, data: st.DataObject) -> None:
     target, seeds = TARGETS[name]
     mutated = bytearray(data.draw(st.sampled_from(seeds)))

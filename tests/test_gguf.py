@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvgen import CheckpointError, KvgenError, UnsupportedError
 from kvgen.checkpoint import read_checkpoint
+from tests.sizes import examples
 
 QUANTIZED = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
 
@@ -189,7 +190,7 @@ def test_a_file_cut_anywhere_gives_an_error(small_file: Path, tmp_path: Path) ->
             read_checkpoint(cut)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_bytes_are_read_or_refused(small_file: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(small_file.read_bytes())
@@ -201,7 +202,7 @@ def test_any_changed_bytes_are_read_or_refused(small_file: Path, tmp_path: Path,
     read_or_refuse(lambda: read_checkpoint(changed))
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rest=st.binary(max_size=400), tensors=st.integers(0, 3), pairs=st.integers(0, 3))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, rest: bytes, tensors: int, pairs: int) -> None:
     path = tmp_path / "any.gguf"

@@ -43,7 +43,7 @@ def test_in_a_pipe_there_is_a_line_for_each_subject(smollm2_path: Path) -> None:
     assert lines["parameters"] == "134,515,008"
 
 
-@pytest.mark.parametrize("kind", first(12, CONFIGS))
+@pytest.mark.parametrize("kind", first(5, CONFIGS))
 def test_the_cache_takes_what_is_said(kind: str, tmp_path: Path) -> None:
     make_checkpoint(kind, 0, tmp_path)
     inspection = inspect(tmp_path)

@@ -21,6 +21,7 @@ from kvgen.model.config import DecoderConfig, Layer
 from kvgen.model.decoder import Decoder
 from kvgen.model.ffns import MLP, ClampedSwiGLU, MoE, Router
 from kvgen.model.mixers import Attention, DeltaNet, Mamba2, Mixer, Parallel, Rotary, ShortConv
+from tests.sizes import examples
 
 ROTARY = Rotary((1.0, 0.1, 0.01))
 SINKS = Attention(4, 2, 10, ROTARY, sinks=True, window=20)
@@ -101,7 +102,7 @@ def test_a_hybrid_computes_what_torch_does(bits: int | None) -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 def test_edits_of_a_text_give_the_bits_of_a_fresh_cache(hybrid: KernelDecoder, lengths: list[int]) -> None:
     text, cache = torch.randint(2, 96, (2, 300)), None
     for length in lengths:

@@ -32,6 +32,7 @@ from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
 from tests.program import run, run_on_terminal
+from tests.sizes import examples
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
@@ -167,7 +168,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBackend]:
 
 
 @given(data=st.data(), kind=st.sampled_from(list(KINDS)))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 def test_any_way_to_split_a_text_gives_the_same_bits(small: dict[str, NativeBackend], data, kind: str) -> None:
     model = small[kind]
     ids = torch.tensor([data.draw(st.lists(st.integers(2, 95), min_size=1, max_size=200))])
@@ -229,7 +230,7 @@ def test_an_interrupted_prompt_goes_on_where_whole_passes_ended(
 
 
 @given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=6), kind=st.sampled_from(["llama", "gemma3_text"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_edits_of_a_text_give_the_bits_of_a_fresh_cache(
     small: dict[str, NativeBackend], lengths: list[int], kind: str
 ) -> None:

@@ -24,6 +24,7 @@ from kvgen.pipeline.results import InOrder, ResultsFile
 from kvgen.pipeline.rows import SAMPLING_FIELDS, InputRow, read_row, read_rows
 from tests.odd_rows import odd_rows
 from tests.program import KVGEN, run, run_on_terminal
+from tests.sizes import examples
 
 WORDS = ("red", "green", "blue", "stone", "river", "cloud")
 
@@ -112,7 +113,7 @@ def test_a_bad_row_says_what_is_wrong_with_it(line: bytes, message: str) -> None
 
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: json.dumps({"prompt": text}).encode()))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_any_line_is_a_row_or_says_why_not(line: bytes) -> None:
     row = read_row(0, line)
     assert isinstance(row, InputRow)
@@ -351,6 +352,7 @@ def test_a_tokenizer_without_its_own_files_has_no_digest(smollm2_path: Path, tin
     assert len(json.loads((tmp_path / "hf.run.json").read_text())["tokenizer"]) == 64
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_file(tiny: list[str], tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows", 4), tmp_path / "out"
     command = [*tiny, "-o", str(out), "--resume", "--seed", "1"]
@@ -410,7 +412,7 @@ def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
     tiny: list[str], tmp_path: Path, kills: int
 ) -> None:

@@ -22,6 +22,7 @@ from kvgen.checkpoint.mapped import MappedFile
 from kvgen.generation.prompt_cache import describe_prompt_cache, load_prompt_cache, open_prompt_cache, save_prompt_cache
 from tests.families import make_checkpoint
 from tests.program import run
+from tests.sizes import examples
 
 
 @pytest.fixture(
@@ -43,7 +44,7 @@ def saved(loaded: kvgen.Loaded, ids: torch.Tensor, path: Path) -> Path:
 
 
 @given(length=st.integers(1, 150), shared=st.integers(0, 150), more=st.integers(0, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_any_text_gives_the_logits_of_a_fresh_cache(
     loaded: kvgen.Loaded, tmp_path_factory: pytest.TempPathFactory, length: int, shared: int, more: int
 ) -> None:
@@ -231,7 +232,7 @@ def test_files_that_do_not_add_up_are_refused(
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes.cache"
     path.write_bytes(content)

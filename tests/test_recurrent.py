@@ -25,7 +25,7 @@ from kvgen.model.decoder import Decoder
 from kvgen.model.recurrent import RECENT, SPACING, Parts, RecurrentState, snapshot_count, snapshot_ends
 from tests.device import DEVICE
 from tests.families import make_model
-from tests.sizes import first
+from tests.sizes import examples, first
 from tests.test_cache import CONFIGS, MODELS, TOLERANCE, VOCAB
 
 GREEDY = kvgen.Sampling(temperature=0)
@@ -128,7 +128,7 @@ def test_a_branch_keeps_what_it_has_when_its_origin_goes_on() -> None:
     most=st.integers(4, 40),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 def test_there_are_never_more_than_was_said_and_the_last_is_among_them(
     sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:

@@ -12,6 +12,7 @@ from transformers.generation import logits_process as reference
 
 from kvgen import ModelError, Sampling, UsageError
 from kvgen.generation import sampling
+from tests.sizes import examples
 
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60)
 ids_lists = st.lists(st.integers(0, 1), min_size=1, max_size=20)
@@ -25,7 +26,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(data=st.data())
 def test_filters_equal_those_of_transformers(name: str, data: st.DataObject) -> None:
     ours, theirs, values = FILTERS[name]
@@ -34,7 +35,7 @@ def test_filters_equal_those_of_transformers(name: str, data: st.DataObject) -> 
     assert torch.equal(ours(logits, value), theirs(value)(None, logits[None])[0])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(logits_lists, st.data(), st.floats(0.1, 3))
 def test_repetition_penalty_equals_that_of_transformers(values, data, penalty: float) -> None:
     logits = torch.tensor(values)
@@ -43,7 +44,7 @@ def test_repetition_penalty_equals_that_of_transformers(values, data, penalty: f
     assert torch.equal(sampling.repetition_penalty(logits, ids, penalty), expected)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(logits_lists, st.data())
 def test_every_filter_keeps_a_token_and_changes_none_that_it_keeps(values: list[float], data: st.DataObject) -> None:
     logits = torch.tensor(values)
@@ -174,7 +175,7 @@ def test_values_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> Non
         Sampling(**wrong)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(0, 2**31), st.floats(0.05, 0.99), st.floats(0.5, 8))
 def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(seed: int, p: float, spread: float) -> None:
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * spread

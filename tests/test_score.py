@@ -22,6 +22,7 @@ from kvgen.backends.python import PythonBackend
 from kvgen.cli.surprise import heat_map, table
 from kvgen.generation.scoring import windows
 from tests.conftest import CORPUS
+from tests.sizes import examples
 from tests.test_cache import make_decoder
 
 
@@ -96,7 +97,7 @@ def test_a_tiny_model_scores_as_in_transformers(
         assert result.logprobs[1:] == pytest.approx(each(reference, ids), abs=1e-4)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.integers(1, 400), st.integers(1, 100), st.data())
 def test_windows_hold_each_token_first_exactly_once(count: int, window: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, window))

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import openai
 import pytest
@@ -27,7 +28,7 @@ from kvgen.generation.step import Step
 from kvgen.server.answers import Answer
 from kvgen.server.schema import Job, parse_chat
 from kvgen.server.tools import template_messages, tool_calls
-from tests.program import KVGEN, run
+from tests.program import KVGEN, run, start
 
 PROMPT = "The capital of France is"
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -37,14 +38,14 @@ SCHEMA = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]
 class Served:
     """A server process. lines: its log so far."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: ForkServerProcess, log: TextIO) -> None:
         self.process, self.lines = process, list[str]()
         self._more = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=[log], daemon=True).start()
         self.port = int(self.wait_for(r"^serving .* on http://127\.0\.0\.1:(\d+)/v1")[1])
 
-    def _read(self) -> None:
-        for line in self.process.stderr or ():
+    def _read(self, log: TextIO) -> None:
+        for line in log:
             with self._more:
                 self.lines.append(line.rstrip("\n"))
                 self._more.notify_all()
@@ -57,6 +58,14 @@ class Served:
             )
         assert found, self.lines
         return found
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def end(self) -> int | None:
+        """Wait for the end of the process; return its exit code."""
+        self.process.join(120)
+        return self.process.exitcode
 
     def request(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
         """Return the status and the decoded body of one request."""
@@ -79,13 +88,11 @@ class Served:
 
 @contextmanager
 def serving(*arguments: str, **environment: str) -> Iterator[Served]:
-    command = [*KVGEN, "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
-    try:
-        yield Served(process)
-    finally:
-        process.kill()
-        process.wait()
+    read, write = os.pipe()
+    env = {**os.environ, **environment}
+    with os.fdopen(read) as log, start("serve", "--port", "0", *arguments, stderr=write, env=env) as (_, _, process):
+        os.close(write)
+        yield Served(process, log)
 
 
 @pytest.fixture(scope="module")
@@ -350,22 +357,22 @@ def test_the_first_signal_lets_rows_end_and_the_second_stops_at_once(
         stream = served.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=60, seed=2, stream=True)
         pieces = iter(stream)
         texts = [next(pieces).choices[0].text]
-        served.process.send_signal(first)
+        served.send_signal(first)
         texts += [piece.choices[0].text for piece in pieces]
         assert "".join(texts) == generated(smollm2, PROMPT, seed=2, max_tokens=60)
-        assert served.process.wait(120) == 0
+        assert served.end() == 0
     with serving("-m", str(smollm2_path), "--name", "smollm2") as served:
         stream = served.client.completions.create(model="smollm2", prompt=PROMPT, max_tokens=8000, stream=True)
         next(iter(stream))
-        served.process.send_signal(first)
+        served.send_signal(first)
         served.wait_for("again to stop at once")  # of two signals at once, a process may get one
-        served.process.send_signal(first)
-        assert served.process.wait(120) == 0
+        served.send_signal(first)
+        assert served.end() == 0
 
 
 def test_an_idle_server_ends(smollm2_path: Path) -> None:
     with serving("-m", str(smollm2_path), "--idle-timeout", "0.5") as served:
-        assert served.process.wait(60) == 0
+        assert served.end() == 0
 
 
 def test_addresses_that_others_can_reach_need_a_key() -> None:

@@ -25,6 +25,7 @@ from kvgen.tokenizer import Tokenizer, read_tokenizer
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.special_tokens import encode_text
 from tests.conftest import CORPUS
+from tests.sizes import examples
 
 
 @pytest.mark.parametrize("text", CORPUS)
@@ -34,14 +35,14 @@ def test_gguf_vocabulary_encodes_and_decodes_like_transformers(smollm2, smollm2_
     assert smollm2.tokenizer.decode(ids) == smollm2_reference_tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(text=st.text(min_size=1, max_size=60))
 @example(text="  0 \x850 \u200312")  # white space before a digit is a piece of its own
 def test_any_text_encodes_like_transformers(smollm2, smollm2_reference_tokenizer, text: str) -> None:
     assert smollm2.tokenizer.encode(text, parse_special=True) == smollm2_reference_tokenizer(text).input_ids
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(text=st.text(min_size=1, max_size=60))
 def test_byte_level_text_survives_the_round_trip(tiny_tokenizer, text: str) -> None:
     tokenizer = Tokenizer(tiny_tokenizer, frozenset())
@@ -241,25 +242,25 @@ def assert_stream_adds_up(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]
     return pieces
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(st.integers(0, 270), max_size=40))  # ids past the end of the vocabulary too
 def test_sentencepiece_style_stream_adds_up(ids: list[int]) -> None:
     assert_stream_adds_up(SENTENCEPIECE, ids)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(st.integers(259, 268) | st.integers(0, 258), max_size=30))
 def test_sentencepiece_style_stream_of_words_and_bytes_adds_up(ids: list[int]) -> None:
     assert_stream_adds_up(SENTENCEPIECE, ids)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(ids=st.lists(st.integers(0, 49151), max_size=30))
 def test_byte_level_stream_of_any_ids_adds_up(smollm2, ids: list[int]) -> None:
     assert_stream_adds_up(smollm2.tokenizer, ids)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(data=st.data())
 def test_byte_level_stream_of_broken_characters_adds_up(smollm2, data: st.DataObject) -> None:
     """Tokens that are pieces of characters, and special ones between them."""
@@ -268,7 +269,7 @@ def test_byte_level_stream_of_broken_characters_adds_up(smollm2, data: st.DataOb
     assert_stream_adds_up(smollm2.tokenizer, ids)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(text=st.text(max_size=40))
 def test_stream_of_text_never_shows_half_a_character(tiny_tokenizer, text: str) -> None:
     tokenizer = Tokenizer(tiny_tokenizer, frozenset())

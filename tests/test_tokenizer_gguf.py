@@ -27,6 +27,7 @@ from kvgen.tokenizer import read_tokenizer
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.sentencepiece import merges_by_score
 from tests.conftest import CORPUS
+from tests.sizes import examples
 
 any_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\u2581"), max_size=60)
 # Few characters make long runs, and so overlapping pairs of equal rank.
@@ -131,14 +132,14 @@ def test_ids_equal_sentencepieces(name: str, text: str) -> None:
 
 
 @every_processor
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(text=any_text | repetitive_text)
 def test_ids_of_any_text_equal_sentencepieces(name: str, text: str) -> None:
     assert BUILT[name].encode(text) == PROCESSORS[name].Encode(text)
 
 
 @every_processor
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -> None:
     tokenizer = BUILT[name]
@@ -148,7 +149,7 @@ def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -
 
 
 @every_processor
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(text=any_text)
 def test_a_stream_of_text_never_shows_half_a_character(name: str, text: str) -> None:
     tokenizer = BUILT[name]
@@ -180,7 +181,7 @@ SENTENCEPIECE_CLASSES = {
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE_CLASSES)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(text=any_text | repetitive_text | st.sampled_from(TEXTS))
 def test_ids_equal_those_of_transformers_sentencepiece_classes(name: str, text: str) -> None:
     assume(name != "plain" or not text.startswith(" "))  # where its LlamaTokenizer adds no space, unlike sentencepiece
@@ -189,7 +190,7 @@ def test_ids_equal_those_of_transformers_sentencepiece_classes(name: str, text: 
 
 
 @pytest.mark.parametrize("spaces", ["as texts have them", "with their sign"])
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(texts=st.lists(any_text | repetitive_text | st.sampled_from(["<user>", "   ", "\n\n", "code:"]), max_size=5))
 def test_user_defined_tokens_with_spaces_are_found(spaces: str, texts: list[str]) -> None:
     """llama.cpp's converter writes their spaces as such; sentencepiece itself as ▁."""
@@ -256,7 +257,7 @@ def test_a_struck_out_text_of_html_does_not_end_a_completion() -> None:
 
 @every_processor
 @pytest.mark.parametrize("parse_special", [False, True])
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     texts=st.lists(any_text | repetitive_text | st.sampled_from(["<user>", "<s>", " ", "\u2581", "\n\n"]), max_size=5)
 )
@@ -422,7 +423,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=any_text)
 def test_ids_equal_those_of_transformers_classes(name: str, text: str) -> None:
     ours, theirs = both(name)

@@ -139,6 +139,19 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert result.stderr == ""
     report = json.loads(result.stdout)
     assert (report["backend"], report["dtype"], report["acceptable"]) == ("transformers", "bfloat16", True)
+
+
+@pytest.mark.slow
+def test_values_that_the_library_does_not_know_are_one_line(tmp_path: Path) -> None:
+    options = (
+        "--backend",
+        "transformers",
+        "--model",
+        str(folder(tmp_path / "model")),
+        "--ids",
+        "--prompt",
+        "5 17 3 40",
+    )
     wrong = run("compare", *options, "--cache", "elastic")
     assert wrong.returncode == 2
     assert "--cache 'elastic'" in wrong.stderr and "static" in wrong.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.packed import PackedMatrix

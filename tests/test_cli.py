@@ -458,6 +458,12 @@ def test_a_path_that_the_system_refuses_is_one_line(tiny, option: str) -> None:
     assert result.stderr == f"kvgen: error: {300 * 'x'}: cannot be used (File name too long)\n"
 
 
+def test_a_tokenizer_that_is_not_there_is_named(tiny, tmp_path: Path) -> None:
+    result = run(*tiny, "-p", "x", "--tokenizer", str(tmp_path / "no.json"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"kvgen: error: --tokenizer {tmp_path}/no.json: no such file\n"
+
+
 @pytest.mark.parametrize("variable", ["KVGEN_CACHE_DIR", "KVGEN_CONFIG"])
 def test_a_variable_that_names_no_user_is_one_line(variable: str) -> None:
     result = run("models", env={**os.environ, variable: "~nobody-of-this-name/x"})

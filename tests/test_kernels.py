@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 import kvgen
 from kvgen.backends.native import NativeBackend
-from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped, quantized
 from kvgen.comparison.comparison import compare_ids
 from kvgen.comparison.subjects import subject_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvgen.backends.adapted import Adapted
 from kvgen.backends.compute import ComputeOptions
-from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped, quantized, stacked
 from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
 from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of

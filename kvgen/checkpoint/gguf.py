@@ -17,8 +17,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from torch import Tensor
 
-from kvgen.checkpoint.blocks import StoredBlocks, in_groups
 from kvgen.checkpoint.digest import source_file
+from kvgen.checkpoint.gguf_blocks import StoredBlocks, in_groups
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.quantization import mxfp4
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file

@@ -11,8 +11,8 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
-from kvgen.checkpoint.blocks import StoredBlocks
 from kvgen.checkpoint.digest import SourceFile, read_stat
+from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.errors import CheckpointError
 

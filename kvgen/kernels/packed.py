@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgen.checkpoint.blocks import StoredBlocks
+from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.kernels.build import library
 from kvgen.kernels.structs import Weight

@@ -29,7 +29,9 @@ def read(raw: RawCheckpoint) -> Tokenizer:
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Read a tokenizer.json. Raises UnsupportedError if it is missing, CheckpointError if it is damaged."""
     if not path.exists():
-        raise UnsupportedError(f"{path.parent}: has no {path.name}; save it with the model's fast tokenizer")
+        raise UnsupportedError(
+            f"{path.parent}: has no {path.name}; save it with the model's fast tokenizer, or give --tokenizer"
+        )
     check_file(path, max_bytes=MAX_TEXT_BYTES)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))

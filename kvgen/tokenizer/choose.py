@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvgen.checkpoint import RawCheckpoint
+from kvgen.errors import NotFoundError
 from kvgen.tokenizer import gguf, hf
 from kvgen.tokenizer.builtin import bytes_tokenizer, ids_tokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
@@ -18,9 +19,14 @@ def read_tokenizer(raw: RawCheckpoint) -> Tokenizer:
 
 
 def choose_tokenizer(choice: str, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer that a user chose: `bytes`, `ids`, or the path of a tokenizer.json."""
+    """Return the tokenizer that a user chose: `bytes`, `ids`, or the path of a tokenizer.json.
+
+    Raises NotFoundError if there is no such file, CheckpointError if it is no tokenizer.
+    """
     if choice == "bytes":
         return bytes_tokenizer()
     if choice == "ids":
         return ids_tokenizer(vocab_size)
+    if not Path(choice).exists():
+        raise NotFoundError(f"--tokenizer {choice}: no such file")
     return Tokenizer(hf.read_backend(Path(choice)), frozenset())

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,12 +167,15 @@ def test_another_version_and_other_servers_are_named(server: Served) -> None:
         ("run", {"prompt": [1], "sampling": {"logit_bias": {"x": 1}}}, "`logit_bias`"),
         ("run", {"prompt": [1], "constraint": {"kind": "x", "text": ""}}, "`constraint`"),
         ("run", {"prompt": [1], "stop": [1]}, "stop"),
+        ("run", {"prompt": []}, "the prompt is empty"),
+        ("run", {"prompt": [1], "constraint": {"kind": "regex", "text": "["}}, "regex"),
         ("encode", {"messages": "x"}, "messages"),
         ("encode", {"text": "x", "parse_special": 1}, "`parse_special`"),
         ("tokens", {"ids": [-1]}, "`ids`"),
         ("pieces", {"ids": "x"}, "`ids`"),
         ("cache-bytes", {"positions": "many"}, "`positions`"),
         ("score", {"text": 1}, "`text`"),
+        ("score", {"text": "x"}, "two tokens"),
         ("score", {"text": "x", "more": 1}, "`more`"),
     ],
 )
@@ -192,10 +194,7 @@ def test_ctrl_c_keeps_the_text_and_frees_the_row(server: Served) -> None:
         rest, errors = client.communicate(timeout=60)
     assert (client.returncode, errors) == (130, b"")
     assert text and (text + rest).endswith(b"\n")
-    deadline = time.monotonic() + 60
-    while server.metric("kvgen_requests_running") and time.monotonic() < deadline:
-        pass
-    assert server.metric("kvgen_requests_running") == 0
+    server.wait_until_idle()
 
 
 @pytest.mark.slow

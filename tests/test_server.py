@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import math
@@ -14,18 +15,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TextIO
 
 import openai
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 import kvgen
 from kvgen.generation.step import Step
-from kvgen.server.answers import Answer
+from kvgen.server.answers import Answer, as_json
+from kvgen.server.run import Protocol
 from kvgen.server.schema import Job, parse_chat
 from kvgen.server.tools import template_messages, tool_calls
 from tests.program import KVGEN, run, start
@@ -80,6 +85,12 @@ class Served:
     def metric(self, name: str) -> float:
         _, text = self.request("GET", "/metrics")
         return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def wait_until_idle(self) -> None:
+        """Wait until no request is in progress."""
+        deadline = time.monotonic() + 60
+        while self.metric("kvgen_requests_running") + self.metric("kvgen_requests_waiting"):
+            assert time.monotonic() < deadline, "requests stay in progress"
 
     @property
     def client(self) -> openai.OpenAI:
@@ -207,6 +218,12 @@ def test_tool_calls_are_parsed_back_and_other_text_stays() -> None:
         assert tool_calls(other) == (other, [])
 
 
+def test_lone_surrogates_in_an_answer_stay_escapes() -> None:
+    text, calls = tool_calls(r'<tool_call>{"name": "\ud800", "arguments": {"city": "\u00e9\udfff"}}</tool_call>')
+    assert json.loads(as_json({"text": text, "calls": calls})) == {"text": text, "calls": calls}
+    assert b"\xc3\xa9" in as_json(calls)
+
+
 def test_messages_become_those_of_a_template() -> None:
     function = {"name": "f", "arguments": '{"x": 1}'}
     made = template_messages(
@@ -279,6 +296,15 @@ def test_a_request_without_cache_reuses_nothing_and_gives_the_same_text(server: 
         ("completions", [], 400, "JSON object"),
         ("completions", b"{" * 2000, 400, "levels"),
         ("completions", b"\xff", 400, "UTF-8"),
+        ("completions", b'{"prompt": "x", "\\ud800": 1}', 400, "`\ud800`"),
+        ("completions", {"prompt": "x", "regex": r"[^\s\S]"}, 400, "no text follows it"),
+        (
+            "completions",
+            {"prompt": "x", "regex": "((a?){900}a{900}){900}", "temperature": 0},
+            400,
+            "cannot be followed",
+        ),
+        ("completions", {"prompt": "x", "json_schema": {"$ref": "#"}}, 400, "no text follows it"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
         ("chat/completions", {"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, 400, "`tools`"),
@@ -324,9 +350,35 @@ def test_a_client_that_leaves_frees_its_row(server: Served) -> None:
     while server.metric("kvgen_requests_running") != 1 and time.monotonic() < deadline:
         pass
     plain.close()
-    while server.metric("kvgen_requests_running") and time.monotonic() < deadline:
-        pass
-    assert server.metric("kvgen_requests_running") == 0
+    server.wait_until_idle()
+    server.wait_for("^POST /v1/completions 499: the client left$")
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        plain.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", "{"]).encode())
+    server.wait_for("^POST /v1/completions 499: the client left before it had sent the body$")
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nHo", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1"]
+)
+def test_a_client_that_sends_no_whole_request_is_let_go(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def ask() -> bytes:
+        config = uvicorn.Config(app, log_config=None, lifespan="off")
+        config.load()
+        make = partial(Protocol, config, ServerState(), {})
+        server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(sent)
+        with suppress(ConnectionResetError):
+            return await asyncio.wait_for(reader.read(), 60)
+        return b""
+
+    monkeypatch.setattr("kvgen.server.run.SENDING_SECONDS", 0.05)
+    assert asyncio.run(ask()) == b""
 
 
 def test_limits_keys_and_log(smollm2_path: Path) -> None:

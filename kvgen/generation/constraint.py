@@ -9,7 +9,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from kvgen.errors import ModelError, UsageError, in_one_line
+from kvgen.errors import UsageError, in_one_line
 from kvgen.generation.sampling import Sampler
 from kvgen.generation.settings import Constraint
 from kvgen.tokenizer import Tokenizer
@@ -23,28 +23,43 @@ def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, 
     End tokens are allowed only where the text may end. Raises UsageError for an invalid constraint or a tokenizer
     without end tokens.
     """
-    if vocab_size is None:
-        raise UsageError("a constraint needs a model with a known vocabulary size")
-    llguidance_tokenizer = _make_llguidance_tokenizer(tokenizer, vocab_size)
-    try:
-        matcher = LLMatcher(llguidance_tokenizer, _compile(constraint), log_level=0)
-    except ValueError as error:
-        raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
-    if matcher.is_error():
-        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
+    matcher = _matcher(constraint, tokenizer, vocab_size).deep_copy()
+    assert vocab_size is not None
     words = torch.zeros((vocab_size + 31) // 32, dtype=torch.int32)
     bits = torch.arange(32, dtype=torch.int32)
 
     def sample(logits: Tensor, ids: Sequence[int], prompt_length: int) -> int:
         matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.nbytes)
         if matcher.is_error():
-            raise ModelError(f"{constraint.kind} cannot be followed: {_first_line(matcher.get_error())}")
+            raise UsageError(f"{constraint.kind} cannot be followed: {_first_line(matcher.get_error())}")
         allowed = (words[:, None] >> bits & 1).flatten()[: len(logits)].bool()
         token = sampler(logits.masked_fill(~allowed, -torch.inf), ids, prompt_length)
         matcher.consume_token(token)
         return token
 
     return sample
+
+
+def check_constraint(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """Raise UsageError as `constrained` does, which then takes no time, where a large constraint may take seconds."""
+    _matcher(constraint, tokenizer, vocab_size)
+
+
+@lru_cache(maxsize=8)
+def _matcher(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int | None) -> LLMatcher:
+    """Return a matcher to copy; copies share what it finds out about the constraint."""
+    if vocab_size is None:
+        raise UsageError("a constraint needs a model with a known vocabulary size")
+    llguidance_tokenizer = _make_llguidance_tokenizer(tokenizer, vocab_size)
+    try:
+        matcher = LLMatcher(llguidance_tokenizer, _compile(constraint), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # takes longest for the first token, and fails if there is no text at all
+    except ValueError as error:
+        raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
+    if matcher.is_error():
+        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
+    return matcher
 
 
 def _compile(constraint: Constraint) -> str:
@@ -66,4 +81,5 @@ def _make_llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> LLToken
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+    line = text.strip().partition("\n")[0]
+    return "no text follows it" if line == "NoExtensionBias" else line

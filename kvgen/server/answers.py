@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from kvgen.errors import ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
+from kvgen.errors import CheckpointError, ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
 from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk
 from kvgen.server.engine import BusyError
@@ -18,6 +19,11 @@ from kvgen.server.tools import tool_calls
 from kvgen.tokenizer import Tokenizer
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+
+def as_json(value: Any) -> bytes:
+    """Return JSON in UTF-8. Lone surrogates, which UTF-8 does not have and JSON texts may, stay escapes."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 class TimeLimitError(KvgenError):
@@ -166,7 +172,7 @@ def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
         status, kind = 408, "timeout_error"
     elif isinstance(error, NotFoundError):
         status, kind, code = 404, "invalid_request_error", "model_not_found"
-    elif isinstance(error, UsageError | UnsupportedError):
+    elif isinstance(error, UsageError | UnsupportedError | CheckpointError):  # a chat template may fail on messages
         status, kind = 400, "invalid_request_error"
         code = "context_length_exceeded" if isinstance(error, ContextError) else getattr(error, "code", None)
     param = error.param if isinstance(error, FieldError) else None

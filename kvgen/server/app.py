@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import time
@@ -17,20 +16,28 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import parse_json
-from kvgen.server.answers import Answer, Choice, TimeLimitError, error_body
+from kvgen.server.answers import Answer, Choice, as_json, error_body
 from kvgen.server.engine import Engine
+from kvgen.server.events import LEFT, Events, watched
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, parse_chat, parse_completion
 
 _RETRY_AFTER = "1"  # seconds
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,14 @@ class Server:
         self.created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JsonResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JsonResponse({"object": "list", "data": [self._model()]})
 
     async def one_model(self, request: Request) -> Response:
         self._check_model({"model": request.path_params["name"]})
-        return JSONResponse(self._model())
+        return JsonResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
         context = self.engine.loaded.model.context_length
@@ -88,7 +95,7 @@ class Server:
         if not isinstance(text := body.get("prompt"), str):
             raise UsageError("`prompt` must be a string")
         ids = await run_in_threadpool(self.engine.loaded.tokenizer.encode, text)
-        return JSONResponse({"tokens": ids, "count": len(ids)})
+        return JsonResponse({"tokens": ids, "count": len(ids)})
 
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
         """Answer /v1/completions or /v1/chat/completions."""
@@ -109,11 +116,11 @@ class Server:
             async for index, chunk in events:
                 answer.choices[index].chunks.append(chunk)
         done()
-        return JSONResponse(answer.whole())
+        return JsonResponse(answer.whole())
 
     async def _stream(
         self, answer: Answer, first: tuple[int, Chunk], events: Events, done: Callable[[], None]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[bytes]:
         async with aclosing(events):
             try:
                 for piece in _pieces(answer, *first):
@@ -128,7 +135,7 @@ class Server:
                 done()
             if answer.job.include_usage:
                 yield _event(answer.last_piece())
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
 
     def _done(self, path: str, answer: Answer, began: float) -> None:
         usage = answer.usage()
@@ -143,7 +150,7 @@ class Server:
     def refused(self, request: Request, status: int, message: str, body: Mapping[str, Any]) -> Response:
         """Return the response to a request that is refused, and write its line."""
         self.log(f"{request.method} {request.url.path} {status}: {message:.200}")
-        return JSONResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
+        return JsonResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
 
     async def body(self, request: Request) -> dict[str, Any]:
         """Read the body. Raises HTTPException if it is too large or not JSON by its type, UsageError if it is not."""
@@ -151,97 +158,27 @@ class Server:
         if kind != "application/json":  # a page in a browser cannot send this type without asking first
             raise HTTPException(415, "the content type must be application/json")
         data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self.limits.max_body:
-                raise HTTPException(413, f"the body is larger than {self.limits.max_body} bytes")
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > self.limits.max_body:
+                    raise HTTPException(413, f"the body is larger than {self.limits.max_body} bytes")
+        except ClientDisconnect:
+            raise HTTPException(LEFT, "the client left before it had sent the body") from None
         body = parse_json(bytes(data))
         if not isinstance(body, dict):
             raise UsageError("the body must be a JSON object")
         return body
 
 
-class Events:
-    """The events of all requests of a job, (index, chunk), as they come. Closing it cancels what has not ended."""
-
-    def __init__(self, engine: Engine, job: Job, began: float, timeout: float | None) -> None:
-        self._engine, self._timeout, self._deadline = engine, timeout, None if timeout is None else began + timeout
-        self._queue: asyncio.Queue[tuple[int, Chunk | KvgenError]] = asyncio.Queue()
-        self._open: dict[int, int] = {}
-        loop = asyncio.get_running_loop()
-        try:
-            for index, request in enumerate(job.requests):
-                put = partial(self._put, loop, index)
-                self._open[index] = engine.submit(request, put)
-        except KvgenError:
-            self.cancel()
-            raise
-
-    def _put(self, loop: asyncio.AbstractEventLoop, index: int, event: Chunk | KvgenError) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
-
-    def cancel(self) -> None:
-        for number in self._open.values():
-            self._engine.cancel(number)
-        self._open.clear()
-
-    async def first(self) -> tuple[int, Chunk]:
-        try:
-            return await anext(self)
-        except BaseException:
-            self.cancel()
-            raise
-
-    def __aiter__(self) -> Events:
-        return self
-
-    async def __anext__(self) -> tuple[int, Chunk]:
-        if not self._open:
-            raise StopAsyncIteration
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        try:
-            index, event = await asyncio.wait_for(self._queue.get(), left)
-        except TimeoutError:
-            raise TimeLimitError(f"the request took longer than {self._timeout:g} s") from None
-        if isinstance(event, KvgenError):
-            del self._open[index]
-            raise event
-        if event.finish_reason is not None:
-            del self._open[index]
-        return index, event
-
-    async def aclose(self) -> None:
-        self.cancel()
-
-
-class watched:  # noqa: N801 (used as a function)
-    """Cancel the task inside when the client leaves, whose body has been read."""
-
-    def __init__(self, request: Request) -> None:
-        self._request, self._task = request, asyncio.current_task()
-
-    async def __aenter__(self) -> None:
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        if self._task is not None:
-            self._task.cancel()
-
-    async def __aexit__(self, *error: object) -> None:
-        self._watcher.cancel()
-
-
-def _pieces(answer: Answer, index: int, chunk: Chunk) -> list[str]:
+def _pieces(answer: Answer, index: int, chunk: Chunk) -> list[bytes]:
     choice: Choice = answer.choices[index]
     choice.chunks.append(chunk)
     return [_event(piece) for piece in answer.pieces(choice, chunk)]
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % as_json(data)
 
 
 class _Authorized:
@@ -256,7 +193,7 @@ class _Authorized:
             if not hmac.compare_digest(given, b"Bearer " + self._key):
                 error = {"message": "the API key is missing or wrong", "type": "invalid_request_error"}
                 body = {"error": {**error, "param": None, "code": "invalid_api_key"}}
-                await JSONResponse(body, 401)(scope, receive, send)
+                await JsonResponse(body, 401)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -13,21 +12,22 @@ from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from kvgen.client.wire import PREFIX, error_as_json, event_as_json, read_request
 from kvgen.errors import KvgenError, UsageError
 from kvgen.generation.scores import Score
 from kvgen.generation.scoring import score_steps
+from kvgen.generation.settings import Request as Asked
 from kvgen.generation.settings import are_ids, is_whole
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.record import describe_model
-from kvgen.server.answers import error_body
-from kvgen.server.app import Events, Server
-from kvgen.server.schema import Job
+from kvgen.server.answers import as_json, error_body
+from kvgen.server.app import JsonResponse, Server
+from kvgen.server.events import Events, watched
+from kvgen.server.schema import Job, check_constraint
 from kvgen.tokenizer import Tokenizer
 from kvgen.tokenizer.chat import check_messages
 
@@ -77,7 +77,7 @@ class OwnRoutes:
     async def model(self, request: Request) -> Response:
         """Facts of the model, of its tokenizer and of the process."""
         loaded, template = self.server.engine.loaded, self._tokenizer.chat_template
-        return JSONResponse(
+        return JsonResponse(
             {
                 "version": self.version,
                 "pid": os.getpid(),
@@ -94,17 +94,17 @@ class OwnRoutes:
         )
 
     async def record(self, request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(describe_model, self.arguments, self.server.engine.loaded))
+        return JsonResponse(await run_in_threadpool(describe_model, self.arguments, self.server.engine.loaded))
 
     async def cache_bytes(self, request: Request) -> Response:
         positions = (await self._fields(request, "positions")).get("positions")
         if not is_whole(positions) or not 0 <= positions < 2**63:
             raise UsageError("`positions` must be a whole number")
-        return JSONResponse({"bytes": self.server.engine.loaded.model.cache_bytes(positions)})
+        return JsonResponse({"bytes": self.server.engine.loaded.model.cache_bytes(positions)})
 
     async def encode(self, request: Request) -> Response:
         body = await self._fields(request, "text", "messages", "parse_special", "chat_template")
-        return JSONResponse({"ids": await run_in_threadpool(self._encode, body)})
+        return JsonResponse({"ids": await run_in_threadpool(self._encode, body)})
 
     def _encode(self, body: Mapping[str, Any]) -> list[int]:
         special, template, text = body.get("parse_special", False), body.get("chat_template"), body.get("text")
@@ -117,19 +117,24 @@ class OwnRoutes:
 
     async def tokens(self, request: Request) -> Response:
         ids = _ids(await self._fields(request, "ids"))
-        return JSONResponse({"texts": await run_in_threadpool(lambda: [self._tokenizer.token(id_) for id_ in ids])})
+        return JsonResponse({"texts": await run_in_threadpool(lambda: [self._tokenizer.token(id_) for id_ in ids])})
 
     async def pieces(self, request: Request) -> Response:
         ids = _ids(await self._fields(request, "ids"))
         found = await run_in_threadpool(lambda: list(self._tokenizer.pieces(ids)))
-        return JSONResponse({"pieces": [(text, places.start, places.stop) for text, places in found]})
+        return JsonResponse({"pieces": [(text, places.start, places.stop) for text, places in found]})
 
     async def run(self, request: Request) -> Response:
         """Complete a request; a line for each chunk, or the error."""
         began = time.monotonic()
-        asked = await run_in_threadpool(read_request, await self.server.body(request))
+        asked = await run_in_threadpool(self._read, await self.server.body(request))
         events = Events(self.server.engine, Job((asked,), chat=False), began, self.server.limits.timeout)
-        return _lines(self._run(events, partial(self._done, request, len(asked.prompt), began)))
+        return await _lines(request, self._run(events, partial(self._done, request, len(asked.prompt), began)))
+
+    def _read(self, body: Mapping[str, Any]) -> Asked:
+        asked = read_request(body)
+        check_constraint(asked, self.server.engine.loaded)
+        return asked
 
     async def _run(self, events: Events, done: Callable[[list[Chunk]], None]) -> AsyncGenerator[dict[str, Any], None]:
         chunks: list[Chunk] = []
@@ -138,21 +143,19 @@ class OwnRoutes:
                 async for _, chunk in events:
                     chunks.append(chunk)
                     yield event_as_json(chunk)
-            except (KvgenError, HTTPException) as error:
-                yield _failure(error)
             finally:
-                done(chunks)
+                if chunks:
+                    done(chunks)
 
     def _done(self, request: Request, prompt: int, began: float, chunks: list[Chunk]) -> None:
-        reused = chunks[0].step.reused if chunks else 0
-        self.server.log_completion(request.url.path, prompt, len(chunks), reused, began)
+        self.server.log_completion(request.url.path, prompt, len(chunks), chunks[0].step.reused, began)
 
     async def score(self, request: Request) -> Response:
         """Score a text; a line for each window, then the result or the error."""
         body = await self._fields(request, "text", "window", "stride")
         if not isinstance(body.get("text"), str):
             raise UsageError("`text` must be a text")
-        return _lines(self._score(**body))
+        return await _lines(request, self._score(**body))
 
     async def _score(
         self, text: str, window: int | None = None, stride: int | None = None
@@ -166,12 +169,9 @@ class OwnRoutes:
                 score: Score = ended.value
                 return score
 
-        try:
-            while not isinstance(found := await asyncio.wrap_future(self.server.engine.call(advance)), Score):
-                yield {"done": found[0], "total": found[1]}
-            yield vars(found)
-        except KvgenError as error:
-            yield _failure(error)
+        while not isinstance(found := await asyncio.wrap_future(self.server.engine.call(advance)), Score):
+            yield {"done": found[0], "total": found[1]}
+        yield vars(found)
 
     async def _fields(self, request: Request, *known: str) -> dict[str, Any]:
         """Read the body of a request. Raises UsageError for other fields than the known ones."""
@@ -188,14 +188,18 @@ def _ids(body: Mapping[str, Any]) -> list[int]:
     return list(ids)
 
 
-def _failure(error: KvgenError | HTTPException) -> dict[str, Any]:
-    return {"error": error_as_json(error if isinstance(error, KvgenError) else KvgenError(error.detail))}
+async def _lines(request: Request, values: AsyncGenerator[dict[str, Any], None]) -> Response:
+    """Answer with a line for each value. An error before the first one has its status, a later one is the last line."""
+    async with watched(request):
+        first = await anext(values)
 
-
-def _lines(values: AsyncGenerator[dict[str, Any], None]) -> Response:
-    async def lines() -> AsyncGenerator[str, None]:
+    async def lines() -> AsyncGenerator[bytes, None]:
         async with aclosing(values):
-            async for value in values:
-                yield f"{json.dumps(value)}\n"
+            yield as_json(first) + b"\n"
+            try:
+                async for value in values:
+                    yield as_json(value) + b"\n"
+            except KvgenError as error:
+                yield as_json({"error": error_as_json(error)}) + b"\n"
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")

@@ -8,12 +8,43 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvgen.server.engine import Engine
 
+SENDING_SECONDS = 60.0  # that a client may take to send a request
 _EVERY = 0.2  # seconds between looks at the clock
+
+
+class Protocol(H11Protocol):
+    """Ends a connection whose client does not send all of a request in time, since there are only so many."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._restart_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._restart_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _restart_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(SENDING_SECONDS, self._end_unless_sent)
+
+    def _end_unless_sent(self) -> None:
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):
@@ -43,7 +74,9 @@ def run_server(
     idle_timeout: seconds without a request after which to stop; None for never. on_signal: called after the first
     Ctrl-C or SIGTERM.
     """
-    config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, http=Protocol, ws="none", log_config=None, lifespan="off", access_log=False, server_header=False
+    )
     server = _Server(config, on_signal)
 
     async def serve() -> None:

@@ -65,7 +65,7 @@ def parse_completion(body: Mapping[str, Any], loaded: Loaded) -> Job:
     named = body.get("return_tokens_as_token_ids", False)
     if not isinstance(named, bool):
         raise FieldError("return_tokens_as_token_ids", "must be true or false")
-    return replace(_job(prompts, settings, body, chat=False), token_ids=named)
+    return replace(_job(loaded, prompts, settings, body, chat=False), token_ids=named)
 
 
 def parse_chat(body: Mapping[str, Any], loaded: Loaded) -> Job:
@@ -86,7 +86,7 @@ def parse_chat(body: Mapping[str, Any], loaded: Loaded) -> Job:
     settings["top_logprobs"] = (top or 0) if body.get("logprobs") else None
     tools = check_tools(body, loaded.tokenizer)
     prompt = loaded.tokenizer.encode_chat(template_messages(body.get("messages")), tools=tools)
-    return replace(_job([prompt], settings, body, chat=True), tools=tools is not None)
+    return replace(_job(loaded, [prompt], settings, body, chat=True), tools=tools is not None)
 
 
 def _known(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
@@ -97,11 +97,27 @@ def _known(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     return given
 
 
-def _job(prompts: Sequence[Sequence[int]], settings: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool) -> Job:
+def check_constraint(request: Request, loaded: Loaded) -> None:
+    """Raise UsageError for a constraint that cannot be used. Call it off the engine: a large one takes seconds."""
+    if request.constraint is not None:
+        from kvgen.generation import constraint  # llguidance takes time to import
+
+        constraint.check_constraint(request.constraint, loaded.tokenizer, loaded.model.vocab_size)
+
+
+def _job(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    settings: Mapping[str, Any],
+    body: Mapping[str, Any],
+    *,
+    chat: bool,
+) -> Job:
     count = _whole(body, "n", 1, _MOST_CHOICES) or 1
     if len(prompts) * count > _MOST_CHOICES:
         raise FieldError("n", f"asks for {len(prompts) * count} choices; the most is {_MOST_CHOICES}")
     request = Request((), **settings)
+    check_constraint(request, loaded)
     first = request.sampling.seed
     first = random.SystemRandom().randrange(2**31) if first is None else first
     samplings = [replace(request.sampling, seed=(first + number) % 2**63) for number in range(count)]

@@ -51,6 +51,17 @@ class Client:
         self._lock = threading.Lock()
         self.requests = 0
 
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Start no request of the block later than this many seconds after now, or after the client's own limit."""
+        limits = self._max_seconds, self._ends
+        if (ends := time.monotonic() + seconds) < self._ends:
+            self._max_seconds, self._ends = seconds, ends
+        try:
+            yield
+        finally:
+            self._max_seconds, self._ends = limits
+
     def close(self) -> None:
         """Close all connections; requests in progress fail."""
         self._http.close()

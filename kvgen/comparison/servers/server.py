@@ -20,6 +20,13 @@ Step = Mapping[Token, float]
 _COMMON = 4  # positions: a beginning-of-text token, for example
 
 
+class NoLogprobsError(UnsupportedError):
+    """The server gives no log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("the server gives no log-probabilities: there is nothing to compare")
+
+
 @dataclass(frozen=True)
 class Answer:
     """Greedy completion of a prompt.
@@ -82,14 +89,14 @@ def read_content(content: Sequence[Any]) -> tuple[tuple[Step, ...], Prompt]:
 
 
 def read_logprobs(logprobs: Any) -> tuple[tuple[Step, ...], Prompt]:
-    """Steps and tokens of the `logprobs` of a completion. Raises UnsupportedError if there are none."""
+    """Steps and tokens of the `logprobs` of a completion. Raises NoLogprobsError if there are none."""
     if not logprobs:
-        raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+        raise NoLogprobsError
     if logprobs.get("content"):
         return read_content(logprobs["content"])
     top = logprobs.get("top_logprobs")
     if not top or not all(top):
-        raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+        raise NoLogprobsError
     steps = tuple({_token(name): float(value) for name, value in step.items()} for step in top)
     return steps, tuple(_token(name) for name in logprobs["tokens"])
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.comparison import ServerComparison, compare_server
 from kvgen.comparison.servers.connect import KINDS, connect
 from kvgen.comparison.servers.distance import distance, printed_precision, step_distance
+from kvgen.comparison.servers.probes import Session, Trial, run_probe
 from kvgen.comparison.servers.reference import LIMIT
 from kvgen.comparison.servers.server import Answer
 from kvgen.comparison.servers.texts import compose
@@ -207,13 +211,71 @@ def test_failures_are_one_line(reply: Any, message: str) -> None:
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_server_without_log_probabilities_is_refused() -> None:
+def test_a_server_without_log_probabilities_is_not_comparable() -> None:
     def bare(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
         return {"choices": [{"text": " x"}]} if path == "/v1/completions" else answer(toy, kind, path, body)
 
     with serving(Toy(), "openai", bare) as url:
         result = run("compare", "--url", url)
-    assert (result.returncode, "gives no log-probabilities" in result.stderr) == (1, True)
+    assert result.returncode == 1 and not result.stderr
+    assert result.stdout.startswith("openai: not comparable   the server gives no log-probabilities")
+    assert len(result.stdout.splitlines()) == 2
+    assert compare(Toy(), "openai", bare).requests <= 6
+
+
+def test_controls_end_where_rounding_explains_a_distance() -> None:
+    """Only the first text has a whole control where answers are equal: 4 requests of it, and none for 4 other texts."""
+    exact, noisy = compare(Toy()), compare(Toy(noise=0.03))
+    assert exact.requests <= 52
+    assert exact.requests < noisy.requests <= 66
+
+
+def test_a_slow_server_gets_short_texts_unless_it_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgen.comparison.servers.comparison._SLOW", 0.0)
+    result = compare(Toy(), seconds=45)
+    assert (result.verdict, result.length, result.steps) == (Verdict.EQUIVALENT, 32, 4)
+    assert "texts beyond 32 tokens (the server is slow; a larger --max-seconds" in result.not_tested
+    assert (compare(Toy()).length, compare(Toy()).steps) == (96, 8)
+    blocks = compare(Toy(block=32), "vllm", seconds=45)
+    assert (blocks.verdict, blocks.length) == (Verdict.EQUIVALENT, 96)
+
+
+@pytest.fixture
+def second_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+
+
+@pytest.mark.usefixtures("second_for_each_request")
+def test_time_for_probes_leaves_the_last_out_but_not_the_cause() -> None:
+    result = compare(Toy(), seconds=40)
+    assert result.verdict is Verdict.EQUIVALENT
+    assert result.not_tested.endswith(
+        "beside others, beside others, uncached (40 seconds are used up; raise --max-seconds)"
+    )
+    wrong = compare(Toy("newest dropped"), seconds=40)
+    assert names(wrong) == {"newest token missing"} and wrong.requests > 40
+    none = compare(Toy(), seconds=3)
+    assert (none.verdict, none.reason) == (
+        Verdict.NOT_COMPARABLE,
+        "3 seconds are used up; raise --max-seconds",
+    )
+
+
+def test_a_wrong_answer_counts_even_if_the_rest_of_its_probe_is_left_out() -> None:
+    def cut(session: Session) -> Iterator[Trial]:
+        yield session.hit(session.text, session.text)
+        raise LimitError("no more requests")
+
+    for fault in ("", "newest dropped"):
+        with serving(Toy(fault)) as url, closing(Client(url)) as client:
+            source = tuple(range(1, 99))
+            session = Session(connect(client), 4, source, [source[::-1]], 64, counts=True)
+            if fault:
+                assert run_probe("cut", cut, session).wrong
+            else:
+                with pytest.raises(LimitError):
+                    run_probe("cut", cut, session)
 
 
 def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
@@ -245,6 +307,7 @@ def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
         (("--url", "localhost"), "http://"),
         (("--server-kind", "vllm"), "--server-kind needs --url"),
         (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
+        (("--url", "http://localhost", "--html", "page.html"), "--html does not apply to --url"),
         (("--url", "http://localhost", "--server-kind", "x"), "unknown; known: llama.cpp, vllm, sglang"),
         (("--url", "http://localhost", "--api-key-env", "NO_SUCH_KEY"), "the environment has no such variable"),
     ],

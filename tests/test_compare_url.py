@@ -18,11 +18,12 @@ from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.comparison import ServerComparison, compare_server
 from kvgen.comparison.servers.connect import KINDS, connect
 from kvgen.comparison.servers.distance import distance, printed_precision, step_distance
-from kvgen.comparison.servers.probes import Session, Trial, run_probe
+from kvgen.comparison.servers.probes import PROBES, Session, Trial, run_probe
 from kvgen.comparison.servers.reference import LIMIT
 from kvgen.comparison.servers.server import Answer
 from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.verdict import Verdict
+from kvgen.errors import KvgenError
 from tests.lying_server import FAULTS, Toy, answer, serving
 from tests.program import run, run_on_terminal
 
@@ -191,6 +192,15 @@ def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
     return reply
 
 
+def at(path: str, data: bytes) -> Callable[..., Any]:
+    """A server that answers with `data` at one path."""
+
+    def reply(toy: Toy, kind: str, asked: str, body: dict[str, Any]) -> Any:
+        return (200, data) if asked == path else answer(toy, kind, asked, body)
+
+    return reply
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -202,6 +212,7 @@ def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
         (failing(200, b'{"a": 1}', after=4), "unexpected answer (KeyError"),
         (failing(404, b""), "the server there is not of a known kind"),
         (failing(400, b'{"error": "no"}', after=4), 'refused (400: {"error": "no"})'),
+        (at("/tokenize", b'{"tokens": []}'), "unexpected answer (ValueError: no tokens)"),
     ],
 )
 def test_failures_are_one_line(reply: Any, message: str) -> None:
@@ -240,26 +251,25 @@ def test_a_slow_server_gets_short_texts_unless_it_has_time(monkeypatch: pytest.M
     assert (blocks.verdict, blocks.length) == (Verdict.EQUIVALENT, 96)
 
 
-@pytest.fixture
-def second_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = count()
-    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+def test_time_for_probes_leaves_the_last_out_but_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a server that takes a second for each answer."""
+    seconds = 0
 
+    def ticking(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        nonlocal seconds
+        seconds += 1
+        return answer(toy, kind, path, body)
 
-@pytest.mark.usefixtures("second_for_each_request")
-def test_time_for_probes_leaves_the_last_out_but_not_the_cause() -> None:
-    result = compare(Toy(), seconds=40)
+    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: float(seconds)))
+    result = compare(Toy(), reply=ticking, seconds=40)
     assert result.verdict is Verdict.EQUIVALENT
-    assert result.not_tested.endswith(
-        "beside others, beside others, uncached (40 seconds are used up; raise --max-seconds)"
-    )
-    wrong = compare(Toy("newest dropped"), seconds=40)
-    assert names(wrong) == {"newest token missing"} and wrong.requests > 40
-    none = compare(Toy(), seconds=3)
-    assert (none.verdict, none.reason) == (
-        Verdict.NOT_COMPARABLE,
-        "3 seconds are used up; raise --max-seconds",
-    )
+    left_out = "beside others, beside others, uncached (40 seconds are used up; raise --max-seconds)"
+    assert result.not_tested.endswith(left_out)
+    wrong = compare(Toy("newest dropped"), reply=ticking, seconds=40)
+    assert names(wrong) == {"newest token missing"} and wrong.requests > 50
+    none = compare(Toy(), reply=ticking, seconds=3)
+    assert none.verdict is Verdict.NOT_COMPARABLE
+    assert none.reason == "3 seconds are used up; raise --max-seconds"
 
 
 def test_a_wrong_answer_counts_even_if_the_rest_of_its_probe_is_left_out() -> None:
@@ -276,6 +286,78 @@ def test_a_wrong_answer_counts_even_if_the_rest_of_its_probe_is_left_out() -> No
             else:
                 with pytest.raises(LimitError):
                     run_probe("cut", cut, session)
+
+
+def test_tokens_without_alternatives_are_no_log_probabilities() -> None:
+    bare = b'{"completion_probabilities": [{"id": 1, "logprob": -1, "top_logprobs": []}], "timings": {"cache_n": 0}}'
+    assert "no log-probabilities" in compare(Toy(), reply=at("/completion", bare)).reason
+
+
+def test_completions_without_tokens_are_not_equivalent() -> None:
+    nothing = b'{"completion_probabilities": [], "timings": {"cache_n": 90}, "tokens_evaluated": 96}'
+    with serving(Toy(), reply=at("/completion", nothing)) as url, closing(Client(url)) as client:
+        session = Session(connect(client), 4, tuple(range(1, 99)), [], 64, counts=True)
+        text = session.text
+        kept = Answer((), (), 0, 64, 0.0)
+        session.reference._answers[text] = kept
+        probe = run_probe("same prompt", PROBES["same prompt"], session)
+    assert (probe.verdict, probe.note) == (Verdict.NOT_COMPARABLE, "nothing was generated")
+
+
+def test_counts_may_be_written_as_text() -> None:
+    def spelled(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = answer(toy, kind, path, body)
+        if usage := (found or {}).get("usage"):
+            usage["prompt_tokens"] = str(usage["prompt_tokens"])
+        return found
+
+    assert compare(Toy(), "openai", spelled).verdict is Verdict.EQUIVALENT
+
+
+def test_pages_at_unknown_paths_are_another_kind_of_server() -> None:
+    assert compare(Toy(), "vllm", at("/props", b"<html>hello</html>")).server == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "asked"),
+    [
+        ("http://h/v1/completions", "http://h", "http://h/props"),
+        ("http://h/v1?x=1", "http://h", "http://h/props"),
+        ("http://h:80/proxy/v1/", "http://h/proxy", "http://h/proxy/props"),
+        ("http://h/v10/", "http://h/v10", "http://h/v10/props"),
+        ("http://me:secret@[::1]:9/v1", "http://[::1]:9", "http://me:secret@[::1]:9/props"),
+    ],
+)
+def test_addresses_may_have_a_path_of_the_api_and_show_no_password(url: str, shown: str, asked: str) -> None:
+    with closing(Client(url)) as client:
+        assert client.url == shown
+        assert str(client._http.build_request("GET", "/props").url) == asked
+
+
+def test_a_redirection_names_the_new_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(9999)
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: https://h/login\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        result = run("compare", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert result.returncode == 1
+    assert "moved to https://h/login (302); give --url the new address" in result.stderr
+
+
+def test_an_answer_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: 100.0 * next(clock)))
+    with (
+        serving(Toy(), reply=failing(200, b" " * 100_000)) as url,
+        closing(Client(url)) as client,
+        pytest.raises(KvgenError, match="no answer within 60 seconds; raise --timeout"),
+    ):
+        client.get("/props")
 
 
 def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
@@ -305,6 +387,8 @@ def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
     ("arguments", "message"),
     [
         (("--url", "localhost"), "http://"),
+        (("--url", "localhost:8000"), "wanted an address such as http://localhost:8000"),
+        (("--url", "http://"), "wanted an address such as http://localhost:8000"),
         (("--server-kind", "vllm"), "--server-kind needs --url"),
         (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
         (("--url", "http://localhost", "--html", "page.html"), "--html does not apply to --url"),

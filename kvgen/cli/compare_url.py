@@ -139,7 +139,8 @@ def print_server_comparison(result: ServerComparison) -> None:
     head = Text(f"{result.server}: ").append(result.verdict.value, _STYLES.get(result.verdict.value, "yellow"))
     console.print(head.append(f"   {result.reason}" if result.reason else ""), soft_wrap=True)
     texts = f"prompts of {result.length} tokens, {result.steps} steps; " if result.length else ""
-    summary = f"{result.model} at {result.url}; {texts}{result.requests} requests in {result.seconds:.0f} s."
+    model = f"{result.model} at " if result.model else ""
+    summary = f"{model}{result.url}; {texts}{result.requests} requests in {result.seconds:.0f} s."
     console.print(Text(escape_controls(summary), style="dim"))
     rows = [
         (

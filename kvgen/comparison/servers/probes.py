@@ -219,7 +219,9 @@ def _judge(session: Session, trial: Trial) -> ServerProbe:
     control = session.reference.explaining(trial.prompt, apart)
     wrong = apart > control.limit
     verdict, note = (Verdict.DIFFERENT if wrong else Verdict.EQUIVALENT), ""
-    if not wrong and trial.reads_cache and not trial.answer.hit and not (trial.beside and session.counts):
+    if not wrong and not control.answer.steps:
+        verdict, note = Verdict.NOT_COMPARABLE, "nothing was generated"
+    elif not wrong and trial.reads_cache and not trial.answer.hit and not (trial.beside and session.counts):
         verdict = Verdict.NOT_COMPARABLE
         note = "nothing was reused" if session.counts else "equal, but the server does not say whether it reused"
     near_tie = not wrong and _tokens_differ(control.answer, trial.answer)

@@ -27,6 +27,7 @@ from kvgen.comparison.servers.server import (
 
 _PATH = "/generate"
 _TOP = 20
+_COUNTS = ("cached_tokens", "prompt_tokens")
 
 
 class SglangServer:
@@ -68,8 +69,8 @@ class SglangServer:
                 raise NoLogprobsError
             steps_ = tuple(_step(top) for top in about["output_top_logprobs"])
             tokens: tuple[Token, ...] = tuple(int(one[1]) for one in about["output_token_logprobs"])
-            reused = about.get("cached_tokens")
-            return Answer(steps_, tokens, None if reused is None else int(reused), about.get("prompt_tokens"), seconds)
+            reused, length = (None if (n := about.get(name)) is None else int(n) for name in _COUNTS)
+            return Answer(steps_, tokens, reused, length, seconds)
 
 
 def _step(top: list[Any]) -> Step:

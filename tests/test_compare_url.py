@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvgen.comparison.servers.client import Client
+from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.comparison import ServerComparison, compare_server
 from kvgen.comparison.servers.connect import KINDS, connect
 from kvgen.comparison.servers.distance import distance, printed_precision, step_distance
+from kvgen.comparison.servers.probes import PROBES, Session, Trial, run_probe
 from kvgen.comparison.servers.reference import LIMIT
 from kvgen.comparison.servers.server import Answer
 from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.verdict import Verdict
+from kvgen.errors import KvgenError
 from tests.lying_server import FAULTS, Toy, answer, serving
 from tests.program import run, run_on_terminal
 
@@ -187,6 +192,15 @@ def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
     return reply
 
 
+def at(path: str, data: bytes) -> Callable[..., Any]:
+    """A server that answers with `data` at one path."""
+
+    def reply(toy: Toy, kind: str, asked: str, body: dict[str, Any]) -> Any:
+        return (200, data) if asked == path else answer(toy, kind, asked, body)
+
+    return reply
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -198,6 +212,7 @@ def failing(status: int, data: bytes, after: int = 0) -> Callable[..., Any]:
         (failing(200, b'{"a": 1}', after=4), "unexpected answer (KeyError"),
         (failing(404, b""), "the server there is not of a known kind"),
         (failing(400, b'{"error": "no"}', after=4), 'refused (400: {"error": "no"})'),
+        (at("/tokenize", b'{"tokens": []}'), "unexpected answer (ValueError: no tokens)"),
     ],
 )
 def test_failures_are_one_line(reply: Any, message: str) -> None:
@@ -207,13 +222,142 @@ def test_failures_are_one_line(reply: Any, message: str) -> None:
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_server_without_log_probabilities_is_refused() -> None:
+def test_a_server_without_log_probabilities_is_not_comparable() -> None:
     def bare(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
         return {"choices": [{"text": " x"}]} if path == "/v1/completions" else answer(toy, kind, path, body)
 
     with serving(Toy(), "openai", bare) as url:
         result = run("compare", "--url", url)
-    assert (result.returncode, "gives no log-probabilities" in result.stderr) == (1, True)
+    assert result.returncode == 1 and not result.stderr
+    assert result.stdout.startswith("openai: not comparable   the server gives no log-probabilities")
+    assert len(result.stdout.splitlines()) == 2
+    assert compare(Toy(), "openai", bare).requests <= 6
+
+
+def test_controls_end_where_rounding_explains_a_distance() -> None:
+    """Only the first text has a whole control where answers are equal: 4 requests of it, and none for 4 other texts."""
+    exact, noisy = compare(Toy()), compare(Toy(noise=0.03))
+    assert exact.requests <= 52
+    assert exact.requests < noisy.requests <= 66
+
+
+def test_a_slow_server_gets_short_texts_unless_it_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgen.comparison.servers.comparison._SLOW", 0.0)
+    result = compare(Toy(), seconds=45)
+    assert (result.verdict, result.length, result.steps) == (Verdict.EQUIVALENT, 32, 4)
+    assert "texts beyond 32 tokens (the server is slow; a larger --max-seconds" in result.not_tested
+    assert (compare(Toy()).length, compare(Toy()).steps) == (96, 8)
+    blocks = compare(Toy(block=32), "vllm", seconds=45)
+    assert (blocks.verdict, blocks.length) == (Verdict.EQUIVALENT, 96)
+
+
+def test_time_for_probes_leaves_the_last_out_but_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a server that takes a second for each answer."""
+    seconds = 0
+
+    def ticking(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        nonlocal seconds
+        seconds += 1
+        return answer(toy, kind, path, body)
+
+    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: float(seconds)))
+    result = compare(Toy(), reply=ticking, seconds=40)
+    assert result.verdict is Verdict.EQUIVALENT
+    left_out = "beside others, beside others, uncached (40 seconds are used up; raise --max-seconds)"
+    assert result.not_tested.endswith(left_out)
+    wrong = compare(Toy("newest dropped"), reply=ticking, seconds=40)
+    assert names(wrong) == {"newest token missing"} and wrong.requests > 50
+    none = compare(Toy(), reply=ticking, seconds=3)
+    assert none.verdict is Verdict.NOT_COMPARABLE
+    assert none.reason == "3 seconds are used up; raise --max-seconds"
+
+
+def test_a_wrong_answer_counts_even_if_the_rest_of_its_probe_is_left_out() -> None:
+    def cut(session: Session) -> Iterator[Trial]:
+        yield session.hit(session.text, session.text)
+        raise LimitError("no more requests")
+
+    for fault in ("", "newest dropped"):
+        with serving(Toy(fault)) as url, closing(Client(url)) as client:
+            source = tuple(range(1, 99))
+            session = Session(connect(client), 4, source, [source[::-1]], 64, counts=True)
+            if fault:
+                assert run_probe("cut", cut, session).wrong
+            else:
+                with pytest.raises(LimitError):
+                    run_probe("cut", cut, session)
+
+
+def test_tokens_without_alternatives_are_no_log_probabilities() -> None:
+    bare = b'{"completion_probabilities": [{"id": 1, "logprob": -1, "top_logprobs": []}], "timings": {"cache_n": 0}}'
+    assert "no log-probabilities" in compare(Toy(), reply=at("/completion", bare)).reason
+
+
+def test_completions_without_tokens_are_not_equivalent() -> None:
+    nothing = b'{"completion_probabilities": [], "timings": {"cache_n": 90}, "tokens_evaluated": 96}'
+    with serving(Toy(), reply=at("/completion", nothing)) as url, closing(Client(url)) as client:
+        session = Session(connect(client), 4, tuple(range(1, 99)), [], 64, counts=True)
+        text = session.text
+        kept = Answer((), (), 0, 64, 0.0)
+        session.reference._answers[text] = kept
+        probe = run_probe("same prompt", PROBES["same prompt"], session)
+    assert (probe.verdict, probe.note) == (Verdict.NOT_COMPARABLE, "nothing was generated")
+
+
+def test_counts_may_be_written_as_text() -> None:
+    def spelled(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = answer(toy, kind, path, body)
+        if usage := (found or {}).get("usage"):
+            usage["prompt_tokens"] = str(usage["prompt_tokens"])
+        return found
+
+    assert compare(Toy(), "openai", spelled).verdict is Verdict.EQUIVALENT
+
+
+def test_pages_at_unknown_paths_are_another_kind_of_server() -> None:
+    assert compare(Toy(), "vllm", at("/props", b"<html>hello</html>")).server == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "asked"),
+    [
+        ("http://h/v1/completions", "http://h", "http://h/props"),
+        ("http://h/v1?x=1", "http://h", "http://h/props"),
+        ("http://h:80/proxy/v1/", "http://h/proxy", "http://h/proxy/props"),
+        ("http://h/v10/", "http://h/v10", "http://h/v10/props"),
+        ("http://me:secret@[::1]:9/v1", "http://[::1]:9", "http://me:secret@[::1]:9/props"),
+    ],
+)
+def test_addresses_may_have_a_path_of_the_api_and_show_no_password(url: str, shown: str, asked: str) -> None:
+    with closing(Client(url)) as client:
+        assert client.url == shown
+        assert str(client._http.build_request("GET", "/props").url) == asked
+
+
+def test_a_redirection_names_the_new_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(9999)
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: https://h/login\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        result = run("compare", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert result.returncode == 1
+    assert "moved to https://h/login (302); give --url the new address" in result.stderr
+
+
+def test_an_answer_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("kvgen.comparison.servers.client.time", SimpleNamespace(monotonic=lambda: 100.0 * next(clock)))
+    with (
+        serving(Toy(), reply=failing(200, b" " * 100_000)) as url,
+        closing(Client(url)) as client,
+        pytest.raises(KvgenError, match="no answer within 60 seconds; raise --timeout"),
+    ):
+        client.get("/props")
 
 
 def test_a_server_that_lists_no_model_is_asked_without_a_name() -> None:
@@ -243,8 +387,11 @@ def test_a_server_that_is_silent_or_ends_midway_is_one_line() -> None:
     ("arguments", "message"),
     [
         (("--url", "localhost"), "http://"),
+        (("--url", "localhost:8000"), "wanted an address such as http://localhost:8000"),
+        (("--url", "http://"), "wanted an address such as http://localhost:8000"),
         (("--server-kind", "vllm"), "--server-kind needs --url"),
         (("--url", "http://localhost", "--dtype", "float32"), "options of models and patterns do not apply"),
+        (("--url", "http://localhost", "--html", "page.html"), "--html does not apply to --url"),
         (("--url", "http://localhost", "--server-kind", "x"), "unknown; known: llama.cpp, vllm, sglang"),
         (("--url", "http://localhost", "--api-key-env", "NO_SUCH_KEY"), "the environment has no such variable"),
     ],

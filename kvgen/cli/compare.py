@@ -85,8 +85,10 @@ def compare(
     """
     running.check()
     if running.url is not None:
+        if html is not None:
+            raise UsageError("--html does not apply to --url: the page shows logits of steps; use --json or --junit")
         refused = source != ModelOptions() or engine != EngineChoice()
-        if refused or any((wrong_pattern, pattern, prompt_file, html)):
+        if refused or any((wrong_pattern, pattern, prompt_file)):
             raise UsageError("--url compares what the server serves: options of models and patterns do not apply")
         start, steps = read_file(text) if text else prompt or _DEFAULT_PROMPT, min(max_tokens, _SERVER_STEPS)
         compare_url(running, start, steps=steps, thorough=thorough, json=json, junit=junit, quiet=quiet)

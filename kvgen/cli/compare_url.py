@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _KINDS = ("llama.cpp", "vllm", "sglang", "kvgen", "openai")  # repeated: importi
 _STYLES = {"equivalent": "green", "different": "bold red"}
 _PIPE_WIDTH = 110
 _LIMITS = {False: (400, 300.0), True: (2000, 1800.0)}  # requests and seconds, by --thorough
+_PROBING = 45.0  # seconds of the default; a cause of differences is looked for after them
 
 
 def complete_kind(incomplete: str) -> list[str]:
@@ -58,7 +60,12 @@ class ServerOptions:
         int | None, _option(min=1, help="Largest number of requests.", show_default="400; thorough: 2000")
     ] = None
     max_seconds: Annotated[
-        float | None, _option(min=1, help="Start no request after this time.", show_default="300; thorough: 1800")
+        float | None,
+        _option(
+            min=1,
+            help="Start no request after this time.",
+            show_default=f"{_PROBING:g}, and up to 300 for finding a cause; thorough: 1800",
+        ),
     ] = None
 
     def check(self) -> None:
@@ -92,7 +99,15 @@ def compare_url(
     try:
         with _progress(client, quiet=quiet) as show:
             server = connect(client, options.server_kind)
-            result = compare_server(client, server, prompt, steps=steps, thorough=thorough, progress=show)
+            result = compare_server(
+                client,
+                server,
+                prompt,
+                steps=steps,
+                thorough=thorough,
+                seconds=math.inf if thorough or options.max_seconds else _PROBING,
+                progress=show,
+            )
     finally:
         client.close()
     if junit is not None:
@@ -123,10 +138,9 @@ def print_server_comparison(result: ServerComparison) -> None:
     console = terminal(sys.stdout, pipe_width=_PIPE_WIDTH)
     head = Text(f"{result.server}: ").append(result.verdict.value, _STYLES.get(result.verdict.value, "yellow"))
     console.print(head.append(f"   {result.reason}" if result.reason else ""), soft_wrap=True)
-    summary = (
-        f"{result.model} at {result.url}; prompts of {result.length} tokens, {result.steps} steps; "
-        f"{result.requests} requests in {result.seconds:.0f} s."
-    )
+    texts = f"prompts of {result.length} tokens, {result.steps} steps; " if result.length else ""
+    model = f"{result.model} at " if result.model else ""
+    summary = f"{model}{result.url}; {texts}{result.requests} requests in {result.seconds:.0f} s."
     console.print(Text(escape_controls(summary), style="dim"))
     rows = [
         (
@@ -150,4 +164,5 @@ def print_server_comparison(result: ServerComparison) -> None:
     for finding in result.findings:
         evidence = Text(f" ({escape_controls(finding.evidence)})", "dim") if finding.evidence else Text()
         console.print(Text(escape_controls(finding.text)).append_text(evidence))
-    console.print(Text(f"Not tested: {result.not_tested}.", style="dim"))
+    if result.not_tested:
+        console.print(Text(f"Not tested: {result.not_tested}.", style="dim"))

@@ -104,8 +104,8 @@ LAST_TOKEN = Pattern(
     "the prompt, then only the last token with the cache",
     _last_token,
     "Pass the whole sequence on every step, with the cache: model(ids, cache=cache).",
-    "Harmless on this model: it does not derive positions from the length of its input. It takes them from the shapes "
-    "of keys and queries, as with ALiBi and relative biases, or has none.",
+    "Harmless on this model: it does not derive positions from the length of its input. It counts them from what is "
+    "cached, takes them from the shapes of keys and queries, as with ALiBi and relative biases, or has none.",
 )
 
 PATTERNS: dict[str, Pattern] = {

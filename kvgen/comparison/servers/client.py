@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import httpx2
 from kvgen.errors import KvgenError, NotFoundError, UnsupportedError, UsageError, in_one_line
 
 _MAX_BYTES = 64_000_000  # of one answer
+_API_PATH = re.compile(r"/(v1(/.*)?)?$")
 
 
 class LimitError(KvgenError):
@@ -25,10 +27,15 @@ class AbsentError(NotFoundError):
     """The server has no such path: it is of another kind."""
 
 
+class NotJsonError(KvgenError):
+    """The answer is something else, such as a page."""
+
+
 class Client:
     """Requests to one server. Threads may share it.
 
-    key_variable: environment variable that holds an API key. timeout: seconds for each request.
+    url: with or without a path of the API, such as `/v1`. key_variable: environment variable that holds an API key.
+    timeout: seconds for each request.
     max_requests, max_seconds: limits on all requests together. requests: their number so far.
     """
 
@@ -41,15 +48,30 @@ class Client:
         max_requests: int = 400,
         max_seconds: float = 300,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
         try:
-            self._http = httpx2.Client(base_url=self.url, timeout=timeout, headers=_headers(key_variable))
+            given = httpx2.URL(url)
+            base = given.copy_with(path=_API_PATH.sub("", given.path), query=None, fragment=None)
+            self._http = httpx2.Client(base_url=base, timeout=timeout, headers=_headers(key_variable))
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, ValueError) as error:
             raise UsageError(f"--url {url}: {in_one_line(error)}") from None
+        if base.scheme not in ("http", "https") or not base.host:
+            raise UsageError(f"--url {url}: wanted an address such as http://localhost:8000")
+        self.url = str(base.copy_with(username=None, password=None)).rstrip("/")
         self._timeout, self._max_requests = timeout, max_requests
         self._max_seconds, self._ends = max_seconds, time.monotonic() + max_seconds
         self._lock = threading.Lock()
         self.requests = 0
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Start no request of the block later than this many seconds after now, or after the client's own limit."""
+        limits = self._max_seconds, self._ends
+        if (ends := time.monotonic() + seconds) < self._ends:
+            self._max_seconds, self._ends = seconds, ends
+        try:
+            yield
+        finally:
+            self._max_seconds, self._ends = limits
 
     def close(self) -> None:
         """Close all connections; requests in progress fail."""
@@ -78,7 +100,7 @@ class Client:
             raise KvgenError(f"{self.url}{path}: unexpected answer ({type(error).__name__}: {error})") from error
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[bytes, httpx2.Headers]:
-        where = f"{self.url}{path}"
+        where, ends = f"{self.url}{path}", time.monotonic() + self._timeout
         self._count()
         try:
             with self._http.stream(method, path, json=body) as response:
@@ -87,6 +109,8 @@ class Client:
                     data += chunk
                     if len(data) > _MAX_BYTES:
                         raise KvgenError(f"{where}: the answer has over {_MAX_BYTES // 10**6} MB")
+                    if time.monotonic() > ends:
+                        raise httpx2.ReadTimeout("the answer does not end")
         except httpx2.ConnectError as error:
             raise NotFoundError(f"{self.url}: no server answers there ({in_one_line(error)})") from error
         except httpx2.TimeoutException as error:
@@ -96,7 +120,7 @@ class Client:
         except httpx2.HTTPError as error:
             raise KvgenError(f"{where}: the connection broke ({in_one_line(error)}); look at the server") from error
         if response.status_code != 200:
-            raise _status_error(where, response.status_code, bytes(data))
+            raise _status_error(where, response, bytes(data))
         return bytes(data), response.headers
 
     def _count(self) -> None:
@@ -111,7 +135,7 @@ class Client:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise KvgenError(f"{self.url}{path}: the answer is no JSON: {_excerpt(data)}") from error
+            raise NotJsonError(f"{self.url}{path}: the answer is no JSON: {_excerpt(data)}") from error
 
 
 def _headers(key_variable: str | None) -> dict[str, str]:
@@ -124,13 +148,16 @@ def _headers(key_variable: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _status_error(where: str, status: int, data: bytes) -> KvgenError:
+def _status_error(where: str, response: httpx2.Response, data: bytes) -> KvgenError:
+    status = response.status_code
     if status in (401, 403):
         return KvgenError(f"{where}: the server wants another API key ({status}); see --api-key-env")
     if status in (404, 405):
         return AbsentError(
             f"{where}: not there ({status}: {_excerpt(data)}); is the server of another kind? See --server-kind"
         )
+    if target := response.headers.get("location"):
+        return KvgenError(f"{where}: moved to {target} ({status}); give --url the new address")
     if status == 429:
         return KvgenError(f"{where}: too many requests for the server (429); try again later")
     if status >= 500:

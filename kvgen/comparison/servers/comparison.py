@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.diagnosis import diagnose
-from kvgen.comparison.servers.probes import ONCE, PROBES, ServerProbe, Session, decoding, run_probe
-from kvgen.comparison.servers.reference import LARGEST_NOISE, Reference
-from kvgen.comparison.servers.server import Server
+from kvgen.comparison.servers.probes import ONCE, PROBES, ServerProbe, Session, decoding, run_probe, unused
+from kvgen.comparison.servers.reference import LARGEST_NOISE
+from kvgen.comparison.servers.server import NoLogprobsError, Prompt, Server
 from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.servers.thorough import LONG, claimed_hits, past
 from kvgen.comparison.servers.thorough import PROBES as THOROUGH
@@ -20,6 +21,9 @@ from kvgen.comparison.verdict import ACCEPTABLE, Verdict
 from kvgen.errors import KvgenError
 
 _LENGTHS = (96, 160, 320, 640, 1280)  # the first whose beginning is reused; some servers reuse blocks of 128
+_SLOW_LENGTH, _SLOW_STEPS = 32, 4  # for a server that takes longer for them than
+_SLOW = 1.0  # seconds
+_WARM = 4  # tokens
 _OTHERS = 3
 _LONGEST = max(LONG) + 64
 
@@ -40,15 +44,15 @@ class ServerComparison:
     url: str
     model: str
     verdict: Verdict
-    reason: str
-    prompt: str
-    length: int
-    steps: int
-    probes: tuple[ServerProbe, ...]
-    findings: tuple[Finding, ...]
-    not_tested: str
-    requests: int
-    seconds: float
+    reason: str = ""
+    prompt: str = ""
+    length: int = 0
+    steps: int = 0
+    probes: tuple[ServerProbe, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    not_tested: str = ""
+    requests: int = 0
+    seconds: float = 0.0
 
     @property
     def acceptable(self) -> bool:
@@ -62,40 +66,50 @@ def compare_server(
     *,
     steps: int = 8,
     thorough: bool = False,
+    seconds: float = math.inf,
     progress: Progress = lambda done, total: None,
 ) -> ServerComparison:
     """Compare what a server answers from its cache with what it answers without.
 
     prompt: the beginning of the text to complete; more is added. steps: tokens to generate for each request.
-    thorough: also long texts, borders of chunks, many orders, and times.
+    thorough: also long texts, borders of chunks, many orders, and times. seconds: time for the probes, which leaves out
+        what does not fit; looking for a cause may take until the client's own limit. A slow server gets shorter texts.
 
     Raises KvgenError if the server cannot be asked.
     """
-    began, reference = time.perf_counter(), Reference(server, steps)
-    session = _session(server, reference, prompt, _longest(server, steps, thorough=thorough))
-    control = reference.of(session.fresh(session.text))
+    began = time.perf_counter()
+    result = ServerComparison(server.kind, client.url, server.model, Verdict.NOT_COMPARABLE, prompt=prompt, steps=steps)
+    try:
+        result = _compare(client, server, result, thorough=thorough, seconds=seconds, progress=progress)
+    except (NoLogprobsError, LimitError) as error:
+        result = replace(result, reason=str(error))
+    return replace(result, requests=client.requests, seconds=time.perf_counter() - began)
+
+
+def _compare(
+    client: Client, server: Server, result: ServerComparison, *, thorough: bool, seconds: float, progress: Progress
+) -> ServerComparison:
     probes, findings, untried = list[ServerProbe](), list[Finding](), list[str]()
-    if control.repeated > LARGEST_NOISE:
-        text = "The server is not deterministic: equal uncached requests at temperature 0 give different results."
-        findings = [Finding("not deterministic", text, f"they differ by {control.repeated:.2g} nats")]
-    else:
-        probes, untried = _run_all(list(_runs(session, thorough=thorough)), progress)
-        findings = diagnose(session, probes)
-    verdict, reason = _verdict(session, probes, findings)
-    return ServerComparison(
-        server.kind,
-        client.url,
-        server.model,
-        verdict,
-        reason,
-        prompt,
-        len(session.text),
-        steps,
-        tuple(probes),
-        tuple(findings),
-        _not_tested(session, untried, thorough=thorough),
-        client.requests,
-        time.perf_counter() - began,
+    with client.within(seconds):
+        longest = _longest(server, result.steps, thorough=thorough)
+        session = _session(server, result.steps, result.prompt, longest, hurried=math.isfinite(seconds))
+        control = session.reference.of(session.text)
+        if control.repeated > LARGEST_NOISE:
+            text = "The server is not deterministic: equal uncached requests at temperature 0 give different results."
+            findings = [Finding("not deterministic", text, f"they differ by {control.repeated:.2g} nats")]
+        else:
+            probes, untried = _run_all(list(_runs(session, thorough=thorough)), progress)
+    findings = findings or diagnose(session, probes)
+    verdict, reason = _verdict(session, probes, findings, untried)
+    return replace(
+        result,
+        verdict=verdict,
+        reason=reason,
+        length=len(session.text),
+        steps=session.reference.steps,
+        probes=tuple(probes),
+        findings=tuple(findings),
+        not_tested=_not_tested(session, untried, thorough=thorough),
     )
 
 
@@ -123,22 +137,34 @@ def _longest(server: Server, steps: int, *, thorough: bool) -> int:
     return min(longest, room)
 
 
-def _session(server: Server, reference: Reference, prompt: str, longest: int) -> Session:
-    """A text, and others, that are long enough for the server to reuse half of it."""
+def _session(server: Server, steps: int, prompt: str, longest: int, *, hurried: bool) -> Session:
+    """A text, and others, that are long enough for the server to reuse half of it.
+
+    hurried: whether a slow server gets shorter ones, and fewer steps.
+    """
     beginning = f"{prompt.strip()} " if prompt.strip() else ""
     source = server.encode(beginning + compose(longest, 0))[:longest]
     others = [server.encode(compose(longest, seed))[:longest] for seed in range(1, _OTHERS + 1)]
+    slow = hurried and _is_slow(server, source, steps)
+    steps = min(steps, _SLOW_STEPS) if slow else steps
     counts, length = False, min(_LENGTHS[2], longest)
-    for tried in (tried for tried in _LENGTHS if tried <= longest):
-        session = Session(server, reference, source, others, tried, True)
-        space, text = session.space(), session.fresh(source[:tried])
-        server.ask(text[: tried // 2], 1, space)
-        answer = server.ask(text, 1, space)
+    for tried in (tried for tried in (*([_SLOW_LENGTH] if slow else []), *_LENGTHS) if tried <= longest):
+        session = Session(server, steps, source, others, tried, True)
+        space = session.space()
+        server.ask(session.text[: tried // 2], 1, space)
+        answer = server.ask(session.text, 1, space)
         counts = counts or answer.reused is not None
         if answer.hit or not counts:
             length = tried if answer.hit else length
             break
-    return Session(server, reference, source, others, length, counts)
+    return Session(server, steps, source, others, length, counts)
+
+
+def _is_slow(server: Server, source: Prompt, steps: int) -> bool:
+    """Whether a server takes so long for a short text that usual ones would take minutes."""
+    text = source[-_SLOW_LENGTH:]
+    server.ask(unused(server, text[:_WARM]), 1, None)  # the first request may load or compile
+    return server.ask(unused(server, text), min(steps, _SLOW_STEPS), None).seconds > _SLOW
 
 
 def _runs(session: Session, *, thorough: bool) -> Iterator[tuple[str, Callable[[], ServerProbe]]]:
@@ -161,7 +187,9 @@ def _runs(session: Session, *, thorough: bool) -> Iterator[tuple[str, Callable[[
     yield "time of hits", lambda: claimed_hits(session)
 
 
-def _verdict(session: Session, probes: list[ServerProbe], findings: list[Finding]) -> tuple[Verdict, str]:
+def _verdict(
+    session: Session, probes: list[ServerProbe], findings: list[Finding], untried: list[str]
+) -> tuple[Verdict, str]:
     if any(probe.wrong for probe in probes):
         return Verdict.DIFFERENT, ""
     names = {finding.name for finding in findings}
@@ -172,13 +200,16 @@ def _verdict(session: Session, probes: list[ServerProbe], findings: list[Finding
     if not session.counts:
         return Verdict.NOT_COMPARABLE, "all answers are equal, but the server does not say whether it reused anything"
     if not any(probe.verdict is Verdict.EQUIVALENT and probe.worst and probe.worst.answer.hit for probe in probes):
+        if untried:
+            return Verdict.NOT_COMPARABLE, f"no probe that is done reused anything; left out: {'; '.join(untried)}"
         return Verdict.NOT_COMPARABLE, "nothing was reused: the server's cache is off, or needs longer texts"
     return Verdict.EQUIVALENT, ""
 
 
 def _not_tested(session: Session, untried: list[str], *, thorough: bool) -> str:
     longest = len(session.source) if thorough else len(session.text)
-    parts = [f"texts beyond {longest:,} tokens", "chats and other templates", "images"]
+    slow = " (the server is slow; a larger --max-seconds tries longer ones)" if longest < _LENGTHS[0] else ""
+    parts = [f"texts beyond {longest:,} tokens{slow}", "chats and other templates", "images"]
     if not session.server.repeats:
         parts.append("edits, rewinds and noise: the server computes a text without its cache only once")
     return "; ".join(parts + untried)

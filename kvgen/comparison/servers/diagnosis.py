@@ -53,7 +53,7 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
         if not session.server.repeats and not session.reference.knows(prompt):
             continue
         apart = distance(session.reference.answer(prompt), trial.answer)
-        if apart * _CLOSER < probe.distance and apart <= session.reference.of(prompt).limit:
+        if apart * _CLOSER < probe.distance and apart <= session.reference.explaining(prompt, apart).limit:
             return Finding(
                 name, text, f"{probe.name}: {apart:.2g} nats from it, {probe.distance:.2g} from the right one"
             )

@@ -9,9 +9,9 @@ from kvgen.comparison.servers.server import (
     Answer,
     Prompt,
     Server,
-    cached_tokens,
     model_owned_by,
     read_logprobs,
+    read_usage,
     timed,
     tokenized,
 )
@@ -49,5 +49,4 @@ class KvgenServer:
         answer, seconds = timed(self._client, _PATH, body)
         with self._client.parsing(_PATH):
             found, tokens = read_logprobs(answer["choices"][0]["logprobs"])
-            usage = answer["usage"]
-            return Answer(found, tokens, cached_tokens(usage), int(usage["prompt_tokens"]), seconds)
+            return Answer(found, tokens, *read_usage(answer["usage"]), seconds)

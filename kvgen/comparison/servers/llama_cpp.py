@@ -5,7 +5,7 @@ Source: tools/server/README.md and server-context.cpp of the project.
 
 from __future__ import annotations
 
-from kvgen.comparison.servers.client import AbsentError, Client
+from kvgen.comparison.servers.client import AbsentError, Client, NotJsonError
 from kvgen.comparison.servers.server import Answer, Prompt, Server, read_content, timed, tokenized
 from kvgen.errors import UnsupportedError
 
@@ -28,7 +28,7 @@ class GgufServer:
     def detect(cls, client: Client) -> Server | None:
         try:
             known = client.get("/props")
-        except (AbsentError, UnsupportedError):
+        except (AbsentError, NotJsonError, UnsupportedError):
             return None
         return cls(client) if isinstance(known, dict) and "default_generation_settings" in known else None
 

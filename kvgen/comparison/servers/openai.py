@@ -13,10 +13,10 @@ from kvgen.comparison.servers.server import (
     Answer,
     Prompt,
     Server,
-    cached_tokens,
     first_model,
     pieces,
     read_logprobs,
+    read_usage,
     timed,
 )
 from kvgen.errors import UnsupportedError
@@ -61,5 +61,4 @@ class OpenAIServer:
         with self._client.parsing(_PATH):
             found, _ = read_logprobs(answer["choices"][0].get("logprobs"))
             tokens = tuple(max(step, key=step.__getitem__) for step in found)  # mlx-lm 0.32 names others of the top
-            usage = answer.get("usage") or {}
-            return Answer(found, tokens, cached_tokens(usage), usage.get("prompt_tokens"), seconds)
+            return Answer(found, tokens, *read_usage(answer.get("usage")), seconds)

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from kvgen.comparison.servers.client import LimitError
 from kvgen.comparison.servers.distance import distance
 from kvgen.comparison.servers.reference import LARGEST_NOISE, Reference
-from kvgen.comparison.servers.server import Answer, Prompt, Server
+from kvgen.comparison.servers.server import Answer, Prompt, Server, pieces
+from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.verdict import Verdict
 
 _ROUNDS = 2  # of requests at the same time
+_UNUSED = 5  # words that no earlier prompt begins with: one of some billions
 _CHUNK = 64  # positions; what servers compute or keep at once is often a multiple, or a part
 
 
@@ -57,6 +60,14 @@ class ServerProbe:
         return self.verdict is Verdict.DIFFERENT
 
 
+def unused(server: Server, prompt: Prompt) -> Prompt:
+    """The prompt, with an unused beginning if the server computes each text only once without its cache."""
+    if server.repeats:
+        return prompt
+    beginning = compose(_UNUSED, uuid.uuid4().int)
+    return (*pieces(beginning), f" {prompt[0]}", *prompt[1:])
+
+
 class Session:
     """A text and others of its length to try a server on, and the means to.
 
@@ -64,18 +75,11 @@ class Session:
     """
 
     def __init__(
-        self, server: Server, reference: Reference, source: Prompt, others: Sequence[Prompt], length: int, counts: bool
+        self, server: Server, steps: int, source: Prompt, others: Sequence[Prompt], length: int, counts: bool
     ) -> None:
-        self.server, self.reference, self.counts = server, reference, counts
-        self.source, self.text = source, source[:length]
-        self.others = [other[:length] for other in others]
-
-    def fresh(self, prompt: Prompt) -> Prompt:
-        """The prompt, with an unused beginning if the server computes each text only once without its cache."""
-        if self.server.repeats:
-            return prompt
-        number = uuid.uuid4().hex
-        return (number[:4], *(f" {number[place : place + 4]}" for place in (4, 8, 12)), " ", *prompt)
+        self.server, self.reference, self.counts = server, Reference(server, steps), counts
+        self.source, self.text = source, unused(server, source[:length])
+        self.others = [unused(server, other[:length]) for other in others]
 
     def space(self) -> str:
         return uuid.uuid4().hex
@@ -84,9 +88,12 @@ class Session:
         """Ask for a prompt after earlier ones in a new space."""
         space = self.space()
         if not self.server.repeats:
-            self.reference.of(prompt)  # leaves it in the cache
+            self.reference.answer(prompt)  # leaves it in the cache
         for other in earlier:
-            self.server.ask(other, 1, space)
+            if self.server.repeats or self.reference.knows(other):
+                self.server.ask(other, 1, space)
+            else:
+                self.reference.answer(other)
         return Trial(prompt, self.server.ask(prompt, self.reference.steps, space), earlier)
 
     def at_once(self, prompts: Sequence[Prompt], space: str | None) -> list[Trial]:
@@ -107,8 +114,7 @@ ProbeTrials = Callable[[Session], Iterator[Trial]]
 
 
 def same_prompt(session: Session) -> Iterator[Trial]:
-    text = session.fresh(session.text)
-    yield session.hit(text, *([text] if session.server.repeats else []))
+    yield session.hit(session.text, *_cached(session))
 
 
 def continued_prompt(session: Session) -> Iterator[Trial]:
@@ -118,7 +124,7 @@ def continued_prompt(session: Session) -> Iterator[Trial]:
 
 
 def continued_conversation(session: Session) -> Iterator[Trial]:
-    space, text = session.space(), session.text
+    space, text = session.space(), session.text[: len(session.text) // 2]
     answer = session.server.ask(text, session.reference.steps, space)
     longer = text + answer.tokens + session.others[0][:9]
     yield Trial(longer, session.server.ask(longer, session.reference.steps, space), (text + answer.tokens,))
@@ -136,21 +142,25 @@ def edit_in_the_middle(session: Session) -> Iterator[Trial]:
 
 
 def rewind(session: Session) -> Iterator[Trial]:
-    yield session.hit(session.text[:-5], session.text)
+    yield session.hit(session.text, session.text + session.others[0][:5])
 
 
 def after_other_prompts(session: Session) -> Iterator[Trial]:
-    text = session.fresh(session.text)
-    yield session.hit(text, *([text] if session.server.repeats else []), *session.others)
+    yield session.hit(session.text, *_cached(session), *session.others)
+
+
+def _cached(session: Session) -> list[Prompt]:
+    """What to ask for to have the text in the cache, where its reference is not."""
+    return [session.text] if session.server.repeats else []
 
 
 def beside_others(session: Session) -> Iterator[Trial]:
     """The same prompts at the same time, all of them in the cache."""
-    prompts, space = [session.fresh(text) for text in (session.text, *session.others)], session.space()
+    prompts, space = [session.text, *session.others], session.space()
     for prompt in prompts:
         if session.server.repeats:
             session.server.ask(prompt, 1, space)
-        session.reference.of(prompt)
+        session.reference.answer(prompt)
     for turn in range(_ROUNDS):
         yield from session.at_once(prompts[turn:] + prompts[:turn], space)
 
@@ -190,7 +200,13 @@ def decoding(session: Session) -> ServerProbe:
 
 def run_probe(name: str, trials: ProbeTrials, session: Session) -> ServerProbe:
     """Make the trials of a probe, and judge the worst of them."""
-    judged = [_judge(session, trial) for trial in trials(session)]
+    judged: list[ServerProbe] = []
+    try:
+        for trial in trials(session):
+            judged.append(_judge(session, trial))
+    except LimitError:
+        if not any(probe.wrong for probe in judged):
+            raise
     worst = max(judged, key=lambda probe: (probe.wrong, probe.distance / probe.noise))
     unused = [probe for probe in judged if probe.verdict is Verdict.NOT_COMPARABLE]
     if unused and not worst.wrong and len(unused) == len(judged):
@@ -199,13 +215,13 @@ def run_probe(name: str, trials: ProbeTrials, session: Session) -> ServerProbe:
 
 
 def _judge(session: Session, trial: Trial) -> ServerProbe:
-    control = session.reference.of(trial.prompt)
-    apart = distance(control.answer, trial.answer)
-    if apart > control.limit:
-        control = session.reference.widened(trial.prompt)
+    apart = distance(session.reference.answer(trial.prompt), trial.answer)
+    control = session.reference.explaining(trial.prompt, apart)
     wrong = apart > control.limit
     verdict, note = (Verdict.DIFFERENT if wrong else Verdict.EQUIVALENT), ""
-    if not wrong and trial.reads_cache and not trial.answer.hit and not (trial.beside and session.counts):
+    if not wrong and not control.answer.steps:
+        verdict, note = Verdict.NOT_COMPARABLE, "nothing was generated"
+    elif not wrong and trial.reads_cache and not trial.answer.hit and not (trial.beside and session.counts):
         verdict = Verdict.NOT_COMPARABLE
         note = "nothing was reused" if session.counts else "equal, but the server does not say whether it reused"
     near_tie = not wrong and _tokens_differ(control.answer, trial.answer)

@@ -17,7 +17,7 @@ LARGEST_NOISE = 0.5
 """Nats. A server that differs from itself by more, with and without steps of decoding, has a fault: rounding of 16-bit
 logits and of 8-bit activations stays below."""
 
-_REPEATS = 2
+_CONTROLS = 4  # measurements of a whole control
 _SHARED = 4  # a part of this of an unseen text may be in the cache: a beginning that the server adds
 
 
@@ -27,24 +27,34 @@ class ReusedError(KvgenError):
 
 @dataclass(frozen=True)
 class Control:
-    """An uncached answer, and how far the server differs from itself on this text.
+    """An uncached answer, and how far the server differs from itself on this text. Distances are in nats.
 
-    repeated: largest distance to the same request, sent again. decoded: largest distance between a step of decoding and
-    an uncached request for the text up to there; None if it could not be measured. printed: precision of the numbers.
+    repeats: distances to the same request, sent again. decoding: distances between steps of decoding and uncached
+    requests for the text up to there. printed: precision of the numbers. measurements: how many were made.
     measured: whether the server could be asked for this text more than once without its cache.
     """
 
     answer: Answer
     measured: bool
-    repeated: float
-    decoded: float | None
     printed: float
+    repeats: tuple[float, ...] = ()
+    decoding: tuple[float, ...] = ()
+    measurements: int = 0
+
+    @property
+    def repeated(self) -> float:
+        """Largest distance to the same request."""
+        return max(self.repeats, default=0.0)
+
+    @property
+    def decoded(self) -> float | None:
+        """Largest distance of a step of decoding; None if none could be measured."""
+        return max(self.decoding, default=None)
 
     @property
     def noise(self) -> float:
         """The noise floor of the text, in nats. What is too large to be noise does not count."""
-        found = max(self.printed, self.repeated)
-        return max(found, self.decoded) if self.decoded is not None and self.decoded <= LARGEST_NOISE else found
+        return max(self.printed, self.repeated, *(found for found in self.decoding if found <= LARGEST_NOISE))
 
     @property
     def limit(self) -> float:
@@ -71,39 +81,37 @@ class Reference:
         return prompt in self._answers
 
     def of(self, prompt: Prompt) -> Control:
-        """The uncached answer to a prompt with its control; asked for once."""
-        if prompt not in self._kept:
-            answer = self.answer(prompt)
-            again = [self._uncached(prompt, self.steps) for _ in range(_REPEATS if self.server.repeats else 0)]
-            ends = {1, len(answer.tokens) - 1} if self.server.repeats else set()
-            self._kept[prompt] = Control(
-                answer,
-                self.server.repeats,
-                max((distance(answer, other) for other in again), default=0.0),
-                self._decoded(prompt, answer, sorted(ends)),
-                printed_precision(answer.steps),
-            )
-        return self._kept[prompt]
+        """The uncached answer to a prompt with its control: the request twice more, and two steps of decoding."""
+        return self._measure(prompt, math.inf, _CONTROLS)
 
-    def widened(self, prompt: Prompt) -> Control:
-        """The control of a prompt once more, with every step of decoding: before a difference counts as a fault."""
-        known = self.of(prompt)
-        if not self.server.repeats:
-            return known
-        decoded = self._decoded(prompt, known.answer, range(1, len(known.answer.tokens)))
-        self._kept[prompt] = replace(known, decoded=decoded)
-        return self._kept[prompt]
+    def explaining(self, prompt: Prompt, apart: float) -> Control:
+        """The control of a prompt, measured until rounding explains a distance; a fault has all steps of decoding.
 
-    def _decoded(self, prompt: Prompt, answer: Answer, steps: list[int] | range) -> float | None:
-        """Largest distance between steps of decoding and uncached requests of the same texts."""
-        found = []
-        for step in steps:
-            if not 0 < step < len(answer.steps):
-                continue
-            other = self._uncached(prompt + answer.tokens[:step], 1)
-            if answer.length is None or other.length is None or other.length == answer.length + step:
-                found.append(step_distance(answer.steps[step], other.steps[0]) if other.steps else math.inf)
-        return max(found, default=None)
+        What is left out could only raise the limit, and so leaves the verdict as it is.
+        """
+        return self._measure(prompt, apart, None)
+
+    def _measure(self, prompt: Prompt, apart: float, most: int | None) -> Control:
+        answer = self.answer(prompt)
+        control = self._kept.get(prompt) or Control(answer, self.server.repeats, printed_precision(answer.steps))
+        plan = _plan(len(answer.steps)) if self.server.repeats else []
+        for step in plan[control.measurements : most]:
+            if apart <= control.limit:
+                break
+            control = replace(self._control(prompt, control, step), measurements=control.measurements + 1)
+            self._kept[prompt] = control
+        return control
+
+    def _control(self, prompt: Prompt, control: Control, step: int) -> Control:
+        """The control with one more measurement: of a step of decoding, or of the same request for step 0."""
+        if step == 0:
+            again = distance(control.answer, self._uncached(prompt, self.steps))
+            return replace(control, repeats=(*control.repeats, again))
+        known, other = control.answer, self._uncached(prompt + control.answer.tokens[:step], 1)
+        if known.length is not None and other.length is not None and other.length != known.length + step:
+            return control  # the server read another text than it had generated
+        apart = step_distance(known.steps[step], other.steps[0]) if other.steps else math.inf
+        return replace(control, decoding=(*control.decoding, apart))
 
     def _uncached(self, prompt: Prompt, steps: int) -> Answer:
         answer = self.server.ask(prompt, steps, None)
@@ -111,3 +119,9 @@ class Reference:
         if answer.reused and answer.reused > allowed:
             raise ReusedError(f"the server took {answer.reused} positions from its cache for a request that forbids it")
         return answer
+
+
+def _plan(steps: int) -> list[int]:
+    """Measurements for an answer, those that show most first: steps of decoding, and 0 for the same request."""
+    first, last = [1][: steps - 1], [steps - 1][: max(0, steps - 2)]
+    return [*first, 0, *last, 0, *range(2, steps - 1)]

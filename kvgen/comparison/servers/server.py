@@ -20,6 +20,13 @@ Step = Mapping[Token, float]
 _COMMON = 4  # positions: a beginning-of-text token, for example
 
 
+class NoLogprobsError(UnsupportedError):
+    """The server gives no log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("the server gives no log-probabilities: there is nothing to compare")
+
+
 @dataclass(frozen=True)
 class Answer:
     """Greedy completion of a prompt.
@@ -76,20 +83,25 @@ def pieces(text: str) -> Prompt:
 
 
 def read_content(content: Sequence[Any]) -> tuple[tuple[Step, ...], Prompt]:
-    """Steps and tokens of the chat form of log-probabilities: a list of tokens, each with its `top_logprobs`."""
+    """Steps and tokens of the chat form of log-probabilities: a list of tokens, each with its `top_logprobs`.
+
+    Raises NoLogprobsError if a token has none.
+    """
     steps = tuple({_key(token): float(token["logprob"]) for token in one["top_logprobs"]} for one in content)
+    if not all(steps):
+        raise NoLogprobsError
     return steps, tuple(_key(one) for one in content)
 
 
 def read_logprobs(logprobs: Any) -> tuple[tuple[Step, ...], Prompt]:
-    """Steps and tokens of the `logprobs` of a completion. Raises UnsupportedError if there are none."""
+    """Steps and tokens of the `logprobs` of a completion. Raises NoLogprobsError if there are none."""
     if not logprobs:
-        raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+        raise NoLogprobsError
     if logprobs.get("content"):
         return read_content(logprobs["content"])
     top = logprobs.get("top_logprobs")
     if not top or not all(top):
-        raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+        raise NoLogprobsError
     steps = tuple({_token(name): float(value) for name, value in step.items()} for step in top)
     return steps, tuple(_token(name) for name in logprobs["tokens"])
 
@@ -104,11 +116,12 @@ def _token(name: str) -> Token:
     return int(number) if number != name and number.isdigit() else name
 
 
-def cached_tokens(usage: Mapping[str, Any] | None) -> int | None:
-    """Count of reused positions in the `usage` of an answer."""
-    details = (usage or {}).get("prompt_tokens_details") or {}
-    count = details.get("cached_tokens")
-    return None if count is None else int(count)
+def read_usage(usage: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """Counts of reused positions and of all positions of the prompt, from the `usage` of an answer; None if absent."""
+    found = usage or {}
+    counts = (found.get("prompt_tokens_details") or {}).get("cached_tokens"), found.get("prompt_tokens")
+    reused, length = (None if count is None else int(count) for count in counts)
+    return reused, length
 
 
 def timed(client: Client, path: str, body: dict[str, Any]) -> tuple[Any, float]:
@@ -121,7 +134,9 @@ def tokenized(client: Client, body: Mapping[str, Any]) -> Prompt:
     """Token ids that `/tokenize` answers to a body."""
     answer = client.post("/tokenize", dict(body))
     with client.parsing("/tokenize"):
-        return tuple(int(id_) for id_ in answer["tokens"])
+        if tokens := tuple(int(id_) for id_ in answer["tokens"]):
+            return tokens
+        raise ValueError("no tokens")
 
 
 def model_owned_by(client: Client, owner: str) -> dict[str, Any] | None:

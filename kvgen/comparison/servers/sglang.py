@@ -14,6 +14,7 @@ from typing import Any
 from kvgen.comparison.servers.client import Client
 from kvgen.comparison.servers.server import (
     Answer,
+    NoLogprobsError,
     Prompt,
     Server,
     Step,
@@ -23,10 +24,10 @@ from kvgen.comparison.servers.server import (
     timed,
     tokenized,
 )
-from kvgen.errors import UnsupportedError
 
 _PATH = "/generate"
 _TOP = 20
+_COUNTS = ("cached_tokens", "prompt_tokens")
 
 
 class SglangServer:
@@ -65,11 +66,11 @@ class SglangServer:
         with self._client.parsing(_PATH):
             about = answer["meta_info"]
             if not about.get("output_top_logprobs"):
-                raise UnsupportedError("the server gives no log-probabilities: there is nothing to compare")
+                raise NoLogprobsError
             steps_ = tuple(_step(top) for top in about["output_top_logprobs"])
             tokens: tuple[Token, ...] = tuple(int(one[1]) for one in about["output_token_logprobs"])
-            reused = about.get("cached_tokens")
-            return Answer(steps_, tokens, None if reused is None else int(reused), about.get("prompt_tokens"), seconds)
+            reused, length = (None if (n := about.get(name)) is None else int(n) for name in _COUNTS)
+            return Answer(steps_, tokens, reused, length, seconds)
 
 
 def _step(top: list[Any]) -> Step:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 
 from kvgen.comparison.servers.probes import ProbeTrials, ServerProbe, Session, Trial
-from kvgen.comparison.servers.server import Prompt
 from kvgen.comparison.verdict import Verdict
 
 _BORDERS = (16, 32, 64, 128, 256, 512)
@@ -74,11 +73,11 @@ PROBES: dict[str, ProbeTrials] = {
 def claimed_hits(session: Session) -> ServerProbe:
     """Whether hits take less time than uncached requests: counts of reused positions may be wrong."""
     text, name = session.source, "time of hits"
-    short = _seconds(session, text[:2], None)
-    uncached, space = _seconds(session, text, None), session.space()
-    session.server.ask(text, 1, space)
-    cached = _seconds(session, text, space)
-    claimed = session.server.ask(text, 1, space).reused
+    space = session.space()
+    claimed = [session.server.ask(text, 1, space).reused for _ in range(2)][-1]
+    kinds = (text[:2], None), (text, None), (text, space)
+    rounds = [[session.server.ask(prompt, 1, where).seconds for prompt, where in kinds] for _ in range(_TRIES)]
+    short, uncached, cached = (min(times) for times in zip(*rounds, strict=True))  # in turn: a busy machine slows all
     note = (
         f"{1000 * cached:.0f} ms with the cache, {1000 * uncached:.0f} ms without, {1000 * short:.0f} ms for 2 tokens"
     )
@@ -87,8 +86,3 @@ def claimed_hits(session: Session) -> ServerProbe:
     unproven = bool(claimed) and cached - short >= _SLOW * (uncached - short)
     verdict = Verdict.NOT_COMPARABLE if unproven else Verdict.EQUIVALENT
     return ServerProbe(name, verdict, len(text), claimed, note=note, unproven=unproven)
-
-
-def _seconds(session: Session, prompt: Prompt, space: str | None) -> float:
-    """The shortest time of a few requests for one token."""
-    return min(session.server.ask(prompt, 1, space).seconds for _ in range(_TRIES))

@@ -17,10 +17,10 @@ from kvgen.comparison.servers.server import (
     Answer,
     Prompt,
     Server,
-    cached_tokens,
     model_owned_by,
     name_and_context,
     read_logprobs,
+    read_usage,
     timed,
     tokenized,
 )
@@ -91,5 +91,4 @@ class VllmServer:
         answer, seconds = timed(self._client, _PATH, body)
         with self._client.parsing(_PATH):
             found, tokens = read_logprobs(answer["choices"][0]["logprobs"])
-            usage = answer.get("usage") or {}
-            return Answer(found, tokens, cached_tokens(usage), usage.get("prompt_tokens"), seconds)
+            return Answer(found, tokens, *read_usage(answer.get("usage")), seconds)

@@ -39,13 +39,14 @@ def draw_blueprint(raw: RawCheckpoint) -> Blueprint:
     sources, unknown = family.sources(raw, config)
     wanted = {name for name, _ in decoder.named_parameters()}
     homes = {parameter: source for source in sources for parameter in parts_of(source)}
-    _refuse_tensors(raw.path, wanted - homes.keys(), "is missing")
+    refuse_tensors(raw.path, wanted - homes.keys(), "is missing")
     unused = [sources[homes[name]][0] for name in homes.keys() - wanted]
-    _refuse_tensors(raw.path, [*unknown, *unused], "is not part of this kind of model")
+    refuse_tensors(raw.path, [*unknown, *unused], "is not part of this kind of model")
     return Blueprint(family, decoder, sources)
 
 
-def _refuse_tensors(path: Path, names: Iterable[str], problem: str) -> None:
+def refuse_tensors(path: Path, names: Iterable[str], problem: str) -> None:
+    """Raise CheckpointError for the tensors in `names`, if there are any."""
     if names := sorted(names):
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise CheckpointError(f"{path}: the tensor {names[0]!r}{more} {problem}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvgen.backends.blueprint import refuse_tensors
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.contract import Backend
 from kvgen.errors import CheckpointError, UnsupportedError, UsageError, in_one_line
@@ -103,14 +104,9 @@ def load_xtransformers(raw: RawCheckpoint, dtype: torch.dtype, device: torch.dev
     with torch.device("meta"):  # check shapes before the model takes memory
         expected = build_net(raw.metadata, source).state_dict()
     misshapen = {name for name, tensor in expected.items() if raw.tensors.get(name, tensor).shape != tensor.shape}
-    for names, problem in (
-        (expected.keys() - raw.tensors.keys(), "is missing"),
-        (raw.tensors.keys() - expected.keys(), "is not part of this model"),
-        (misshapen, "has a different shape"),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{source}: the tensor {min(names)!r}{more} {problem}")
+    refuse_tensors(raw.path, expected.keys() - raw.tensors.keys(), "is missing")
+    refuse_tensors(raw.path, raw.tensors.keys() - expected.keys(), "is not part of this model")
+    refuse_tensors(raw.path, misshapen, "has a different shape")
     net: Any = build_net(raw.metadata, source)
     net.load_state_dict({name: tensor.read() for name, tensor in raw.tensors.items()})
     net = net.requires_grad_(False).to(device=device, dtype=dtype)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from kvgen.cli.stats import Meter
+from kvgen.generation.counts import finite
 from kvgen.generation.settings import Request
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ def completion_as_json(
 
 def _logprobs_as_json(tokenizer: Tokenizer | RemoteTokenizer, step: Step) -> dict[str, Any]:
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
-        # JSON has no infinity, which is the log-probability of a token that the model rules out.
-        finite = logprob if logprob is None or math.isfinite(logprob) else None
-        return {"id": id_, "token": tokenizer.token(id_), "logprob": finite}
+        return {"id": id_, "token": tokenizer.token(id_), "logprob": finite(logprob)}
 
     return {**entry(step.token, step.logprob), "top": [entry(*pair) for pair in step.top_logprobs]}

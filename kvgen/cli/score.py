@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_library
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from kvgen.cli.remote import connected
 from kvgen.cli.render import count_progress, terminal, write_json
 from kvgen.cli.stats import format_tokens
 from kvgen.errors import KvgenError, ServerError, UsageError, as_kvgen_error
+from kvgen.generation.counts import finite
 
 if TYPE_CHECKING:
     from kvgen import Score, Tokenizer
@@ -164,9 +164,6 @@ def _parse_line(line: GivenPrompt) -> dict[str, Any]:
 
 
 def _as_data(score: Score, bits: float | None, tokenizer: AnyTokenizer, *, tokens: bool) -> dict[str, Any]:
-    def finite(value: float | None) -> float | None:  # JSON has no infinity
-        return value if value is None or math.isfinite(value) else None
-
     data: dict[str, Any] = {
         "log_likelihood": finite(score.total),
         "tokens": score.count,

@@ -16,7 +16,7 @@ from kvgen.errors import KvgenError
 # What a library may raise when it is called in an unexpected way, as wrong patterns do.
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, KvgenError)
 
-_NARROW = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Case:
         """The same case in the next wider dtype, where rounding hides less; None if the model does not support it."""
         if self.subject.dtype == torch.float64:
             return None
-        twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in _NARROW else torch.float64)
+        twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in NARROW else torch.float64)
         return None if twin is None else make_case(Reference(twin), self.ids, self.start, self.special_ids)
 
     @property
     def sharp(self) -> Case:
         """The case to experiment on: in float32 for a 16-bit model, since 16 bits hide too much."""
-        return self.wider or self if self.subject.dtype in _NARROW else self
+        return self.wider or self if self.subject.dtype in NARROW else self
 
 
 def make_case(reference: Reference, ids: Tensor, start: int, special_ids: frozenset[int] = frozenset()) -> Case:

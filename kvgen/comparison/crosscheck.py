@@ -14,7 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import Case, random_text
+from kvgen.comparison.case import NARROW, Case, random_text
 from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.reference import Reference
 from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
@@ -23,7 +23,6 @@ from kvgen.comparison.subjects import Subject, subject_of
 from kvgen.comparison.trial import Finding
 from kvgen.loading.load import Loaded
 
-_NARROW = (torch.bfloat16, torch.float16)
 _LONG = 160  # positions of the text, if no window needs more
 _LONGEST_WINDOW, _BEYOND = 1100, 40
 _DENSE = 24  # lengths up to here are all compared; beyond, each an eighth longer
@@ -164,7 +163,7 @@ class _Pair:
 
     def sharp(self) -> _Pair:
         """In float32 where an engine computes in 16 bits and can, else itself."""
-        twins = [subject.in_dtype(torch.float32) if subject.dtype in _NARROW else None for subject in self.subjects]
+        twins = [subject.in_dtype(torch.float32) if subject.dtype in NARROW else None for subject in self.subjects]
         if not any(twins):
             return self
         return _Pair(*(twin or subject for twin, subject in zip(twins, self.subjects, strict=True)))
@@ -213,7 +212,7 @@ def _rounding(pair: _Pair, text: Tensor, seen: _Seen, variants: Roundings) -> Fi
     explanations: list[tuple[bool, float, str, str]] = []
     for kind, words, model in variants():
         subject = subject_of(model)
-        if subject.dtype in _NARROW:  # only its weights are of interest
+        if subject.dtype in NARROW:  # only its weights are of interest
             subject = subject.in_dtype(torch.float32) or subject
         rounded = Reference(subject).step_logits(text, seen.lengths).float()[:, : engines[0].shape[1]]
         exact = rounded if exact is None else exact

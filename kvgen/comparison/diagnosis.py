@@ -69,7 +69,7 @@ def diagnose(
     if sharp is not case:
         logits = run_forced(pattern.call(sharp.subject), sharp.ids, sharp.start).logits
         judged = sharp.judge(logits)
-    step = _first_wrong(judged)
+    step = judged.first_wrong
     if step is None:
         return [_unexplained(case, judged, "the difference vanishes in a wider dtype")]
     trial = _with_another_prompt(sharp, pattern) or Trial(
@@ -90,11 +90,6 @@ def diagnose(
     return [_unexplained(sharp, judged)]
 
 
-def _first_wrong(judged: Judgement) -> int | None:
-    """Index of the first wrong step."""
-    return next((step for step, apart in enumerate(judged.distances) if apart > LIMIT * judged.floor), None)
-
-
 def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
     """A trial with a prompt of 4 to 24 tokens: shorter ones are ambiguous, longer ones make experiments slow.
 
@@ -111,7 +106,7 @@ def _with_another_prompt(case: Case, pattern: Pattern) -> Trial | None:
         logits = run_forced(pattern.call(case.subject), other.ids, other.start).logits
     except CALL_ERRORS:
         return None
-    step = _first_wrong(other.judge(logits))
+    step = other.judge(logits).first_wrong
     if step is None:
         return None
     return Trial(other, pattern, pattern.call(case.subject), other.lengths[step], logits[step])

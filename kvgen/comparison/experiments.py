@@ -246,11 +246,9 @@ def _token_by_token(trial: Trial) -> Finding | None:
 
 def _first_tokens_missing(trial: Trial) -> Finding | None:
     """Feed token by token: then no cached position has ever seen a token that was dropped at once."""
-    cache: Any = None
-    for length in range(1, trial.length + 1):
-        logits, cache = trial.call(trial.ids[:, :length], cache)
+    logits = trial.run(trial.ids, start=1)
     for missing in range(1, min(4, trial.length)):
-        if trial.case.close(logits[0, -1], trial.case.last_logits(trial.ids[:, missing:]), trial.ids[:, missing:]):
+        if trial.case.close(logits, trial.case.last_logits(trial.ids[:, missing:]), trial.ids[:, missing:]):
             return Finding(
                 "short context",
                 f"The context is short: the first {missing} token(s) of the text are not in the cache.",

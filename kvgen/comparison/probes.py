@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case
-from kvgen.comparison.reference import Judgement
-from kvgen.comparison.rounding import BEYOND_DOUBT, LIMIT
+from kvgen.comparison.rounding import BEYOND_DOUBT
 from kvgen.comparison.uses import Check, Use
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 
@@ -81,8 +80,7 @@ def _run(case: Case, use: Use) -> Probe:
                 check.logits, case.reference.step_logits(check.ids, check.lengths), check.ids, check.lengths
             )
             worst, exact = max(worst, judged.ratio), exact and judged.exact
-            if judged.wrong and length is None:
-                step = _first_wrong(judged)
+            if length is None and (step := judged.first_wrong) is not None:
                 length, like = check.lengths[step], _like(case, check, step)
     except UnsupportedError as reason:
         return Probe(use.name, None, note=f"not checked: {reason}")
@@ -93,10 +91,6 @@ def _run(case: Case, use: Use) -> Probe:
     if length is None and before is not None and case.subject.reused == before:
         return Probe(use.name, None, note="not checked: the cache was not used; each call computed the whole text")
     return Probe(use.name, worst, length is not None, exact, length, like=like)
-
-
-def _first_wrong(judged: Judgement) -> int:
-    return next(step for step, distance in enumerate(judged.distances) if distance > LIMIT * judged.floor)
 
 
 def _like(case: Case, check: Check, step: int) -> str:

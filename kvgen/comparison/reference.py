@@ -41,6 +41,11 @@ class Judgement:
     def wrong(self) -> bool:
         return self.ratio > LIMIT
 
+    @property
+    def first_wrong(self) -> int | None:
+        """Index of the first wrong step; None if there is none."""
+        return next((step for step, apart in enumerate(self.distances) if apart > LIMIT * self.floor), None)
+
 
 class Reference:
     """A model without its cache. A noise floor is measured on the text that it judges, never on a different one.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 from kvgen.comparison.comparison import Comparison, PatternResult
 from kvgen.comparison.crosscheck import CrossCheck
+from kvgen.generation.counts import finite
 from kvgen.tokenizer import Tokenizer
 
 
@@ -50,7 +50,7 @@ def _row_as_data(
         "verdict": row.verdict.value,
         "reason": row.reason,
         "exact": row.exact,
-        "noise_floors": _number(row.ratio),
+        "noise_floors": finite(row.ratio),
         "logits": None if row.gap is None else _numbers(asdict(row.gap)),
         "tokens": None if row.tokens is None else list(row.tokens),
         "completion": None if row.tokens is None else tokenizer.decode(row.tokens),
@@ -71,7 +71,7 @@ def _check_as_data(check: CrossCheck) -> dict[str, Any]:
         "reference": check.reference,
         "verdict": check.agreement.value,
         "logits": _numbers(asdict(check.gap)),
-        "rms": _number(check.rms),
+        "rms": finite(check.rms),
         "rounding_limit": check.limit,
         "positions": check.positions,
         "first_difference": check.length,
@@ -79,15 +79,10 @@ def _check_as_data(check: CrossCheck) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> float | None:
-    """The number, or None if infinite: JSON has no infinity."""
-    return None if value is None or not math.isfinite(value) else value
-
-
 def _numbers(data: dict[str, Any]) -> dict[str, Any]:
     def of(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return [of(one) for one in value]
-        return _number(value) if isinstance(value, float) else value
+        return finite(value) if isinstance(value, float) else value
 
     return {name: of(value) for name, value in data.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvgen.contract import Model, one_by_one
 from kvgen.generation.completion import Completion, Limits
+from kvgen.generation.counts import total
 from kvgen.generation.loop import Row, decode
 from kvgen.generation.sampling import make_sampler
 from kvgen.generation.settings import Sampling
@@ -45,8 +46,7 @@ def run_forced(model: Model, ids: Tensor, start: int, lengths: Sequence[int] | N
     for length in range(start, ids.shape[1]) if lengths is None else lengths:
         logits, cache = model(ids[:, :length], cache)
         rows.append(logits[0, -1].cpu())
-        new = getattr(cache, "computed", None)
-        computed = None if computed is None or new is None else computed + new
+        computed = total((computed, getattr(cache, "computed", None)))
     return Run(tuple(ids[0, start:].tolist()), torch.stack(rows), time.perf_counter() - began, computed, cache)
 
 
@@ -60,8 +60,7 @@ def run_free(model: Model, prompt: Tensor, steps: int) -> Run:
         nonlocal computed, last
         logits, last = model(ids, cache)
         rows.append(logits[0, -1].cpu())
-        new = getattr(last, "computed", None)
-        computed = None if computed is None or new is None else computed + new
+        computed = total((computed, getattr(last, "computed", None)))
         return logits, last
 
     began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvgen.comparison.case import Case, random_text
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import BEFORE, Check, Use, another, crossed, within
+from kvgen.comparison.uses import BEFORE, Check, Use, another, changed, crossed, row_checks, stepped_rows, within
 from kvgen.errors import UnsupportedError
 
 LENGTHS = (128, 512, 2048)
@@ -21,7 +21,6 @@ _LONG = 300  # positions of a text that is edited
 _REWINDS = (1, 2, 16, 64, 100)
 _STEPS = 6
 _ROWS = 8
-_OTHERS = 4
 
 
 def thorough_uses(case: Case) -> Iterator[Use]:
@@ -106,8 +105,7 @@ def _long_edits(case: Case) -> Iterator[Check]:
         if not 0 <= place < length:
             continue
         _, cache = case.subject(text[:, :length], None)
-        edited = text.clone()
-        edited[0, place] = another(case, int(edited[0, place]))
+        edited = changed(case, text, place)
         lengths = range(length, length + 3)
         yield Check(edited, lengths, run_forced(case.subject, edited, length, lengths, cache).logits, {BEFORE: text})
 
@@ -129,10 +127,8 @@ def _long_rewinds(case: Case) -> Iterator[Check]:
 
 def _other_texts(case: Case) -> list[Tensor]:
     """Texts that share nothing, a start, or all but the start with the text of the case, (1, n) each."""
-    text = case.ids
-    middle = text.clone()
-    middle[0, text.shape[1] // 2] = another(case, int(text[0, text.shape[1] // 2]))
-    return [text.flip(1), middle, text[:, : text.shape[1] // 2], text[:, 1:]][:_OTHERS]
+    text, half = case.ids, case.ids.shape[1] // 2
+    return [text.flip(1), changed(case, text, half), text[:, :half], text[:, 1:]]
 
 
 def _after_others(case: Case) -> Iterator[Check]:
@@ -182,22 +178,14 @@ def _rows(case: Case) -> Tensor:
 
 def _many_rows(case: Case) -> Iterator[Check]:
     """Rows of one batch, all of one length."""
-    rows, cache, found = _rows(case), None, []
-    lengths = range(case.start, rows.shape[1] + 1)
-    for length in lengths:
-        logits, cache = case.subject(rows[:, :length], cache)
-        found.append(logits[:, -1].cpu())
-    yield from _row_checks(rows[:, None], [lengths] * _ROWS, torch.stack(found, dim=1))
+    rows = _rows(case)
+    yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1))
 
 
 def _moved_rows(case: Case) -> Iterator[Check]:
     """Rows of one batch that change places before each step, as in beam search."""
-    rows, cache, found = _rows(case), None, []
-    lengths = range(case.start, rows.shape[1] + 1)
-    for step, length in enumerate(lengths):
-        logits, cache = case.subject(rows.roll(step, 0)[:, :length], cache)
-        found.append(logits[:, -1].cpu().roll(-step, 0))
-    yield from _row_checks(rows[:, None], [lengths] * _ROWS, torch.stack(found, dim=1))
+    rows = _rows(case)
+    yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1), turn=1)
 
 
 def _uneven_rows(case: Case) -> Iterator[Check]:
@@ -214,7 +202,7 @@ def _uneven_rows(case: Case) -> Iterator[Check]:
         for row, row_logits, cache in zip(present, logits, new, strict=True):
             found[row].append(row_logits[-1].cpu())
             caches[row] = cache
-    yield from _row_checks(
+    yield from row_checks(
         texts, [range(n, n + len(rows)) for n, rows in zip(lengths, found, strict=True)], list(map(torch.stack, found))
     )
 
@@ -226,18 +214,10 @@ def _left_padding(case: Case) -> Iterator[Check]:
         rows = [text[:, : length + step] for text, length in zip(texts, lengths, strict=True)]
         logits, cache = case.subject.left_padded(rows, cache)
         found.append(logits[:, -1].cpu())
-    yield from _row_checks(texts, [range(n, n + _STEPS) for n in lengths], torch.stack(found, dim=1))
+    yield from row_checks(texts, [range(n, n + _STEPS) for n in lengths], torch.stack(found, dim=1))
 
 
 def _uneven_texts(case: Case) -> tuple[list[Tensor], list[int]]:
     """Texts, (1, n) each, and the different lengths that they start with."""
     texts = [case.ids, case.ids.flip(1), case.ids[:, 1:]]
     return texts, [max(1, case.start // (row + 1)) for row in range(len(texts))]
-
-
-def _row_checks(
-    texts: Sequence[Tensor] | Tensor, lengths: Sequence[Sequence[int]], logits: Sequence[Tensor] | Tensor
-) -> Iterator[Check]:
-    for row, (text, row_lengths, row_logits) in enumerate(zip(texts, lengths, logits, strict=True)):
-        others = {f"row {other + 1} of the batch": texts[other] for other in range(len(texts)) if other != row}
-        yield Check(text, row_lengths, row_logits, others)

@@ -39,10 +39,10 @@ class Trial:
         """Whether the pattern returned `logits`, expected after `ids`, (1, n), within rounding error."""
         return self.case.close(self.wrong, logits, ids)
 
-    def run(self, ids: Tensor) -> Tensor:
-        """Logits of the pattern after `ids`, (1, length), fed like the text: (vocab,)."""
+    def run(self, ids: Tensor, start: int | None = None) -> Tensor:
+        """Logits of the pattern after `ids`, (1, length), fed like the text, or `start` tokens at once: (vocab,)."""
         cache: Any = None
-        for length in range(min(self.case.start, ids.shape[1]), ids.shape[1] + 1):
+        for length in range(min(start or self.case.start, ids.shape[1]), ids.shape[1] + 1):
             logits, cache = self.call(ids[:, :length], cache)
         return logits[0, -1].cpu()
 

@@ -115,8 +115,7 @@ def _rewound(case: Case) -> Iterator[Check]:
             _, cache = case.subject(text, None)
             end = text.shape[1]
         end += 1 - count
-        edited = text[:, :end].clone()
-        edited[:, -1] = another(case, int(edited[0, -1]))
+        edited = changed(case, text[:, :end], end - 1)
         logits, cache = case.subject(edited, cache)
         yield Check(edited, [end], logits[:, -1].cpu())
 
@@ -130,13 +129,11 @@ def _edited(case: Case) -> Iterator[Check]:
     text = _short_text(case)
     _, cache = case.subject(text, None)
     for length in (text.shape[1], case.start + 1, case.start // 2 + 1):
-        edited = text[:, :length].clone()
-        edited[:, -1] = another(case, int(edited[0, -1]))
+        edited = changed(case, text[:, :length], -1)
         logits, cache = case.subject(edited, cache)
         yield Check(edited, [length], logits[:, -1].cpu(), {BEFORE: text})
     _, cache = case.subject(text, None)
-    edited, middle = text.clone(), text.shape[1] // 2
-    edited[0, middle] = another(case, int(edited[0, middle]))
+    edited = changed(case, text, text.shape[1] // 2)
     logits, _ = case.subject(edited, cache)
     yield Check(edited, [text.shape[1]], logits[:, -1].cpu(), {BEFORE: text})
 
@@ -161,16 +158,27 @@ def _in_turn(case: Case) -> Iterator[Check]:
 
 def _side_by_side(case: Case) -> Iterator[Check]:
     """Rows of one batch: the text, the text reversed, and the text with a different first token."""
-    text, edited = case.ids, case.ids.clone()
-    edited[0, 0] = another(case, int(edited[0, 0]))
-    rows = torch.cat((text, text.flip(1), edited))
-    lengths, cache, found = range(case.start, min(case.start + _STEPS_IN_TURN, text.shape[1])), None, []
-    for length in lengths:
-        logits, cache = case.subject(rows[:, :length], cache)
-        found.append(logits[:, -1].cpu())
-    for row in range(_ROWS):
-        others = {f"row {other + 1} of the batch": rows[other : other + 1] for other in range(_ROWS) if other != row}
-        yield Check(rows[row : row + 1], lengths, torch.stack([logits[row] for logits in found]), others)
+    text = case.ids
+    rows = torch.cat((text, text.flip(1), changed(case, text, 0)))
+    yield from stepped_rows(case, rows, range(case.start, min(case.start + _STEPS_IN_TURN, text.shape[1])))
+
+
+def stepped_rows(case: Case, rows: Tensor, lengths: Sequence[int], turn: int = 0) -> Iterator[Check]:
+    """Pass rows of one batch, (B, n), step by step. turn: by how many places they move before each step."""
+    cache, found = None, []
+    for step, length in enumerate(lengths):
+        logits, cache = case.subject(rows.roll(step * turn, 0)[:, :length], cache)
+        found.append(logits[:, -1].cpu().roll(-step * turn, 0))
+    yield from row_checks(rows[:, None], [lengths] * len(rows), torch.stack(found, dim=1))
+
+
+def row_checks(
+    texts: Sequence[Tensor] | Tensor, lengths: Sequence[Sequence[int]], logits: Sequence[Tensor] | Tensor
+) -> Iterator[Check]:
+    """Check each row of a batch. texts: (1, n) each. logits: (steps, vocab) each."""
+    for row, (text, row_lengths, row_logits) in enumerate(zip(texts, lengths, logits, strict=True)):
+        others = {f"row {other + 1} of the batch": texts[other] for other in range(len(texts)) if other != row}
+        yield Check(text, row_lengths, row_logits, others)
 
 
 def _with_special_tokens(case: Case) -> Iterator[Check]:
@@ -237,3 +245,10 @@ def within(case: Case, length: int) -> int:
 def another(case: Case, id_: int) -> int:
     """A different token of the text."""
     return next((other for other in case.ids[0].tolist() if other != id_), (id_ + 1) % case.expected.shape[1])
+
+
+def changed(case: Case, ids: Tensor, place: int) -> Tensor:
+    """A copy of `ids`, (1, n), with a different token at one place."""
+    ids = ids.clone()
+    ids[0, place] = another(case, int(ids[0, place]))
+    return ids

@@ -30,7 +30,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """transformers' names -> the decoder's."""
 
-ATTENTION = frozenset({"attn.q", "attn.k", "attn.v", "attn.output"})
+QKV = frozenset({"attn.q", "attn.k", "attn.v"})
+ATTENTION = QKV | {"attn.output"}
 GATED_MLP = frozenset({"ffn.gate", "ffn.up", "ffn.down"})
 PLAIN_MLP = frozenset({"ffn.up", "ffn.down"})
 BLOCK_NORMS = frozenset({"attn_norm", "ffn_norm", "output_norm"})

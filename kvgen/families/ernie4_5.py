@@ -9,14 +9,14 @@ from kvgen.families.llama import gguf_transforms
 from kvgen.families.rope import rotary_from_hf
 from kvgen.model.config import DecoderConfig
 
-_BASE = 500_000.0  # transformers' default
+BASE = 500_000.0  # transformers' default
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         return gguf_config(raw)
     fields = fields_of(raw)
-    rotary = rotary_from_hf(fields, head_dim(raw), default_base=_BASE)
+    rotary = rotary_from_hf(fields, head_dim(raw), default_base=BASE)
     biases = ATTENTION | GATED_MLP if fields.flag("use_bias", False) else frozenset()
     return hf_config(raw, rotaries=rotary, tied_head=True, biases=biases)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import ATTENTION, GATED_MLP, HF_NAMES, fields_of, gguf_config, head_dim, hf_config, layer_count
-from kvgen.families.experts import HF_EXPERT_NAMES, as_vector, gguf_ffns, hf_ffns
+from kvgen.families.ernie4_5 import BASE
+from kvgen.families.experts import HF_EXPERT_NAMES, SHARED_EXPERT, as_vector, gguf_ffns, hf_ffns
 from kvgen.families.family import Family, Transforms
 from kvgen.families.llama import gguf_transforms
 from kvgen.families.rope import rotary_from_hf
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MoE, Router
 
-_BASE = 500_000.0  # transformers' default
-_SHARED = frozenset({"ffn.shared.gate", "ffn.shared.up", "ffn.shared.down"})
 _HF_NAMES = {
     **HF_NAMES,
     **HF_EXPERT_NAMES,
@@ -25,8 +24,8 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         shared = fields.whole("expert_shared_feed_forward_length", 0)
         return gguf_config(raw, ffns=gguf_ffns(raw, normalize=True, shared=shared, selection_bias=True))
-    rotary = rotary_from_hf(fields, head_dim(raw), default_base=_BASE)
-    biases = ATTENTION | GATED_MLP | _SHARED if fields.flag("use_bias", False) else frozenset()
+    rotary = rotary_from_hf(fields, head_dim(raw), default_base=BASE)
+    biases = ATTENTION | GATED_MLP | SHARED_EXPERT if fields.flag("use_bias", False) else frozenset()
     return hf_config(raw, names=_HF_NAMES, rotaries=rotary, tied_head=True, ffns=_read_ffns(raw), biases=biases)
 
 
@@ -58,5 +57,5 @@ FAMILY = Family(
     _HF_NAMES,
     gguf_transforms=transforms,
     hf_transforms=transforms,
-    ignores=lambda name, config: name.startswith("model.mtp_"),  # predict further tokens,
+    ignores=lambda name, config: name.startswith("model.mtp_"),  # predict further tokens
 )

@@ -41,6 +41,8 @@ HF_EXPERT_NAMES: NameTable = {
 }
 """Tensor names that most mixtures of experts share in transformers."""
 
+SHARED_EXPERT = frozenset({"ffn.shared.gate", "ffn.shared.up", "ffn.shared.down"})
+
 _GATING: dict[int, Scores] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}  # llama.cpp's numbers
 
 

@@ -51,7 +51,10 @@ GGUF_NAMES: NameTable = {
     "blk.{i}.ffn_down_shexp": "blk.{i}.ffn.shared.down",
     "blk.{i}.ffn_gate_inp_shexp": "blk.{i}.ffn.shared_gate",
 }
-"""llama.cpp's tensor names, the same for all families."""
+"""llama.cpp's tensor names, the same for most families."""
+
+GGUF_NORM_NAMES: NameTable = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
+"""Those of some newer families, where the norm before the MLP has its name of transformers."""
 
 _FUSED = {
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, gguf_config, hf_config
+from kvgen.families.base import HF_NAMES, QKV, fields_of, gguf_config, hf_config
 from kvgen.families.family import GGUF_NAMES, Family, Transform
 from kvgen.families.gemma2 import NORMS
 from kvgen.families.llama import gguf_transforms
@@ -25,7 +25,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         return gguf_config(raw, **shared, names=_GGUF_NAMES)
     biased = fields_of(raw).flag("attention_bias", True)
-    biases = frozenset({"attn.q", "attn.k", "attn.v"}) if biased else frozenset()
+    biases = QKV if biased else frozenset()
     return hf_config(raw, **shared, names=_HF_NAMES, rotary_share=0.5, biases=biases)
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config, read_size
 from kvgen.families.experts import HF_EXPERT_NAMES, after_first, gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, predicts_further
+from kvgen.families.family import GGUF_NORM_NAMES, Family, predicts_further
 from kvgen.families.fields import Fields
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MoE, Router
 
 HF_NAMES_WITH_QK_NORM = {**HF_NAMES, **HF_EXPERT_NAMES, **HF_QK_NORM_NAMES}
-_GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     if raw.format == "gguf":
         has_norm, ffns = "blk.0.attn_q_norm.weight" in raw.tensors, read_gguf_ffns(raw)
-        return gguf_config(raw, names=_GGUF_NAMES, ffns=ffns, attention={"qk_norm": "head" if has_norm else None})
+        return gguf_config(raw, names=GGUF_NORM_NAMES, ffns=ffns, attention={"qk_norm": "head" if has_norm else None})
     return hf_config(
         raw,
         names=HF_NAMES_WITH_QK_NORM,
@@ -58,5 +57,5 @@ def read_gguf_ffns(raw: RawCheckpoint) -> list[MLP | MoE]:
 
 
 FAMILY = Family(
-    "glm4_moe", "glm4moe", read_config, HF_NAMES_WITH_QK_NORM, gguf_names=_GGUF_NAMES, ignores=predicts_further
+    "glm4_moe", "glm4moe", read_config, HF_NAMES_WITH_QK_NORM, gguf_names=GGUF_NORM_NAMES, ignores=predicts_further
 )

@@ -11,7 +11,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import ATTENTION, HF_NAMES, fields_of, gguf_config, head_dim, hf_config, sliding_windows
 from kvgen.families.experts import gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, Transforms
+from kvgen.families.family import GGUF_NORM_NAMES, Family, Transforms
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import ClampedSwiGLU, Router
@@ -27,7 +27,6 @@ _HF_NAMES = {
     "model.layers.{i}.mlp.experts.down_proj": "blk.{i}.ffn.experts.down.weight",
     "model.layers.{i}.mlp.experts.down_proj_bias": "blk.{i}.ffn.experts.down.bias",
 }
-_GGUF_NAMES = {**GGUF_NAMES, "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm"}
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
@@ -59,7 +58,7 @@ def _read_gguf(raw: RawCheckpoint, mechanisms: dict[str, Any]) -> DecoderConfig:
     activation = ClampedSwiGLU(_ALPHA, _LIMIT)
     return gguf_config(
         raw,
-        names=_GGUF_NAMES,
+        names=GGUF_NORM_NAMES,
         rotaries=rotary_from_gguf(raw, fields_of(raw), head_dim(raw), whole_pairs=False),
         ffns=gguf_ffns(raw, scores="softmax_of_chosen", normalize=False, activation=activation),
         biases=_BIASES,
@@ -83,4 +82,4 @@ def _gates_first(tensor: Tensor) -> Tensor:
     return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
 
 
-FAMILY = Family("gpt_oss", "gpt-oss", read_config, _HF_NAMES, gguf_names=_GGUF_NAMES, hf_transforms=hf_transforms)
+FAMILY = Family("gpt_oss", "gpt-oss", read_config, _HF_NAMES, gguf_names=GGUF_NORM_NAMES, hf_transforms=hf_transforms)

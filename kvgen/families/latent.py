@@ -12,7 +12,7 @@ from torch import Tensor
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.families.base import GATED_MLP, HF_NAMES, fields_of, gguf_config, hf_config, read_size
-from kvgen.families.experts import HF_EXPERT_NAMES
+from kvgen.families.experts import HF_EXPERT_NAMES, SHARED_EXPERT
 from kvgen.families.family import GGUF_NAMES, NameTable, Transforms, split_halves
 from kvgen.families.fields import Fields
 from kvgen.families.rope import rotary_from_gguf, rotary_from_hf, yarn_scale
@@ -43,7 +43,6 @@ GGUF_LATENT_NAMES: NameTable = {
 }
 
 _ATTENTION_BIASES = frozenset({"attn.q_a", "attn.kv_a", "attn.output"})
-_MLP_BIASES = GATED_MLP | {"ffn.shared.gate", "ffn.shared.up", "ffn.shared.down"}
 _HF_NORM_EPS = 1e-6  # of the norms of latents in transformers, whatever rms_norm_eps is
 
 
@@ -66,7 +65,7 @@ def hf_latent_config(raw: RawCheckpoint, ffns: Sequence[MLP | MoE]) -> DecoderCo
         norm_eps=_HF_NORM_EPS,
     )
     biases = _ATTENTION_BIASES if fields.flag("attention_bias", False) else frozenset()
-    biases |= _MLP_BIASES if fields.flag("mlp_bias", False) else frozenset()
+    biases |= GATED_MLP | SHARED_EXPERT if fields.flag("mlp_bias", False) else frozenset()
     return _with_mixer(
         hf_config(raw, names=HF_LATENT_NAMES, rotaries=rotary, ffns=ffns, biases=biases), mixer, _hf_yarn_scale(fields)
     )

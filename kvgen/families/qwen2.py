@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, gguf_config, hf_config, sliding_windows
+from kvgen.families.base import HF_NAMES, QKV, fields_of, gguf_config, hf_config, sliding_windows
 from kvgen.families.family import Family
 from kvgen.model.config import DecoderConfig
-
-_BIASES = frozenset({"attn.q", "attn.k", "attn.v"})
 
 
 def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
-        return gguf_config(raw, biases=_BIASES)
-    return hf_config(raw, windows=read_windows(raw), biases=_BIASES)
+        return gguf_config(raw, biases=QKV)
+    return hf_config(raw, windows=read_windows(raw), biases=QKV)
 
 
 def read_windows(raw: RawCheckpoint) -> list[int | None] | None:

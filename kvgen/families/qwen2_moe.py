@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import HF_NAMES, fields_of, gguf_config, hf_config, read_size, sliding_windows
+from kvgen.families.base import HF_NAMES, QKV, fields_of, gguf_config, hf_config, read_size, sliding_windows
 from kvgen.families.experts import HF_EXPERT_NAMES, as_row, gguf_ffns, hf_ffns
 from kvgen.families.family import Family, Transforms
 from kvgen.families.qwen3_moe import is_sparse, read_router
 from kvgen.model.config import DecoderConfig
 
-_BIASES = frozenset({"attn.q", "attn.k", "attn.v"})
 _HF_NAMES = {**HF_NAMES, **HF_EXPERT_NAMES}
 
 
@@ -20,7 +19,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     if raw.format == "gguf":
         shared = fields.count("expert_shared_feed_forward_length", read_size(raw, "ffn_width"))
         ffns = gguf_ffns(raw, normalize=False, shared=shared, shared_gate=True)
-        return gguf_config(raw, ffns=ffns, biases=_BIASES)
+        return gguf_config(raw, ffns=ffns, biases=QKV)
     ffns = hf_ffns(
         raw,
         read_router(fields),
@@ -28,7 +27,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
         shared_gate=True,
         sparse=is_sparse(fields),
     )
-    biases = _BIASES if fields.flag("qkv_bias", True) else frozenset()
+    biases = QKV if fields.flag("qkv_bias", True) else frozenset()
     return hf_config(raw, names=_HF_NAMES, ffns=ffns, windows=_read_windows(raw), biases=biases)
 
 

@@ -11,7 +11,7 @@ from kvgen.checkpoint import RawCheckpoint
 from kvgen.errors import CheckpointError
 from kvgen.families.base import HF_NAMES, HF_QK_NORM_NAMES, fields_of, flagged_biases, gguf_config, hf_config
 from kvgen.families.experts import HF_EXPERT_NAMES, as_row, gguf_ffns, hf_ffns
-from kvgen.families.family import GGUF_NAMES, Family, Transforms, by_part, plus_one, predicts_ahead
+from kvgen.families.family import GGUF_NORM_NAMES, Family, Transforms, by_part, plus_one, predicts_ahead
 from kvgen.families.fields import Fields
 from kvgen.families.hybrids import ATTENDS, hf_mamba2_transforms, read_gguf_heads, read_layer_kinds, with_recurrences
 from kvgen.families.qwen3_moe import is_sparse, read_router
@@ -37,8 +37,7 @@ HF_NAMES_WITH_DELTA_NETS = {
     "model.layers.{i}.linear_attn.out_proj": "blk.{i}.attn.out_proj",
 }
 GGUF_NAMES_WITH_DELTA_NETS = {
-    **GGUF_NAMES,
-    "blk.{i}.post_attention_norm": "blk.{i}.ffn_norm",
+    **GGUF_NORM_NAMES,
     "blk.{i}.attn_q": "blk.{i}.attn.q_gate",
     "blk.{i}.attn_qkv": "blk.{i}.attn.in_proj",
     "blk.{i}.attn_gate": "blk.{i}.attn.gate",

@@ -10,12 +10,10 @@ _STATE_SPACE = "a state-space or recurrent model"
 _ENCODER_DECODER = "an encoder-decoder model"
 _KINDS = {
     _EXPERTS: (
-        "deepseek "
-        "deepseek_v32 dbrx grok phimoe granitemoeshared llama4 "
-        "llama4_text jetmoe arctic minimax minimax_m2 bailing_moe hunyuan_v1_moe "
-        "kimi_k2 flex_olmo switch_transformers"
+        "deepseek deepseek_v32 dbrx grok phimoe granitemoeshared llama4 llama4_text jetmoe arctic minimax minimax_m2 "
+        "bailing_moe hunyuan_v1_moe kimi_k2 flex_olmo switch_transformers"
     ),
-    _STATE_SPACE: ("mamba falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 zamba zamba2 recurrent_gemma xlstm plamo2"),
+    _STATE_SPACE: "mamba falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 zamba zamba2 recurrent_gemma xlstm plamo2",
     _ENCODER_DECODER: (
         "t5 t5encoder mt5 umt5 bart mbart pegasus marian m2m_100 nllb whisper encoder-decoder longt5 led t5gemma "
         "bigbird_pegasus prophetnet"

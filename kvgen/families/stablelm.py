@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvgen.checkpoint import RawCheckpoint
-from kvgen.families.base import BLOCK_NORMS, HF_NAMES, fields_of, gguf_config, hf_config
+from kvgen.families.base import BLOCK_NORMS, HF_NAMES, QKV, fields_of, gguf_config, hf_config
 from kvgen.families.family import Family, Transform
 from kvgen.model.config import DecoderConfig
 
@@ -23,7 +23,7 @@ def read_config(raw: RawCheckpoint) -> DecoderConfig:
     fields = fields_of(raw)
     mechanisms = _norms(fields.flag("use_parallel_residual", False), fields.flag("qk_layernorm", False))
     if fields.flag("use_qkv_bias", False):
-        mechanisms["biases"] |= {"attn.q", "attn.k", "attn.v"}
+        mechanisms["biases"] |= QKV
     share = fields.number("partial_rotary_factor", 0.25)
     return hf_config(raw, names=_HF_NAMES, eps="layer_norm_eps", rotary_share=share, **mechanisms)
 

@@ -17,8 +17,8 @@ from kvgen.hub.names import default_reference, no_progress, resolve
 from kvgen.kernels.build import available_variant
 from kvgen.kernels.lacking import lacking
 from kvgen.kernels.processors import NATIVE, asked_variant
-from kvgen.loading.mechanisms import attentions, mechanisms
-from kvgen.model.cache import cache_bytes, position_bytes, snapshot_bytes
+from kvgen.loading.mechanisms import mechanisms
+from kvgen.model.cache import attentions, cache_bytes, position_bytes, snapshot_bytes
 from kvgen.model.config import DecoderConfig
 from kvgen.model.decoder import Decoder
 from kvgen.model.ffns import MLP, MoE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from kvgen.model.cache import attentions
 from kvgen.model.config import DecoderConfig
 from kvgen.model.ffns import MLP, MLPAndExperts, MoE, SparseMLP
 from kvgen.model.mixers import (
@@ -60,11 +61,6 @@ def mechanisms(config: DecoderConfig) -> dict[str, str]:
     if any(scale != 1 for scale in scales.values()):
         described["scales"] = ", ".join(f"{name} {scale:.4g}" for name, scale in scales.items() if scale != 1)
     return described
-
-
-def attentions(config: DecoderConfig) -> list[Attention | LatentAttention]:
-    """Return the attentions of all layers that keep keys and values of their own."""
-    return [mixer for mixer in config.mixers if isinstance(mixer, Attention | LatentAttention)]
 
 
 def _parallel(config: DecoderConfig) -> str:

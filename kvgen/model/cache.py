@@ -248,17 +248,18 @@ def cache_bytes(config: DecoderConfig, positions: int, dtype: torch.dtype = torc
     keys_and_values = sum(
         _position_bytes(mixer, dtype)
         * (positions if mixer.window is None else window_capacity(mixer.window, positions))
-        for mixer in _attentions(config)
+        for mixer in attentions(config)
     )
     return keys_and_values + snapshot * snapshot_count(positions, max_snapshots(snapshot))
 
 
 def position_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of one position in all layers of attention."""
-    return sum(_position_bytes(mixer, dtype) for mixer in _attentions(config))
+    return sum(_position_bytes(mixer, dtype) for mixer in attentions(config))
 
 
-def _attentions(config: DecoderConfig) -> list[Attention | LatentAttention]:
+def attentions(config: DecoderConfig) -> list[Attention | LatentAttention]:
+    """Return the attentions of all layers that keep keys and values of their own."""
     return [mixer for mixer in config.mixers if not isinstance(mixer, Recurrent)]
 
 

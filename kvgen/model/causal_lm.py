@@ -69,9 +69,10 @@ class CausalLM(ABC):
 
         ids: the WHOLE sequence, (B, n) int64; positions that the cache already holds are not computed again. On any
             device: the cache compares them on the CPU.
-        last: number of positions at the end to return logits for. Returns fp32 (or fp64) logits, (B, last, vocab), and
-        `cache` itself, updated, or a new one for None. If interrupted between two passes, the cache keeps the finished
-        passes.
+        last: number of positions at the end to return logits for.
+
+        Returns fp32 (or fp64) logits, (B, last, vocab), and `cache` itself, updated, or a new one for None. If
+        interrupted between two passes, the cache keeps the finished passes.
 
         Raises CacheError if a different model wrote the cache, UsageError for invalid ids.
         """

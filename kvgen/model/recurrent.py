@@ -131,7 +131,7 @@ class RecurrentState:
 
     def held(self, length: int) -> Snapshots:
         """Without the newest ones that are not kept for long."""
-        return Snapshots({at: parts for at, parts in self.snapshots.items() if at == length or self._stays(at, length)})
+        return Snapshots({at: parts for at, parts in self.snapshots.items() if at == length or self._stays(at)})
 
     def restore(self, held: Mapping[str, Tensor], length: int, capacity: int) -> None:
         found: dict[int, dict[int, Tensor]] = {}
@@ -153,12 +153,12 @@ class RecurrentState:
     def _after(self, length: int) -> Parts:
         return self.snapshots[length] if length else self.empty
 
-    def _stays(self, at: int, end: int) -> bool:
+    def _stays(self, at: int) -> bool:
         """Whether a snapshot is kept when it is not among the newest."""
         return at % SPACING == 0 or at in self._asked
 
     def _thinned(self, states: dict[int, Parts], end: int) -> dict[int, Parts]:
-        kept = {at: parts for at, parts in states.items() if at > end - RECENT or self._stays(at, end)}
+        kept = {at: parts for at, parts in states.items() if at > end - RECENT or self._stays(at)}
         most = snapshot_count(end, self.most)
         while len(kept) > most:
             del kept[_least_useful(list(kept), end)]

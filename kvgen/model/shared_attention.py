@@ -13,8 +13,8 @@ from kvgen.model.spans import Pass, Span
 class SharedAttentionModule(QueryModule):
     """The module of `mixers.SharedAttention`: it reads what an earlier layer has appended to each span's cache."""
 
-    def __init__(self, spec: SharedAttention, config: DecoderConfig, name: str = "attn") -> None:
-        super().__init__(spec.attention, config, spec.state, name)
+    def __init__(self, spec: SharedAttention, config: DecoderConfig) -> None:
+        super().__init__(spec.attention, config, spec.state, "attn")
 
     def forward(self, x: Tensor, batch: Pass) -> Tensor:
         """x: the new positions of all spans, (rows, dim). Returns (rows, dim)."""

@@ -92,31 +92,7 @@ class State(Protocol):
         """Copy the tensors of what `held` returned into this state. Raises CacheError if they do not fit the layer."""
 
 
-class AttentionState(State, Protocol):
-    """Keys and values, which every new position reads."""
-
-    @property
-    def moving(self) -> bool:
-        """Whether `commit` will move the entries reserved last, so that the reservation is for one pass only."""
-
-    def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
-        """Make room for `count` positions after the first `length`; the caller fills it in.
-
-        If buffers must grow, they double: to at least `capacity` and at most `max_length`, unless more is needed.
-        """
-
-    def append(
-        self, keys: Tensor, values: Tensor, length: int, capacity: int, max_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Write new positions, (B, H_kv, T, D), after the first `length`, with room as in `reserve`.
-
-        Returns the keys and values visible to the new positions, including themselves at the end: (B, H_kv, S, D) each.
-        """
-
-
-def attention_state(
-    mixer: Attention | LatentAttention, batch: int, dtype: torch.dtype, device: torch.device
-) -> AttentionState:
+def attention_state(mixer: Attention | LatentAttention, batch: int, dtype: torch.dtype, device: torch.device) -> State:
     """Create the empty state of a layer. dtype: of stored keys and values; int8 adds scales."""
     heads, *widths = mixer.stored
     shapes = [(batch, heads, 0, row_length(width, dtype)) for width in widths]
@@ -137,12 +113,17 @@ class FullState:
 
     @property
     def moving(self) -> bool:
+        """Whether `commit` will move the entries reserved last, so that the reservation is for one pass only."""
         return False
 
     def nbytes_read(self, length: int) -> int:
         return self.held(length).nbytes
 
     def reserve(self, length: int, count: int, capacity: int, max_length: int) -> KeyValues:
+        """Make room for `count` positions after the first `length`; the caller fills it in.
+
+        If buffers must grow, they double: to at least `capacity` and at most `max_length`, unless more is needed.
+        """
         end, size = length + count, self.buffers.end
         if end > size:
             self.buffers = self.buffers.copy(0, length, max(end, min(max(2 * size, capacity), max_length)))
@@ -151,6 +132,10 @@ class FullState:
     def append(
         self, keys: Tensor, values: Tensor, length: int, capacity: int, max_length: int
     ) -> tuple[Tensor, Tensor]:
+        """Write new positions, (B, H_kv, T, D), after the first `length`, with room as in `reserve`.
+
+        Returns the keys and values visible to the new positions, including themselves at the end: (B, H_kv, S, D) each.
+        """
         end = length + keys.shape[2]
         reserved = self.reserve(length, keys.shape[2], capacity, max_length)
         new, visible = reserved.view(length, end), reserved.view(self._first_visible(length), end)

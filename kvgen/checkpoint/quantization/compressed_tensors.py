@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kvgen.checkpoint.quantization.integers import SCALE_TYPES, Integers, Parts, assemble, unpack_columns, unpack_rows
+from kvgen.checkpoint.quantization.integers import (
+    FP8,
+    SCALE_TYPES,
+    Integers,
+    Parts,
+    assemble,
+    unpack_columns,
+    unpack_rows,
+)
 from kvgen.checkpoint.quantization.settings import Settings
 from kvgen.checkpoint.raw import RawTensor
 from kvgen.errors import CheckpointError
@@ -18,7 +26,6 @@ _KINDS = {  # of numbers, by format
     "float-quantized": ("float",),
     "naive-quantized": ("int", "float"),
 }
-_FP8 = "F8_E4M3"
 _NUMBERS = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
 
@@ -51,7 +58,7 @@ def read(settings: Settings, tensors: Mapping[str, RawTensor]) -> dict[str, RawT
     named = assemble(path, tensors, "weight_packed", names, lambda parts: _read_packed(parts, packed))
     result = assemble(path, named, "weight_scale", ("weight", *_NUMBERS), lambda parts: _read_whole(parts, whole))
     for name, tensor in result.items():
-        if tensor.type == _FP8 and tensor is tensors.get(name):
+        if tensor.type == FP8 and tensor is tensors.get(name):
             raise CheckpointError(f"{path.parent}: tensor {name!r} is quantized, but has no weight_scale")
     return result
 
@@ -108,8 +115,8 @@ def _read_packed(parts: Parts, schemes: Sequence[_Scheme]) -> RawTensor:
 
 
 def _read_whole(parts: Parts, schemes: Sequence[_Scheme]) -> RawTensor:
-    shape = parts.matrix("weight", ("I8", _FP8))
-    is_float = parts.tensors["weight"].type == _FP8
+    shape = parts.matrix("weight", ("I8", FP8))
+    is_float = parts.tensors["weight"].type == FP8
     fitting = [scheme for scheme in schemes if scheme.is_float == is_float]
     scheme, groups = _choose(parts, "weight", shape, fitting)
     if is_float:

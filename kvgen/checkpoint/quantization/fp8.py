@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvgen.checkpoint.quantization.integers import FP8, SCALE_TYPES
 from kvgen.checkpoint.quantization.settings import Settings
 from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 from kvgen.errors import CheckpointError
 
-_TYPE = "F8_E4M3"
-_SCALE_TYPES = ("F16", "BF16", "F32")
 _SCALES = ("_scale_inv", "_scale")  # both multiply
 _ACTIVATION_SCALES = (".activation_scale", ".input_scale")
 _Block = tuple[int, int]
@@ -44,14 +43,14 @@ def read(settings: Settings, tensors: Mapping[str, RawTensor]) -> dict[str, RawT
     static = settings.choice("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     block, folder = _read_block(settings), settings.path.parent
     result = {name: tensor for name, tensor in tensors.items() if not (static and name.endswith(_ACTIVATION_SCALES))}
-    for name in [name for name, tensor in result.items() if tensor.type == _TYPE]:
+    for name in [name for name, tensor in result.items() if tensor.type == FP8]:
         found = [name + ending for ending in _SCALES if name + ending in result]
         if len(found) != 1:
             refuse_tensor(folder, name + _SCALES[0], "is missing" if not found else f"is stored beside {found[1]}")
         result[name] = _scaled(folder, name, result[name], found[0], result.pop(found[0]), block)
     for name in result:
         if name.endswith(tuple(f".weight{ending}" for ending in _SCALES)):
-            refuse_tensor(folder, name, f"scales a tensor that is not of the type {_TYPE}")
+            refuse_tensor(folder, name, f"scales a tensor that is not of the type {FP8}")
     return result
 
 
@@ -69,8 +68,8 @@ def _scaled(
 ) -> RawTensor:
     if len(numbers.shape) < 2 or 0 in numbers.shape:
         refuse_tensor(folder, name, f"has the shape {numbers.shape}; it must be a matrix")
-    if scales.type not in _SCALE_TYPES:
-        refuse_tensor(folder, scale_name, f"has the type {scales.type}, not {' or '.join(_SCALE_TYPES)}")
+    if scales.type not in SCALE_TYPES:
+        refuse_tensor(folder, scale_name, f"has the type {scales.type}, not {' or '.join(SCALE_TYPES)}")
     *outer, rows, columns = numbers.shape
     shapes = [(), (1,)] if block is None else [(*outer, -(-rows // block[0]), -(-columns // block[1]))]
     if scales.shape not in shapes:

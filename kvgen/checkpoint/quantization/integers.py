@@ -13,6 +13,7 @@ from torch import Tensor
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.checkpoint.raw import RawTensor, refuse_tensor
 
+FP8 = "F8_E4M3"  # in safetensors
 SCALE_TYPES = ("F16", "BF16", "F32")
 _GROUPS = (32, 16)  # columns per group of `Grouped`, the best first
 

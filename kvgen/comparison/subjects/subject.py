@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, in_one_line
+from kvgen.generation.counts import total
 
 
 class Subject:
@@ -54,8 +55,7 @@ class Subject:
         return logits, written
 
     def _count(self, cache: Any) -> None:
-        reused = getattr(cache, "reused", None)
-        self.reused = None if reused is None or self.reused is None else self.reused + reused
+        self.reused = total((self.reused, getattr(cache, "reused", None)))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from kvgen.tokenizer import sentencepiece
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS, RSTRIP_EXCEPTIONS
 from kvgen.tokenizer.sentencepiece import SentencePieceTokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
+from kvgen.tokenizer.vocabulary import CompactVocabulary
 
 # Control tokens that end a turn or a text. A file names one EOS, but a model may stop at others.
 # llama.cpp has the same list.
@@ -74,7 +75,8 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     if model == "gpt2":
         return Tokenizer(backend, *settings)
     longest, is_piece = max(map(len, tokens), default=0), types == TokenType.NORMAL
-    return SentencePieceTokenizer(backend, longest, _read_scores(raw, tokens), is_piece, *settings)
+    vocabulary = CompactVocabulary(tokens, backend)
+    return SentencePieceTokenizer(vocabulary, longest, _read_scores(raw, tokens), is_piece, *settings)
 
 
 def _read_types(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
@@ -122,7 +124,8 @@ def _build_sentencepiece(
     if unknown is None and not vocab.keys() >= sentencepiece.BYTES:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has neither an unknown token nor all byte tokens")
     prefix_space = _read_flag(raw, "add_space_prefix", True)
-    return sentencepiece.build_vocabulary(vocab, unknown, prefix_space=prefix_space)
+    added = {tokens[id_]: id_ for id_ in _matched(types).tolist()}
+    return sentencepiece.build_settings(added, unknown, prefix_space=prefix_space)
 
 
 def _read_scores(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
@@ -136,7 +139,7 @@ def _add_tokens(
     backend: tokenizers.Tokenizer, tokens: list[str], types: NDArray[Any], rstrip_exceptions: frozenset[str] | None
 ) -> None:
     """Add the tokens that are matched in text before merging: special ones on request, user-defined ones always."""
-    matched = np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)))
+    matched = _matched(types)
     is_special = types[matched] != TokenType.USER_DEFINED
     backend.add_tokens(
         [
@@ -149,6 +152,11 @@ def _add_tokens(
             for id_, special in zip(matched.tolist(), is_special.tolist(), strict=True)
         ]
     )
+
+
+def _matched(types: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the ids of tokens that are matched in text before merging."""
+    return np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)))
 
 
 def _read_per_token(raw: RawCheckpoint, name: str, tokens: list[str], default: list[Any] | None) -> NDArray[Any]:

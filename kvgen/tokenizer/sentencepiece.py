@@ -33,15 +33,14 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(
         self,
         vocabulary: CompactVocabulary,
-        longest: int,
         scores: NDArray[Any],
         is_piece: NDArray[np.bool_],
         *settings: Any,
     ) -> None:
-        """longest: characters of a token. scores, is_piece: see `merges_by_score`. settings: see `Tokenizer`."""
+        """scores, is_piece: see `merges_by_score`. settings: see `Tokenizer`."""
         super().__init__(vocabulary, *settings)
         self._tokens = vocabulary
-        self._longest, self._scores, self._is_piece = longest, scores, is_piece
+        self._scores, self._is_piece = scores, is_piece
         self._encoded = 0  # characters
 
     @cached_property
@@ -58,14 +57,14 @@ class SentencePieceTokenizer(Tokenizer):
         added = [token for token in self._tokens.get_added_tokens_decoder().values() if token.content in text]
         unknown = self._tokens.settings.model.unk_token
         needed = {SPACE, *text, *BYTES, *(token.content for token in added), *([] if unknown is None else [unknown])}
-        vocab = self._tokens.ids_of(needed)
+        vocab = self._tokens.ids.of(needed)
         unmerged = encode_text(
             self._assembled(vocab, [], added), text, parse_special=parse_special, add_special_tokens=False
         ).tokens
         characters = "".join(token for token in unmerged if token not in BYTES)
-        for size in range(2, self._longest + 1):
+        for size in range(2, self._tokens.ids.tokens.longest + 1):
             parts = {characters[start : start + size] for start in range(len(characters) - size + 1)}
-            vocab |= self._tokens.ids_of(parts)
+            vocab |= self._tokens.ids.of(parts)
         return self._with_merges(vocab, added)
 
     def _with_merges(self, vocab: Mapping[str, int], added: Iterable[AddedToken]) -> tokenizers.Tokenizer:

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH
 
+from kvgen.checkpoint.strings import Strings
 from tests import (
     gguf_delta_nets,
     gguf_experts,
@@ -384,3 +385,13 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's row order for a rotation of neighbours."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def as_metadata(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a vocabulary as the reader returns them; those that are None are left out."""
+    given = {f"tokenizer.ggml.{name}": value for name, value in vocabulary.items() if value is not None}
+    return {name: Strings.of(value) if _are_strings(value) else value for name, value in given.items()}
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvgen import CheckpointError, KvgenError, UnsupportedError
 from kvgen.checkpoint import read_checkpoint
+from kvgen.checkpoint.strings import Strings
 from tests.sizes import examples
 
 QUANTIZED = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
@@ -59,7 +60,8 @@ def assert_same_as_package(path: Path) -> None:
     raw = read_checkpoint(path)
     reader = gguf.GGUFReader(path)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    assert raw.metadata == {key: field.contents() for key, field in fields.items()}
+    values = {key: list(value) if isinstance(value, Strings) else value for key, value in raw.metadata.items()}
+    assert values == {key: field.contents() for key, field in fields.items()}
     assert raw.tensors.keys() == {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
         ours = raw.tensors[tensor.name]
@@ -145,6 +147,10 @@ HOSTILE = {
     "string past the end": (
         header(pairs=1, rest=pair("k", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 500) + b"abc")),
         "past the end",
+    ),
+    "strings with half a character": (
+        header(pairs=1, rest=pair("k", 9, struct.pack("<IQQ", 8, 2, 1) + b"\xc3" + struct.pack("<Q", 1) + b"\xa9")),
+        "UTF-8",
     ),
     "text that is not UTF-8": (header(pairs=1, rest=pair("k", 8, struct.pack("<Q", 2) + b"\xff\xfe")), "UTF-8"),
     "same key twice": (header(pairs=2, rest=pair("k", 7, b"\1") * 2), "'k' occurs twice"),

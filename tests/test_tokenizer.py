@@ -25,6 +25,7 @@ from kvgen.tokenizer import Tokenizer, read_tokenizer
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.special_tokens import encode_text
 from tests.conftest import CORPUS
+from tests.gguf_files import as_metadata
 from tests.sizes import examples
 
 
@@ -101,8 +102,7 @@ def gguf_raw(**changes: object) -> RawCheckpoint:
         "eos_token_id": 1,
     }
     keys |= changes
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
-    return RawCheckpoint(Path("made.gguf"), "gguf", metadata, {})
+    return RawCheckpoint(Path("made.gguf"), "gguf", as_metadata(keys), {})
 
 
 @pytest.mark.parametrize(

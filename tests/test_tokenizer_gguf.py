@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,13 +22,17 @@ from tokenizers.normalizers import NFC
 from transformers.convert_slow_tokenizer import generate_merges
 
 import kvgen.tokenizer.sentencepiece
+import kvgen.tokenizer.vocabulary
 from kvgen import CheckpointError, Tokenizer, UnsupportedError
 from kvgen.checkpoint import RawCheckpoint
 from kvgen.checkpoint.gguf import read as read_gguf
+from kvgen.checkpoint.strings import Strings
 from kvgen.tokenizer import read_tokenizer
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS
 from kvgen.tokenizer.sentencepiece import merges_by_score
+from kvgen.tokenizer.vocabulary import TokenIds
 from tests.conftest import CORPUS
+from tests.gguf_files import as_metadata
 from tests.sizes import examples
 
 any_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\u2581"), max_size=60)
@@ -49,7 +55,7 @@ TEXTS = [
 
 
 def read(keys: dict[str, Any], architecture: str = "llama") -> Tokenizer:
-    metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
+    metadata = as_metadata(keys)
     metadata["general.architecture"] = architecture
     return read_tokenizer(RawCheckpoint(Path("made.gguf"), "gguf", metadata, {}))
 
@@ -312,6 +318,59 @@ def test_merges_are_all_cuts_of_a_piece_into_two(tokens: list[str], random: Any)
         known = [pair for pair in pairs if pieces.keys() >= set(pair)]
         expected += sorted(known, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
     assert merges_by_score(tokens, scores, is_piece) == expected
+
+
+@given(tokens=st.lists(any_text, max_size=60), others=st.lists(any_text, max_size=60), alike=st.booleans())
+def test_ids_are_those_of_a_dictionary(tokens: list[str], others: list[str], alike: bool) -> None:
+    """alike: all tokens have the same hash."""
+    strings = Strings.of(tokens)
+    assert list(strings) == tokens == [strings[id_] for id_ in range(len(strings))]
+    assert strings.longest == max(map(len, tokens), default=0)
+    with patch.object(kvgen.tokenizer.vocabulary, "hash", (lambda _: 7) if alike else hash, create=True):
+        ids = TokenIds(strings)
+        assert len(ids) == len(set(tokens))
+        known = {token: id_ for id_, token in enumerate(tokens)}
+        assume(len(known) == len(tokens))  # others are refused
+        assert ids.of([*others, *tokens]) == known
+        assert [ids.get(text) for text in others] == [known.get(text) for text in others]
+
+
+@every_processor
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_ids_decode_as_in_the_tokenizers_library(name: str, data: st.DataObject) -> None:
+    tokenizer = read(as_keys(name))
+    ids = data.draw(st.lists(st.integers(0, len(as_keys(name)["tokens"]) + 1), max_size=40))  # the last are unknown
+    assert tokenizer.decode(ids) == tokenizer.backend.decode(ids)
+    assert list(map(tokenizer.token, ids)) == [tokenizer.backend.decode([i], skip_special_tokens=False) for i in ids]
+    assert tokenizer.shares_vocabulary(Tokenizer(tokenizer.backend, tokenizer.eos_ids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_vocabulary_takes_little_memory(tmp_path: Path) -> None:
+    count = 200_000
+    writer = GGUFWriter(tmp_path / "large.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<0x{byte:02X}>" for byte in range(256)] + [f"token {i}" for i in range(count)])
+    writer.add_token_scores([0.0] * (256 + count))
+    writer.add_token_types([6] * 256 + [1] * count)
+    writer.add_bos_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    script = f"""
+import psutil, kvgen.tokenizer.gguf
+from pathlib import Path
+from kvgen.checkpoint import read_checkpoint
+from kvgen.system import return_freed_memory
+from kvgen.tokenizer import read_tokenizer
+before = psutil.Process().memory_full_info().uss
+tokenizer = read_tokenizer(read_checkpoint(Path({str(tmp_path / "large.gguf")!r})))
+return_freed_memory()
+print(psutil.Process().memory_full_info().uss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 * count
 
 
 def test_scores_may_be_whole_numbers() -> None:

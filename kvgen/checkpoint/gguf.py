@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from kvgen.checkpoint.gguf_blocks import StoredBlocks, in_groups
 from kvgen.checkpoint.mapped import MappedFile
 from kvgen.checkpoint.quantization import mxfp4
 from kvgen.checkpoint.raw import RawCheckpoint, RawTensor, check_file
+from kvgen.checkpoint.strings import Strings
 from kvgen.errors import CheckpointError, UnsupportedError
 
 _DEFAULT_ALIGNMENT = 32
@@ -125,26 +127,28 @@ class _Header:
             return [self.value(item, depth + 1) for _ in range(count)]
         return np.frombuffer(self.take(count * _SCALARS[item].itemsize), _SCALARS[item]).tolist()
 
-    def strings(self, count: int) -> list[str]:
+    def strings(self, count: int) -> Strings:
         """Read an array of strings. A vocabulary has hundreds of thousands, so the loop avoids method calls."""
         data, offset, size = self.data, self.offset, len(self.data)
         if count > (size - offset) // 8:
             self.fail(f"an array of {count} strings does not fit into the file")
         unpack = struct.Struct("<Q").unpack_from
-        raw = []
+        ends = array("q")
         for _ in range(count):
             if offset + 8 > size:
                 self.fail("an array of strings runs past the end of the file")
-            start = offset + 8
-            offset = start + unpack(data, offset)[0]
+            offset += 8 + unpack(data, offset)[0]
             if offset > size:
                 self.fail("a string runs past the end of the file")
-            raw.append(data[start:offset])
-        self.offset = offset
+            ends.append(offset)
+        stored = np.frombuffer(self.take(offset - self.offset), np.uint8)  # each behind its length
+        bounds = np.concatenate(([0], np.array(ends, np.int64) - (offset - stored.size)))
+        is_text = np.ones(stored.size, bool)
+        is_text[(bounds[:-1, None] + np.arange(8)).ravel()] = False
         try:
-            return [item.decode() for item in raw]
+            return Strings(stored[is_text].tobytes(), bounds - 8 * np.arange(count + 1))
         except UnicodeDecodeError as error:
-            self.fail(f"text is not UTF-8 ({error.object[:40]!r})")
+            self.fail(f"text is not UTF-8 ({error.object[error.start :][:40]!r})")
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, RawTensor]:
         infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}

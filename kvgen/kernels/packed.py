@@ -119,8 +119,8 @@ def _words(piece: Grouped) -> Tensor:
     Those of 8 bits become unsigned, and units of a group's halves take turns, as the halves of bytes do with 4 bits.
     """
     codes = piece.codes.contiguous()
-    if piece.bits == 8:
-        units = (codes ^ -128).view(torch.int32)
+    if piece.bits == 8:  # numpy, because torch would start threads of its own in each thread that reads weights
+        units = torch.from_numpy(codes.numpy() ^ np.int8(-128)).view(torch.int32)
         return units.view(*piece.scales.shape, 2, piece.group // 8).transpose(-1, -2)
     return codes.view(torch.int32)
 

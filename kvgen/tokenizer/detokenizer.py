@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tokenizers
+from kvgen.tokenizer.vocabulary import Vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -17,10 +17,10 @@ class Detokenizer:
     of a text differently (drop its leading space).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_ids: frozenset[int]) -> None:
-        self._backend = backend
+    def __init__(self, vocabulary: Vocabulary, special_ids: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
         self._special_ids = special_ids
-        fallback = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        fallback = (vocabulary.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte_ids = frozenset(id_ for id_ in fallback if id_ is not None)
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text
@@ -51,7 +51,7 @@ class Detokenizer:
         return piece
 
     def _has_text(self, id_: int) -> bool:
-        return id_ not in self._special_ids and self._backend.id_to_token(id_) is not None
+        return id_ not in self._special_ids and self._vocabulary.id_to_token(id_) is not None
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+        return self._vocabulary.decode(ids, skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, processors
 
 from kvgen.checkpoint import RawCheckpoint
+from kvgen.checkpoint.strings import Strings
 from kvgen.errors import CheckpointError, UnsupportedError
 from kvgen.tokenizer import sentencepiece
 from kvgen.tokenizer.pretokenizers import PRE_TOKENIZERS, RSTRIP_EXCEPTIONS
 from kvgen.tokenizer.sentencepiece import SentencePieceTokenizer
 from kvgen.tokenizer.tokenizer import Tokenizer
+from kvgen.tokenizer.vocabulary import CompactVocabulary, TokenIds
 
 # Control tokens that end a turn or a text. A file names one EOS, but a model may stop at others.
 # llama.cpp has the same list.
@@ -50,10 +52,9 @@ def read(raw: RawCheckpoint) -> Tokenizer:
         raise UnsupportedError(f"{raw.path}: tokenizer.ggml.model {model!r} is not supported ('gpt2' and 'llama' are)")
     tokens = _read_strings(raw, "tokens")
     types = _read_types(raw, tokens)
-    if model == "llama":  # most converters write user-defined tokens with plain spaces, some do not
-        for id_ in np.flatnonzero(types == TokenType.USER_DEFINED).tolist():
-            tokens[id_] = tokens[id_].replace(sentencepiece.SPACE, " ")
-    vocab = {token: id_ for id_, token in enumerate(tokens)}
+    if model == "llama":
+        tokens = _with_plain_spaces(tokens, np.flatnonzero(types == TokenType.USER_DEFINED).tolist())
+    vocab = TokenIds(tokens)
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has the same token twice")
     for id_ in (vocab[token] for token in _ALWAYS_CONTROL & vocab.keys()):
@@ -63,7 +64,7 @@ def read(raw: RawCheckpoint) -> Tokenizer:
         backend, add_bos = _build_sentencepiece(raw, vocab, tokens, types), True
         rstrip_exceptions = RSTRIP_EXCEPTIONS.get(str(raw.metadata.get("general.architecture")))
     else:
-        backend, add_bos = _build_byte_level(raw, vocab)
+        backend, add_bos = _build_byte_level(raw, tokens)
         rstrip_exceptions = None
     _add_tokens(backend, tokens, types, rstrip_exceptions)
     _add_bos_and_eos(raw, backend, tokens, add_bos=add_bos)
@@ -73,18 +74,18 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     settings = _read_eos_ids(raw, vocab, types), template, _read_special_tokens(raw, tokens)
     if model == "gpt2":
         return Tokenizer(backend, *settings)
-    longest, is_piece = max(map(len, tokens), default=0), types == TokenType.NORMAL
-    return SentencePieceTokenizer(backend, longest, _read_scores(raw, tokens), is_piece, *settings)
+    vocabulary = CompactVocabulary(vocab, backend)
+    return SentencePieceTokenizer(vocabulary, _read_scores(raw, tokens), types == TokenType.NORMAL, *settings)
 
 
-def _read_types(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
+def _read_types(raw: RawCheckpoint, tokens: Strings) -> NDArray[Any]:
     types = _read_per_token(raw, "token_type", tokens, [TokenType.NORMAL] * len(tokens))
     if types.dtype.kind not in "biu":
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.token_type must be integers")
     return types
 
 
-def _build_byte_level(raw: RawCheckpoint, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _build_byte_level(raw: RawCheckpoint, tokens: Strings) -> tuple[tokenizers.Tokenizer, bool]:
     """Return the tokenizer without added tokens, and whether to add BOS by default.
 
     Bytes without a token are dropped from text, as the models' own tokenizers do.
@@ -104,7 +105,7 @@ def _build_byte_level(raw: RawCheckpoint, vocab: dict[str, int]) -> tuple[tokeni
     except ValueError:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges has an entry that is not two tokens") from None
     try:
-        bpe = models.BPE(vocab, merges, ignore_merges=pre.ignore_merges)
+        bpe = models.BPE({token: id_ for id_, token in enumerate(tokens)}, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges does not fit the vocabulary ({error})") from error
     backend = tokenizers.Tokenizer(bpe)
@@ -116,16 +117,17 @@ def _build_byte_level(raw: RawCheckpoint, vocab: dict[str, int]) -> tuple[tokeni
 
 
 def _build_sentencepiece(
-    raw: RawCheckpoint, vocab: dict[str, int], tokens: list[str], types: NDArray[Any]
+    raw: RawCheckpoint, vocab: Mapping[str, int], tokens: Strings, types: NDArray[Any]
 ) -> tokenizers.Tokenizer:
-    unknown = next((tokens[id_] for id_ in np.flatnonzero(types == TokenType.UNKNOWN)), None)
+    unknown = next((tokens[id_] for id_ in np.flatnonzero(types == TokenType.UNKNOWN).tolist()), None)
     if unknown is None and not vocab.keys() >= sentencepiece.BYTES:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has neither an unknown token nor all byte tokens")
     prefix_space = _read_flag(raw, "add_space_prefix", True)
-    return sentencepiece.build_vocabulary(vocab, unknown, prefix_space=prefix_space)
+    added = {tokens[id_]: id_ for id_ in _matched(types).tolist()}
+    return sentencepiece.build_settings(added, unknown, prefix_space=prefix_space)
 
 
-def _read_scores(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
+def _read_scores(raw: RawCheckpoint, tokens: Strings) -> NDArray[Any]:
     scores = _read_per_token(raw, "scores", tokens, None)
     if scores.dtype.kind not in "biuf" or np.isnan(scores).any():
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.scores must be numbers")
@@ -133,10 +135,10 @@ def _read_scores(raw: RawCheckpoint, tokens: list[str]) -> NDArray[Any]:
 
 
 def _add_tokens(
-    backend: tokenizers.Tokenizer, tokens: list[str], types: NDArray[Any], rstrip_exceptions: frozenset[str] | None
+    backend: tokenizers.Tokenizer, tokens: Strings, types: NDArray[Any], rstrip_exceptions: frozenset[str] | None
 ) -> None:
     """Add the tokens that are matched in text before merging: special ones on request, user-defined ones always."""
-    matched = np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)))
+    matched = _matched(types)
     is_special = types[matched] != TokenType.USER_DEFINED
     backend.add_tokens(
         [
@@ -151,11 +153,17 @@ def _add_tokens(
     )
 
 
-def _read_per_token(raw: RawCheckpoint, name: str, tokens: list[str], default: list[Any] | None) -> NDArray[Any]:
+def _matched(types: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the ids of tokens that are matched in text before merging."""
+    return np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)))
+
+
+def _read_per_token(raw: RawCheckpoint, name: str, tokens: Strings, default: list[Any] | None) -> NDArray[Any]:
     """Return a copy, (V)."""
     values = raw.metadata.get(f"tokenizer.ggml.{name}", default)
-    if not isinstance(values, list) or len(values) != len(tokens):
+    if not isinstance(values, list | Strings) or len(values) != len(tokens):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.{name} must have one entry per token")
+    values = list(values)
     return np.array(values, dtype=object if any(isinstance(value, list) for value in values[:1]) else None)
 
 
@@ -173,7 +181,7 @@ def _read_token_id(raw: RawCheckpoint, kind: str, tokens: Sized) -> int | None:
     return id_
 
 
-def _add_bos_and_eos(raw: RawCheckpoint, backend: tokenizers.Tokenizer, tokens: list[str], add_bos: bool) -> None:
+def _add_bos_and_eos(raw: RawCheckpoint, backend: tokenizers.Tokenizer, tokens: Strings, add_bos: bool) -> None:
     """Add BOS before and EOS after a text if the file, or the default for its kind, says so."""
     pieces, special = ["$A"], []
     for kind, default, at in (("bos", add_bos, 0), ("eos", False, 2)):
@@ -187,20 +195,26 @@ def _add_bos_and_eos(raw: RawCheckpoint, backend: tokenizers.Tokenizer, tokens: 
         backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
 
 
-def _read_eos_ids(raw: RawCheckpoint, vocab: dict[str, int], types: NDArray[Any]) -> frozenset[int]:
+def _read_eos_ids(raw: RawCheckpoint, vocab: Mapping[str, int], types: NDArray[Any]) -> frozenset[int]:
     named = {_read_token_id(raw, kind, vocab) for kind in ("eos", "eot", "eom")}
     known = {vocab[token] for token in _END_TOKENS & vocab.keys() if types[vocab[token]] == TokenType.CONTROL}
     return frozenset(known | {id_ for id_ in named if id_ is not None})
 
 
-def _read_special_tokens(raw: RawCheckpoint, tokens: list[str]) -> dict[str, str]:
+def _read_special_tokens(raw: RawCheckpoint, tokens: Strings) -> dict[str, str]:
     kinds = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: raw.metadata.get(f"tokenizer.ggml.{kind}_token_id") for name, kind in kinds.items()}
     return {name: tokens[id_] for name, id_ in ids.items() if isinstance(id_, int) and 0 <= id_ < len(tokens)}
 
 
-def _read_strings(raw: RawCheckpoint, name: str) -> list[str]:
+def _read_strings(raw: RawCheckpoint, name: str) -> Strings:
     value = raw.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value[:1]):  # all are of one type
+    if not isinstance(value, Strings):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.{name} is missing or not a list of strings")
-    return list(value)
+    return value
+
+
+def _with_plain_spaces(tokens: Strings, ids: Sequence[int]) -> Strings:
+    """Return the tokens, with plain spaces in those with `ids`: most converters write them so, some do not."""
+    changed = {id_: tokens[id_].replace(sentencepiece.SPACE, " ") for id_ in ids if sentencepiece.SPACE in tokens[id_]}
+    return Strings.of(changed.get(id_, token) for id_, token in enumerate(tokens)) if changed else tokens

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from kvgen.tokenizer.special_tokens import encode_text
 from kvgen.tokenizer.tokenizer import Tokenizer
+from kvgen.tokenizer.vocabulary import CompactVocabulary
 
 SPACE = "\u2581"  # replaces the space in these vocabularies
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's fraction
@@ -31,24 +32,20 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(
         self,
-        vocabulary: tokenizers.Tokenizer,
-        longest: int,
+        vocabulary: CompactVocabulary,
         scores: NDArray[Any],
         is_piece: NDArray[np.bool_],
         *settings: Any,
     ) -> None:
-        """vocabulary: without merges. longest: characters of a token. scores, is_piece: see `merges_by_score`.
-
-        settings: see `Tokenizer`.
-        """
+        """scores, is_piece: see `merges_by_score`. settings: see `Tokenizer`."""
         super().__init__(vocabulary, *settings)
-        self._longest, self._scores, self._is_piece = longest, scores, is_piece
+        self._tokens = vocabulary
+        self._scores, self._is_piece = scores, is_piece
         self._encoded = 0  # characters
 
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
-        vocab = self._vocabulary.get_vocab(with_added_tokens=False)
-        return self._with_merges(vocab, self._vocabulary.get_added_tokens_decoder().values())
+        return self._with_merges(self._tokens.get_vocab(), self._tokens.get_added_tokens_decoder().values())
 
     def _encode(self, text: str, *, parse_special: bool, add_special_tokens: bool) -> list[int]:
         self._encoded += len(text)
@@ -57,35 +54,41 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _backend_for(self, text: str, parse_special: bool) -> tokenizers.Tokenizer:
         """Return a tokenizer with those tokens that a text can have, and with tokens that do not matter to it."""
-        vocabulary = self._vocabulary
-        unmerged = encode_text(vocabulary, text, parse_special=parse_special, add_special_tokens=False).tokens
+        added = [token for token in self._tokens.get_added_tokens_decoder().values() if token.content in text]
+        unknown = self._tokens.settings.model.unk_token
+        needed = {SPACE, *text, *BYTES, *(token.content for token in added), *([] if unknown is None else [unknown])}
+        vocab = self._tokens.ids.of(needed)
+        unmerged = encode_text(
+            self._assembled(vocab, [], added), text, parse_special=parse_special, add_special_tokens=False
+        ).tokens
         characters = "".join(token for token in unmerged if token not in BYTES)
-        added = [token for token in vocabulary.get_added_tokens_decoder().values() if token.content in text]
-        unknown = vocabulary.model.unk_token
-        tokens = {*unmerged, *BYTES, *(token.content for token in added), *([] if unknown is None else [unknown])}
-        vocab = {token: id_ for token in tokens if (id_ := vocabulary.token_to_id(token)) is not None}
-        for size in range(2, self._longest + 1):
+        for size in range(2, self._tokens.ids.tokens.longest + 1):
             parts = {characters[start : start + size] for start in range(len(characters) - size + 1)}
-            vocab.update((part, id_) for part in parts if (id_ := vocabulary.token_to_id(part)) is not None)
+            vocab |= self._tokens.ids.of(parts)
         return self._with_merges(vocab, added)
 
     def _with_merges(self, vocab: Mapping[str, int], added: Iterable[AddedToken]) -> tokenizers.Tokenizer:
         """Return the tokenizer with the merges of a part of the vocabulary."""
         tokens = sorted(vocab, key=vocab.__getitem__)
         ids = [vocab[token] for token in tokens]
-        merges = merges_by_score(tokens, self._scores[ids], self._is_piece[ids])
-        backend = _build(vocab, merges, self._vocabulary.model.unk_token)
-        backend.normalizer, backend.decoder = self._vocabulary.normalizer, self._vocabulary.decoder
-        if self._vocabulary.post_processor is not None:
-            backend.post_processor = self._vocabulary.post_processor
+        return self._assembled(vocab, merges_by_score(tokens, self._scores[ids], self._is_piece[ids]), added)
+
+    def _assembled(
+        self, vocab: Mapping[str, int], merges: list[tuple[str, str]], added: Iterable[AddedToken]
+    ) -> tokenizers.Tokenizer:
+        settings = self._tokens.settings
+        backend = _build(vocab, merges, settings.model.unk_token)
+        backend.normalizer, backend.decoder = settings.normalizer, settings.decoder
+        if settings.post_processor is not None:
+            backend.post_processor = settings.post_processor
         backend.add_tokens(list(added))
         return backend
 
 
-def build_vocabulary(vocab: Mapping[str, int], unknown: str | None, *, prefix_space: bool) -> tokenizers.Tokenizer:
+def build_settings(vocab: Mapping[str, int], unknown: str | None, *, prefix_space: bool) -> tokenizers.Tokenizer:
     """Build a tokenizer without merges and added tokens.
 
-    vocab: the id of each token.
+    vocab: the ids of the tokens that will be added, and of the unknown one.
     unknown: the unknown token, for vocabularies without byte tokens.
     prefix_space: whether to put a space before a text, and after each special token.
     """

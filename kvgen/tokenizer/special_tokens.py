@@ -17,6 +17,7 @@ from functools import cached_property
 import tokenizers
 
 from kvgen.errors import UsageError
+from kvgen.tokenizer.vocabulary import Vocabulary
 
 _LOCK = threading.Lock()  # `encode_special_tokens` is a setting of the tokenizer, which threads share
 
@@ -43,10 +44,10 @@ def encode_text(
 class SpecialTokenEscaper:
     """Separate a chat template's special tokens from text in messages that looks like them."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, complete: Callable[[], tokenizers.Tokenizer]) -> None:
-        """backend: may lack merges. complete: return it with merges; called when a message is escaped."""
+    def __init__(self, vocabulary: Vocabulary, complete: Callable[[], tokenizers.Tokenizer]) -> None:
+        """complete: return the tokenizer; called when a message is escaped."""
         self._complete = complete
-        added = backend.get_added_tokens_decoder()
+        added = vocabulary.get_added_tokens_decoder()
         self._special = {token.content: (id_, token) for id_, token in added.items() if token.special}
         self._text = {id_: text for text, (id_, _) in self._special.items()}
         # Random, so that no message can contain them. Digits survive what templates do to text.
@@ -56,7 +57,8 @@ class SpecialTokenEscaper:
         alternatives = "|".join(map(re.escape, texts))
         self._pattern = re.compile(f"(?:{alternatives})(?!{self._mark})" if texts else r"(?!)")
         # With a normalizer, other texts can match a special token: `<S>` for `<s>`, for example.
-        self._is_loose = backend.normalizer is not None and any(token.normalized for _, token in self._special.values())
+        is_loose = any(token.normalized for _, token in self._special.values())
+        self._is_loose = is_loose and vocabulary.normalizer is not None
 
     def is_needed(self, text: str) -> bool:
         """Return whether a message must be escaped. If none must, the library alone encodes correctly."""

@@ -13,6 +13,7 @@ from kvgen.errors import UsageError
 from kvgen.tokenizer.chat import ChatTemplate, Message
 from kvgen.tokenizer.detokenizer import Detokenizer
 from kvgen.tokenizer.special_tokens import SpecialTokenEscaper, encode_text
+from kvgen.tokenizer.vocabulary import Vocabulary
 
 _MAX_UTF8_BYTES = 4  # of one character, each of which may be a token
 
@@ -24,7 +25,8 @@ class Tokenizer:
         >>> ids, loaded.tokenizer.decode(ids)
         ([19556, 28, 905, 17], 'Hello, world!')
 
-    backend: of the `tokenizers` library; its post-processor adds BOS and EOS.
+    vocabulary: a tokenizer of the `tokenizers` library, whose post-processor adds BOS and EOS. Subclasses have another,
+        and override `backend`.
     eos_ids: the ids that end a completion.
     chat_template: a Jinja template, or None.
     special_tokens: variables for the template: `bos_token`, `eos_token`, ...
@@ -32,20 +34,21 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
         eos_ids: frozenset[int],
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self._vocabulary = backend
+        self._vocabulary = vocabulary
         self.eos_ids = eos_ids
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
-        added = backend.get_added_tokens_decoder()
+        added = vocabulary.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
+        assert isinstance(self._vocabulary, tokenizers.Tokenizer)
         return self._vocabulary
 
     @cached_property

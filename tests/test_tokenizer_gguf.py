@@ -336,7 +336,7 @@ def test_ids_are_those_of_a_dictionary(tokens: list[str], others: list[str], ali
 
 
 @every_processor
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_ids_decode_as_in_the_tokenizers_library(name: str, data: st.DataObject) -> None:
     tokenizer = read(as_keys(name))

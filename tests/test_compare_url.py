@@ -92,6 +92,20 @@ def test_an_echo_from_the_cache_is_no_reference() -> None:
     assert "computes a text without its cache only once" in result.not_tested
 
 
+@pytest.mark.parametrize("fault", ["", "stale edit", "chunk lost"])
+def test_edits_are_tried_on_servers_that_keep_all_prompts(fault: str) -> None:
+    result = compare(Toy(fault, keeps=True))
+    assert result.verdict is (Verdict.DIFFERENT if fault else Verdict.EQUIVALENT)
+    reused = {probe.name: probe.reused for probe in result.probes}
+    assert (reused["edit near the end"], reused["edit in the middle"]) == (93, 48)
+
+
+@pytest.mark.slow  # seconds
+def test_borders_of_chunks_are_tried_on_servers_that_keep_all_prompts() -> None:
+    result = compare(Toy("chunk lost", keeps=True), thorough=True)
+    assert {"chunk borders", "past 128 positions"} <= {probe.name for probe in result.probes if probe.wrong}
+
+
 def test_a_fault_past_a_window_is_found_by_thorough() -> None:
     assert compare(Toy("window")).verdict is Verdict.EQUIVALENT
     result = compare(Toy("window"), thorough=True)
@@ -277,7 +291,7 @@ def test_a_server_without_log_probabilities_is_not_comparable() -> None:
 def test_controls_end_where_rounding_explains_a_distance() -> None:
     """Only the first text has a whole control where answers are equal: 4 requests of it, and none for 4 other texts."""
     exact, noisy = compare(Toy()), compare(Toy(noise=0.03))
-    assert exact.requests <= 52
+    assert exact.requests <= 53
     assert exact.requests < noisy.requests <= 66
 
 

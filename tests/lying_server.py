@@ -46,6 +46,7 @@ class Toy:
     noise: float = 0.0
     seed: int = 0
     block: int = 1
+    keeps: bool = False  # prompts that begin alike, instead of the last of them
     slow: int = 0  # matrix products for each computed position of a long text
     stored: list[tuple[str, list[int]]] = field(default_factory=list)
     running: list[list[int]] = field(default_factory=list)
@@ -98,7 +99,8 @@ class Toy:
             keys, values = np.vstack([keys, query @ self.key]), np.vstack([values, query @ self.value])
         with self.lock:
             like = [one for one in self.stored if one[0] == space and _shared(one[1], text) > len(text) // 8]
-            self.stored = [one for one in self.stored if one not in like]  # as a slot is overwritten
+            if not self.keeps:
+                self.stored = [one for one in self.stored if one not in like]  # as a slot is overwritten
             self.stored.append((space or f"none {len(self.stored)}", text[:-1]))
         return answer, reused
 

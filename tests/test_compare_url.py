@@ -52,6 +52,60 @@ def test_faults_are_found_and_explained(fault: str) -> None:
     assert not FAULTS[fault] or FAULTS[fault] in names(result)
 
 
+def echoing(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+    """A server of OpenAI's API that gives log-probabilities of prompts, and computes all positions for them."""
+    if path != "/v1/completions":
+        return answer(toy, kind, path, body)
+    found = answer(toy, kind, path, {**body, "cache_salt": None if body.get("echo") else "all"})
+    if body.get("echo"):
+        for listed in found["choices"][0]["logprobs"].values():
+            listed[:0] = [None] * found["usage"]["prompt_tokens"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=() if fault in ("quantized", "stale edit") else pytest.mark.slow)
+        for fault in sorted(FAULTS.keys() - ONLY_THOROUGH)
+    ],
+)
+def test_faults_of_a_server_with_echo_are_found(fault: str) -> None:
+    assert compare(Toy(fault), "openai", echoing).verdict is Verdict.DIFFERENT
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_an_honest_server_with_echo_is_measured_like_others(noise: float) -> None:
+    result = compare(Toy(noise=noise), "openai", echoing)
+    assert result.verdict is Verdict.EQUIVALENT
+    assert {"decoding", "edit in the middle", "rewind"} <= {probe.name for probe in result.probes}
+
+
+def test_an_echo_from_the_cache_is_no_reference() -> None:
+    def lazy(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = echoing(toy, kind, path, body)
+        if body.get("echo"):
+            found["usage"]["prompt_tokens_details"]["cached_tokens"] = 7
+        return found
+
+    result = compare(Toy(), "openai", lazy)
+    assert "computes a text without its cache only once" in result.not_tested
+
+
+@pytest.mark.parametrize("fault", ["", "stale edit", "chunk lost"])
+def test_edits_are_tried_on_servers_that_keep_all_prompts(fault: str) -> None:
+    result = compare(Toy(fault, keeps=True))
+    assert result.verdict is (Verdict.DIFFERENT if fault else Verdict.EQUIVALENT)
+    reused = {probe.name: probe.reused for probe in result.probes}
+    assert (reused["edit near the end"], reused["edit in the middle"]) == (93, 48)
+
+
+@pytest.mark.slow  # seconds
+def test_borders_of_chunks_are_tried_on_servers_that_keep_all_prompts() -> None:
+    result = compare(Toy("chunk lost", keeps=True), thorough=True)
+    assert {"chunk borders", "past 128 positions"} <= {probe.name for probe in result.probes if probe.wrong}
+
+
 def test_a_fault_past_a_window_is_found_by_thorough() -> None:
     assert compare(Toy("window")).verdict is Verdict.EQUIVALENT
     result = compare(Toy("window"), thorough=True)
@@ -231,13 +285,13 @@ def test_a_server_without_log_probabilities_is_not_comparable() -> None:
     assert result.returncode == 1 and not result.stderr
     assert result.stdout.startswith("openai: not comparable   the server gives no log-probabilities")
     assert len(result.stdout.splitlines()) == 2
-    assert compare(Toy(), "openai", bare).requests <= 6
+    assert compare(Toy(), "openai", bare).requests <= 7
 
 
 def test_controls_end_where_rounding_explains_a_distance() -> None:
     """Only the first text has a whole control where answers are equal: 4 requests of it, and none for 4 other texts."""
     exact, noisy = compare(Toy()), compare(Toy(noise=0.03))
-    assert exact.requests <= 52
+    assert exact.requests <= 53
     assert exact.requests < noisy.requests <= 66
 
 

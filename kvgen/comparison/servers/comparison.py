@@ -22,7 +22,7 @@ from kvgen.errors import KvgenError
 
 _LENGTHS = (96, 160, 320, 640, 1280)  # the first whose beginning is reused; some servers reuse blocks of 128
 _SLOW_LENGTH, _SLOW_STEPS = 32, 4  # for a server that takes longer for them than
-_SLOW = 1.0  # seconds
+_SLOW = 1.2  # seconds
 _WARM = 4  # tokens
 _OTHERS = 3
 _LONGEST = max(LONG) + 64

@@ -96,6 +96,14 @@ class Session:
                 self.reference.answer(other)
         return Trial(prompt, self.server.ask(prompt, self.reference.steps, space), earlier)
 
+    def hit_in_part(self, prompt: Prompt, shared: int, earlier: Prompt) -> Trial:
+        """Ask for a prompt after one that begins with `shared` tokens of it.
+
+        A server that still has all of the prompt, from before, is asked for another end of that beginning.
+        """
+        trial, other = self.hit(prompt, earlier), prompt[:shared] + prompt[shared:][::-1]
+        return self.hit(other, earlier) if trial.answer.whole and other != prompt else trial
+
     def at_once(self, prompts: Sequence[Prompt], space: str | None) -> list[Trial]:
         """Ask for all prompts at the same time."""
         steps = self.reference.steps
@@ -120,7 +128,7 @@ def same_prompt(session: Session) -> Iterator[Trial]:
 def continued_prompt(session: Session) -> Iterator[Trial]:
     text, half = session.text, len(session.text) // 2
     for cut in (half * 3 // 2 // _CHUNK * _CHUNK or half, half + 3):
-        yield session.hit(text, text[:cut])
+        yield session.hit_in_part(text, cut, text[:cut])
 
 
 def continued_conversation(session: Session) -> Iterator[Trial]:
@@ -133,16 +141,16 @@ def continued_conversation(session: Session) -> Iterator[Trial]:
 def edit_near_the_end(session: Session) -> Iterator[Trial]:
     text = session.text
     other = next(token for token in session.others[0][::-1] if token != text[-3])
-    yield session.hit(text, (*text[:-3], other, *text[-2:]))
+    yield session.hit_in_part(text, len(text) - 3, (*text[:-3], other, *text[-2:]))
 
 
 def edit_in_the_middle(session: Session) -> Iterator[Trial]:
     text, other, half = session.text, session.others[0], len(session.text) // 2
-    yield session.hit(text, text[:half] + other[half : half + 2] + text[half + 2 :])
+    yield session.hit_in_part(text, half, text[:half] + other[half : half + 2] + text[half + 2 :])
 
 
 def rewind(session: Session) -> Iterator[Trial]:
-    yield session.hit(session.text, session.text + session.others[0][:5])
+    yield session.hit(session.text[:-5], session.text)
 
 
 def after_other_prompts(session: Session) -> Iterator[Trial]:

@@ -47,6 +47,11 @@ class Answer:
         """Whether more was reused than the beginning that all prompts share."""
         return self.reused is not None and self.reused > _COMMON
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the prompt was reused but the position that is always computed."""
+        return self.reused is not None and self.length is not None and self.reused >= self.length - 1
+
 
 class Server(Protocol):
     """A server of one kind.

@@ -24,7 +24,7 @@ def past(length: int) -> ProbeTrials:
     def trials(session: Session) -> Iterator[Trial]:
         text = session.source[: length + 37]
         for cut in (len(text), len(text) // 2, length):
-            yield session.hit(text, text[:cut])
+            yield session.hit_in_part(text, cut, text[:cut])
 
     return trials
 
@@ -35,7 +35,7 @@ def chunk_borders(session: Session) -> Iterator[Trial]:
     for border in _BORDERS:
         for cut in (border - 1, border, border + 1):
             if cut < len(text) and cut + len(text) // 8 >= min(_BORDERS[0], len(text)):
-                yield session.hit(text, text[:cut])
+                yield session.hit_in_part(text, cut, text[:cut])
 
 
 def rewinds(session: Session) -> Iterator[Trial]:

@@ -130,7 +130,8 @@ def test_recordings_have_every_operation_on_every_kind_of_weight(folder: Path) -
     assert {f"ACTIVATE {mode}" for mode in {*ACTIVATIONS.values(), 5, 6, 7}} <= found  # xIELU, sigmoid, clamped SwiGLU
     grouped = {f"LINEAR {kind}, groups of {group}" for kind in ("INT4", "INT8") for group in (16, 32)}
     floats = {f"LINEAR {kind}" for kind in ("F32", "BF16", "F16")}
-    assert {name for name in found if name.startswith("LINEAR")} == grouped | floats | {"LINEAR CODED4, groups of 32"}
+    coded = {f"LINEAR {kind}, groups of 32" for kind in ("CODED4", "INT5")}
+    assert {name for name in found if name.startswith("LINEAR")} == grouped | floats | coded
 
 
 def test_one_bit_is_a_difference() -> None:

@@ -21,7 +21,7 @@ from kvgen.kernels.decoder import KernelDecoder
 from kvgen.kernels.structs import STATE_PARTS, Op, OpKind, Run
 
 _ALIGNMENT = 64
-_KINDS = ("F32", "BF16", "F16", "INT4", "INT8", "CODED4")  # of weights, as in structs.h
+_KINDS = ("F32", "BF16", "F16", "INT4", "INT8", "CODED4", "INT5")  # of weights, as in structs.h
 
 
 class Part(NamedTuple):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
@@ -69,6 +70,24 @@ def test_blocks_are_read_as_gguf_dequantizes_them(type_name: str) -> None:
     assert torch.equal(experts.dequantized(), expected.view(5, 10, 512))
     assert torch.equal(experts.rows(order.view(5, 10)).dequantized(), expected[order].view(5, 10, 512))
     assert (PackedMatrix(experts).unpacked() - expected.view(5, 10, 512)).abs().max() <= rounding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of Linux")
+def test_packing_starts_no_threads() -> None:
+    matrix = quantized(torch.randn(1024, 1024), 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def count() -> int:  # on a new thread, which would start threads of its own
+        before = psutil.Process().num_threads()
+        PackedMatrix(matrix)
+        return psutil.Process().num_threads() - before
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(count).result() == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 @given(

@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvgen
+from kvgen.checkpoint import blocks
 from kvgen.kernels.ffns import ACTIVATIONS
+from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import OpKind
 from tests.conftest import CORPUS
 from tests.recorded import DECODERS, decode, make_decoder
@@ -130,7 +133,23 @@ def test_recordings_have_every_operation_on_every_kind_of_weight(folder: Path) -
     assert {f"ACTIVATE {mode}" for mode in {*ACTIVATIONS.values(), 5, 6, 7}} <= found  # xIELU, sigmoid, clamped SwiGLU
     grouped = {f"LINEAR {kind}, groups of {group}" for kind in ("INT4", "INT8") for group in (16, 32)}
     floats = {f"LINEAR {kind}" for kind in ("F32", "BF16", "F16")}
-    assert {name for name in found if name.startswith("LINEAR")} == grouped | floats | {"LINEAR CODED4, groups of 32"}
+    coded = {f"LINEAR {kind}, groups of 32" for kind in ("CODED4", "INT5")}
+    assert {name for name in found if name.startswith("LINEAR")} == grouped | floats | coded
+
+
+@pytest.mark.parametrize("stored", ["Q5_0", "Q5_1", "Q5_K"])
+def test_codes_of_5_bits_take_5_and_change_no_bit(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = []
+    for bits in (5, 8):
+        decoder = make_decoder(DECODERS[stored])
+        matrix = decoder.weights["token_embd.weight"]
+        assert isinstance(matrix, PackedMatrix)
+        assert matrix.tensors[0].nbytes * 8 == matrix.shape[0] * matrix.shape[1] * bits  # rows are whole panels
+        ids = torch.arange(70)[None]
+        prompt, cache = decoder.forward(ids[:, :-1], None)
+        logits.append((prompt, decoder.forward(ids, cache)[0]))
+        monkeypatch.setattr(blocks, "_LOWEST", {})
+    assert all(torch.equal(five, eight) for five, eight in zip(*logits, strict=True))
 
 
 def test_one_bit_is_a_difference() -> None:

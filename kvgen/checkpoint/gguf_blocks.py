@@ -57,7 +57,7 @@ class StoredBlocks:
             for part in read(rows.reshape(-1, block_bytes))
         )
         assert codes is not None and scales is not None
-        return Grouped(codes, scales, mins, group, _VALUES.get(self.type))
+        return Grouped(codes, scales, mins, group, _VALUES.get(self.type), _LOWEST.get(self.type))
 
 
 def in_groups(type_name: str) -> bool:
@@ -222,3 +222,4 @@ _READERS: dict[str, tuple[int, Callable[[Bytes], _Parts]]] = {
 }
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _VALUES = {"IQ4_NL": _IQ4, "IQ4_XS": _IQ4, "MXFP4": E2M1_DOUBLED}
+_LOWEST = {"Q5_0": -16, "Q5_1": 0, "Q5_K": 0}

@@ -23,6 +23,7 @@ class Grouped:
     scales, mins: (..., R, K / group), fp16 or fp32; mins may be None.
     group: columns per group, 16 or 32.
     values: the value of each of the 16 codes of 4 bits; None for the codes themselves.
+    lowest: if all codes of 8 bits are within 32 values, the lowest of these; else None.
     """
 
     codes: Tensor
@@ -30,6 +31,7 @@ class Grouped:
     mins: Tensor | None
     group: int
     values: tuple[int, ...] | None = None
+    lowest: int | None = None
 
     @property
     def bits(self) -> int:
@@ -81,7 +83,7 @@ class Grouped:
 def stacked(matrices: Sequence[Grouped]) -> Grouped | None:
     """Make E matrices of the same shape one of E. None if their codes are not of one kind."""
     first = matrices[0]
-    if any((part.bits, part.group, part.values) != (first.bits, first.group, first.values) for part in matrices):
+    if len({(part.bits, part.group, part.values, part.lowest) for part in matrices}) > 1:
         return None
     codes, scales = torch.stack([part.codes for part in matrices]), torch.stack([part.scales for part in matrices])
     mins = None

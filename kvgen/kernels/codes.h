@@ -37,6 +37,23 @@ struct Codes8 { // [word][side][row]
     }
 };
 
+
+// Writes the codes of a panel of INT5 as those of INT8. A group has the words of INT4, and one more: bit 4 s + w of its
+// byte b is the highest bit of column b of word w and side s.
+void widen_codes(const Weight &w, const int32_t *from, int32_t *to) {
+    int32_t zero = int32_t(w.values[0] * 0x01010101u);
+    for (int g = 0; g < w.cols / 32; g++, from += 5 * PANEL, to += 8 * PANEL)
+        for (int at = 0; at < PANEL; at += 16) {
+            i32x16 high = load<i32x16>(from + 4 * PANEL + at);
+            UNROLL for (int bit = 0; bit < 8; bit++) {
+                int word = bit % 4, side = bit / 4;
+                i32x16 low = load<i32x16>(from + word * PANEL + at) >> 4 * side & 0x0f0f0f0f;
+                i32x16 sixteens = (bit < 4 ? high << (4 - bit) : high >> (bit - 4)) & 0x10101010;
+                store(to + (word * 2 + side) * PANEL + at, (low | sixteens) + zero);
+            }
+        }
+}
+
 struct Scales { // [group][row]
     const char *at;
     bool wide;

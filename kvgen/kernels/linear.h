@@ -42,6 +42,11 @@ const float *unpack_panel(const Weight &w, int panel) {
     return panel_buffer.data();
 }
 
+const int32_t *panel_codes(const Weight &w, int panel) {
+    size_t words = size_t(panel) * PANEL * w.cols / 8; // of 4-bit codes
+    return (const int32_t *)w.codes + (w.kind == INT8 ? words * 2 : w.kind == INT5 ? words / 4 * 5 : words);
+}
+
 // Writes a row of a weight as fp32.
 void unpack_row(const Weight &w, int64_t row, float *to) {
     int panel = int(row / PANEL), lane = int(row % PANEL);
@@ -57,14 +62,18 @@ void unpack_row(const Weight &w, int64_t row, float *to) {
     }
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
     int words = w.group / 8;
-    const uint32_t *from = (const uint32_t *)w.codes + start / (w.kind == INT8 ? 4 : 8);
+    const uint32_t *from = (const uint32_t *)panel_codes(w, panel);
     for (int g = 0; g < w.cols / w.group; g++) {
         float scale = scales.of(g, lane / 16)[lane % 16], min = mins.at ? mins.of(g, lane / 16)[lane % 16] : 0;
         for (int column = 0; column < w.group; column++) {
             int side = column / (w.group / 2), word = column % (w.group / 2) / 4, byte = column % 4, code;
             size_t at = size_t(g) * words + word;
             if (w.kind == INT8) code = int(from[(at * 2 + side) * PANEL + lane] >> 8 * byte & 255) - 128;
-            else code = from[at * PANEL + lane] >> (8 * byte + 4 * side) & 15;
+            else code = from[(at + (w.kind == INT5 ? g : 0)) * PANEL + lane] >> (8 * byte + 4 * side) & 15;
+            if (w.kind == INT5) {
+                uint32_t high = from[size_t(g * 5 + 4) * PANEL + lane] >> (8 * byte + 4 * side + word) & 1;
+                code += int(high << 4) + w.values[0] - 128;
+            }
             if (w.kind == CODED4) code = w.values[code] - 128;
             to[g * w.group + column] = float(code) * scale + min;
         }
@@ -87,9 +96,14 @@ void linear_panel(const Run &run, const Weight &w, int panel, const float *x, co
                   Shared &shared, bool tiles, int first, int count, float *out) {
     if (w.kind >= INT4) {
         auto multiply = [&](auto codes) { multiply_codes(run, w, codes, panel, shared, tiles, first, count, out); };
-        const int32_t *at = (const int32_t *)w.codes + size_t(panel) * w.cols * PANEL / (w.kind == INT8 ? 4 : 8);
+        const int32_t *at = panel_codes(w, panel);
+        if (w.kind == INT5) {
+            resize(code_buffer, size_t(w.cols) * PANEL / 4);
+            widen_codes(w, at, code_buffer.data());
+            at = code_buffer.data();
+        }
         if (w.kind == INT4) multiply(Codes4{at});
-        else if (w.kind == INT8) multiply(Codes8{at});
+        else if (w.kind == INT8 || w.kind == INT5) multiply(Codes8{at});
         else multiply(Coded4{{at}, w.values});
         return;
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgen.checkpoint.gguf_blocks import StoredBlocks
@@ -17,7 +18,7 @@ from kvgen.kernels.build import library
 from kvgen.kernels.structs import Weight
 
 PANEL = 32
-_INT4, _INT8, _CODED4 = 3, 4, 5
+_INT4, _INT8, _CODED4, _INT5 = 3, 4, 5, 6
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 1 << 18  # numbers converted at once: what fits into a core's cache
 _KEPT = 16  # pieces of a file that may be in memory
@@ -41,7 +42,10 @@ class PackedMatrix:
             sample = matrix.piece(0, 1)
             self.tensors, group, values = _pack_groups(matrix, release), sample.group, sample.values
             kind, wide = _INT4 if sample.bits == 4 else _INT8, self.tensors[1].itemsize == 4
-            kind = kind if values is None else _CODED4
+            if values is not None:
+                kind = _CODED4
+            elif sample.lowest is not None:
+                kind, values = _INT5, (sample.lowest,)
         pointers = [tensor.data_ptr() for tensor in self.tensors]
         self.weight = Weight(kind, *self.shape[-2:], group, wide, *pointers)
         if values is not None:
@@ -119,10 +123,22 @@ def _words(piece: Grouped) -> Tensor:
     Those of 8 bits become unsigned, and units of a group's halves take turns, as the halves of bytes do with 4 bits.
     """
     codes = piece.codes.contiguous()
+    if piece.lowest is not None:
+        return _words_of_5_bits(codes.numpy() - np.int8(piece.lowest))
     if piece.bits == 8:  # numpy, because torch would start threads of its own in each thread that reads weights
         units = torch.from_numpy(codes.numpy() ^ np.int8(-128)).view(torch.int32)
         return units.view(*piece.scales.shape, 2, piece.group // 8).transpose(-1, -2)
     return codes.view(torch.int32)
+
+
+def _words_of_5_bits(codes: NDArray[np.int8]) -> Tensor:
+    """Return five words of each group of 32 codes, (R, K) to (R, G, 5): the lower 4 bits as above, then the highest."""
+    columns = codes.view(np.uint32).reshape(-1, 8).T  # four columns each: those of side 0, then of side 1
+    words = np.zeros((5, columns.shape[1]), np.uint32)
+    for i, four in enumerate(columns):
+        words[i % 4] |= (four & 0x0F0F0F0F) << i // 4 * 4
+        words[4] |= (four >> 4 & 0x01010101) << i
+    return torch.from_numpy(words.view(np.int32).reshape(5, len(codes), -1).transpose(1, 2, 0))
 
 
 def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None]) -> list[Tensor]:

@@ -30,13 +30,13 @@ template <class F> void each_tile(int count, const F &f) {
 // Halves of a panel multiplied at once with n input rows.
 constexpr int halves_of(int n) { return n * 2 * PARTS <= ACCUMULATORS ? 2 : 1; }
 
-enum Kind { F32, BF16, F16, INT4, INT8, CODED4 };
+enum Kind { F32, BF16, F16, INT4, INT8, CODED4, INT5 };
 
 struct Weight { // or one for each expert, each of whole panels
     int32_t kind, rows, cols, group; // group: columns that share a scale, 16 or 32
     int32_t wide;                    // scales are fp32, not fp16
     const void *codes, *scales, *mins;
-    uint8_t values[16]; // of CODED4: what its codes stand for, plus 128
+    uint8_t values[16]; // of CODED4: what its codes stand for, plus 128; of INT5: what code 0 stands for, plus 128
 };
 
 enum OpKind { NORM, LINEAR, ROTATE, ATTEND, ACTIVATE, ADD, ROUTE, COMBINE, CONVOLVE, SCAN, DELTA };
@@ -107,6 +107,7 @@ template <class T> void resize(std::vector<T> &v, size_t size) {
 }
 
 thread_local std::vector<float> panel_buffer, tile_buffer;
+thread_local std::vector<int32_t> code_buffer;
 
 // Activations as integers, per group: the integers (their order: codes.h), their sum, what one of them stands for, and
 // the sum of what they stand for. The last two are `step` numbers apart.

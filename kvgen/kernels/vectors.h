@@ -84,6 +84,13 @@ INLINED inline i32x16 operator>>(i32x16 v, int bits) {
     EACH_PART v.part[p] = v.part[p] >> bits;
     return v;
 }
+typedef int16_t i16_lanes __attribute__((vector_size(2 * LANES)));
+INLINED inline void store_i16(int16_t *at, i32x16 v) { // the low halves
+    EACH_PART {
+        i16_lanes low = __builtin_convertvector(v.part[p], i16_lanes);
+        std::memcpy(at + p * LANES, &low, sizeof low);
+    }
+}
 template <class V, class T> INLINED inline void operator+=(Sixteen<V> &a, T b) { a = a + b; }
 template <class V, class T> INLINED inline void operator*=(Sixteen<V> &a, T b) { a = a * b; }
 

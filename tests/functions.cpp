@@ -14,6 +14,7 @@ int main(int count, char **arguments) {
     while (numbers.read(block, sizeof block)) {
         f32x16 x = load<f32x16>(block), y;
         if (name == "exp") y = exp_of(x);
+        else if (name == "exp2") y = exp2_of(x);
         else if (name == "sigmoid") y = sigmoid_of(x);
         else if (name == "tanh") y = tanh_of(x);
         else if (name == "erf") y = erf_of(x);

@@ -28,7 +28,7 @@ EXPERT = MLP(32)
 
 @dataclass(frozen=True)
 class Recorded:
-    """A decoder. stored: the type of its matrices. kv: that of its cache."""
+    """A decoder. stored: the type of its matrices. kv: that of its cache. bits: of its activations."""
 
     layers: tuple[Layer, ...] = LLAMA
     stored: str = "F32"
@@ -36,6 +36,7 @@ class Recorded:
     dim: int = 64
     norm: str = "rms"
     biases: frozenset[str] = frozenset()
+    bits: int = 16
 
 
 def _llama(stored: str, kv: torch.dtype = torch.float32) -> Recorded:
@@ -107,6 +108,10 @@ DECODERS: Mapping[str, Recorded] = MappingProxyType(
         "mixtures": Recorded(MIXTURES),
         "mixtures in Q8_0": Recorded(MIXTURES, "Q8_0"),
         "mixtures in MXFP4": Recorded(MIXTURES, "MXFP4"),
+        **{f"{stored}, 8 bits": replace(_llama(stored), bits=8) for stored in ("Q4_1", "Q6_K", "MXFP4")},
+        "attention, 8 bits": Recorded(ATTENTIONS, bits=8),
+        "attention, cache in bfloat16, 8 bits": Recorded(ATTENTIONS, kv=torch.bfloat16, bits=8),
+        "attention, cache in int8, 8 bits": Recorded(ATTENTIONS, kv=torch.int8, bits=8),
     }
 )
 
@@ -125,7 +130,7 @@ def make_decoder(recorded: Recorded) -> KernelDecoder:
         matrix = name.endswith(".weight") and parameter.ndim > 1 and "norm" not in name and ".conv." not in name
         weights[name] = PackedMatrix(_stored(parameter, recorded.stored)) if matrix else parameter
     decoder = KernelDecoder(config, weights)
-    decoder.kv_dtype = recorded.kv
+    decoder.kv_dtype, decoder.activation_bits = recorded.kv, recorded.bits
     return decoder
 
 

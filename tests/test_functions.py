@@ -38,6 +38,9 @@ def erf(x: NDArray[np.float64]) -> NDArray[np.float64]:
 ODD = {0.0: 0, math.inf: 1, -math.inf: -1, 3e38: 1, math.nan: math.nan}
 FUNCTIONS = {
     "exp": Function(np.exp, -87.3, 88.3, 1, {0.0: 1, -88.0: 0, -3e38: 0, -math.inf: 0}),
+    "exp2": Function(
+        np.exp2, -126, 127, 2.25, {0.0: 1, -3.0: 0.125, -127.0: 0, -3e38: 0, -math.inf: 0, math.nan: math.nan}
+    ),
     "expm1": Function(np.expm1, -87.3, 88.3, 1.5, {0.0: 0, -3e38: -1, -math.inf: -1, math.nan: math.nan}),
     "log1p": Function(np.log1p, 0, 1, 2, {0.0: 0, math.nan: math.nan}),
     "tanh": Function(np.tanh, -100, 100, 1.25, ODD),

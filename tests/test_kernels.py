@@ -351,6 +351,20 @@ def test_narrow_keys_and_values(tiny_llama, stored: str, head_dim: int) -> None:
     assert (cached - on_torch(ids, None)[0]).abs().max() < 0.02 * scale
 
 
+@pytest.mark.parametrize("stored", ["auto", "bfloat16", "int8"])
+@pytest.mark.parametrize("head_dim", [8, 20, 32])
+def test_attention_with_integers_is_near_that_with_floats(tiny_llama, head_dim: int, stored: str) -> None:
+    """It is all that activations of 8 bits change, if weights are floats."""
+    folder, _ = tiny_llama(head_dim=head_dim)
+    ids = torch.randint(0, 384, (2, 150))
+    exact, rounded = (on_kernels(folder, kv_dtype=stored) for _ in range(2))
+    rounded.decoder.activation_bits = 8
+    expected, found = exact.all_logits(ids), rounded.all_logits(ids)
+    assert 0 < (found - expected).abs().mean() < 1e-3 * expected.abs().max()
+    _, cache = rounded(ids[:, :90], None)
+    assert torch.equal(rounded(ids[:, :91], cache)[0][:, -1], found[:, 90])
+
+
 def test_keys_of_zeros_are_stored(tiny_llama) -> None:
     """A row without a largest number has no scale."""
     folder, _ = tiny_llama()
@@ -370,6 +384,17 @@ def test_the_default_model_on_kernels_is_that_on_torch(smollm2: kvgen.Loaded, sm
     # Activations are rounded to 16 bits. llama.cpp, which rounds them to 8, is at 2e-3 with this file.
     assert divergence.mean() < 1e-6
     assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() > 0.995
+
+
+@pytest.mark.slow
+def test_integer_activations_are_no_further_from_the_exact_weights_than_llama_cpp(
+    smollm2: kvgen.Loaded, smollm2_on_torch: kvgen.Loaded
+) -> None:
+    text = (Path(__file__).parent.parent / "benchmarks" / "texts" / "quality.txt").read_text()
+    ids = torch.tensor([smollm2.tokenizer.encode(text)[:1500]])
+    rounded = kvgen.load(smollm2.source, activations="int8").model
+    actual, expected = (model.all_logits(ids)[0].log_softmax(-1) for model in (rounded, smollm2_on_torch.model))
+    assert (expected.exp() * (expected - actual)).sum(-1).mean() < 3.2e-3  # llama.cpp, in docs/performance.md
 
 
 @pytest.mark.slow  # for small models, each way to split a text is held to the same bits

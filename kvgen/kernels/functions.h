@@ -31,6 +31,21 @@ INLINED inline f32x16 exp_of(f32x16 x) {
     return choose(x < -87.3f, f32x16{}, fma(e.fraction, e.scale, e.scale));
 }
 
+// 2^x within about 2 ulp, for x up to 127; 0 below -126
+INLINED inline f32x16 exp2_of(f32x16 x) {
+    f32x16 bounded = larger(splat(-126.0f), x);
+    f32x16 rounded = bounded + 12582912.0f; // 1.5 * 2^23: the low bits are those of the integer
+    f32x16 p = polynomial(bounded - (rounded - 12582912.0f), 1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f,
+                          0.240222424f, 0.693147004f, 1.0f);
+    return choose(x < -126.0f, f32x16{}, from_bits(bits_of(p) + (bits_of(rounded) << 23)));
+}
+
+// 2^n of an integer up to 127; 0 below -126
+inline float power_of_two(float n) {
+    int32_t bits = n < -126 ? 0 : (127 + int32_t(n)) << 23;
+    return load<float>(&bits);
+}
+
 // exp(x) - 1
 INLINED inline f32x16 expm1_of(f32x16 x) {
     Exponential e(x);

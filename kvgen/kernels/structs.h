@@ -11,7 +11,7 @@ constexpr int TILE = ACCUMULATORS / std::max(PARTS, 2); // input rows multiplied
 constexpr int TOKENS = 128; // input rows per panel of a weight: few enough for a core's cache
 constexpr int KEYS = 64;    // cached positions attended to at once; chunks start at multiples of 64
 constexpr int FEW = 12;     // tokens of a sequence whose attention is divided among threads by chunks, at most
-constexpr int QUERIES = 32; // tokens whose queries share a chunk of packed keys
+constexpr int QUERIES = 192; // queries that share a chunk of packed keys, roughly
 
 // Calls f(first, n) for tiles of `count` input rows; n is a compile-time constant.
 template <class F> void each_tile(int count, const F &f) {
@@ -162,6 +162,7 @@ struct Shared {
     }
     std::vector<int32_t> owners; // the sequence of each row
     RoundedRows rounded;
+    RoundedRows queries; // (key heads, rows, queries of a key head)
     std::vector<float> partials;
     std::vector<Segment> segments; // of all rows
     Routes routes;

@@ -84,6 +84,13 @@ INLINED inline i32x16 operator>>(i32x16 v, int bits) {
     EACH_PART v.part[p] = v.part[p] >> bits;
     return v;
 }
+typedef int16_t i16_lanes __attribute__((vector_size(2 * LANES)));
+INLINED inline void store_i16(int16_t *at, i32x16 v) { // the low halves
+    EACH_PART {
+        i16_lanes low = __builtin_convertvector(v.part[p], i16_lanes);
+        std::memcpy(at + p * LANES, &low, sizeof low);
+    }
+}
 template <class V, class T> INLINED inline void operator+=(Sixteen<V> &a, T b) { a = a + b; }
 template <class V, class T> INLINED inline void operator*=(Sixteen<V> &a, T b) { a = a * b; }
 
@@ -126,13 +133,15 @@ template <class V> INLINED inline Sixteen<V> smaller(Sixteen<V> a, Sixteen<V> b)
 // The first `count` of 16 numbers, and zeros.
 INLINED inline f32x16 load_some(const float *at, int count) {
     if (count >= 16) return load<f32x16>(at);
-    f32x16 v{};
-    std::memcpy(&v, at, count * sizeof(float));
-    return v;
+    float padded[16] = {}; // not the vector itself, which would be kept in memory
+    std::memcpy(padded, at, count * sizeof(float));
+    return load<f32x16>(padded);
 }
 INLINED inline void store_some(float *at, f32x16 v, int count) {
     if (count >= 16) return store(at, v);
-    std::memcpy(at, &v, count * sizeof(float));
+    float padded[16];
+    store(padded, v);
+    std::memcpy(at, padded, count * sizeof(float));
 }
 
 // Picks numbers of a, then b, by constant indices.

@@ -95,7 +95,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA | _HYBRID,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
-    "xlstm": {"head_dim": None},
+    "xlm": {"pad_token_id": 2},  # apart from the mask, at which it predicts
+    "xlstm": {"head_dim": None, "hidden_size": 128},  # it rounds dimensions of heads up to 64
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},

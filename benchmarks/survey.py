@@ -9,6 +9,7 @@ Models are tiny and random. Besides the verdict of `kvgen compare` there is that
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # like `python -m`, for `ben
 
 import torch
 import transformers
+from transformers import Cache
 
 from benchmarks.architectures import ARCHITECTURES, tiny_model
 from kvgen.comparison.comparison import PatternResult, compare_ids
@@ -33,7 +35,7 @@ from kvgen.comparison.verdict import Verdict
 
 _PROMPT = (5, 17, 3, 40, 22, 61)
 _STEPS = 24  # past the tiny models' windows of 8 and chunks of 16
-_SECONDS, _BYTES = 180, 6 << 30  # limits of a process
+_SECONDS, _BYTES = 180, 6 << 30  # limits of a row and of a process
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-5}  # relative; much of the library computes in float32 in either
 
 
@@ -50,23 +52,38 @@ def library_alone(net: Any, **cache: Any) -> str:
     def uncached(length: int) -> torch.Tensor:
         return decode(made.sequences[:, :length], 1, use_cache=False).logits[0][0]
 
-    made = decode(torch.tensor([_PROMPT]), _STEPS, **cache)
-    cached = torch.stack(made.logits, 1)[0]
-
-    expected = torch.stack([uncached(len(_PROMPT) + step) for step in range(_STEPS)])
-    if relative(uncached(len(_PROMPT)), expected[0]) > _ROUNDING[net.dtype]:
+    if not is_causal(net):
         return "not comparable"
-    whole = net(made.sequences, use_cache=False).logits
-    for length in (len(_PROMPT), len(_PROMPT) + _STEPS // 2):
-        alone = net(made.sequences[:, :length], use_cache=False).logits
-        if alone.shape[1] > 1 and relative(whole[:, length - 1], alone[:, -1]) > _ROUNDING[net.dtype]:
-            return "not comparable"
-    return "different" if relative(cached, expected) > _ROUNDING[net.dtype] else "equivalent"
+    if cache and not net._supports_default_dynamic_cache():
+        return "fails: the library ignores the choice of a cache"
+    made = decode(torch.tensor([_PROMPT]), _STEPS, **cache)
+    stored = made.get("past_key_values")
+    if isinstance(stored, Cache) and stored.get_seq_length() == 0:
+        return "fails: the model stores nothing in the cache"
+    cached = torch.stack(made.logits, 1)[0]
+    expected = torch.stack([uncached(len(_PROMPT) + step) for step in range(_STEPS)])
+    if not close(uncached(len(_PROMPT)), expected[0]):
+        return "not comparable"
+    return "equivalent" if close(cached, expected) else "different"
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference of a step, (..., vocab), relative to the size of the logits."""
-    return float((a.double() - b.double()).norm(dim=-1).max() / b.double().norm(dim=-1).max())
+def is_causal(net: Any) -> bool:
+    """Whether logits of a call that `generate` would make do not depend on later tokens, as far as it returns them."""
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        more = {"attention_mask": torch.ones_like(ids), "use_cache": False, "is_first_iteration": True}
+        found: torch.Tensor = net(**net.prepare_inputs_for_generation(ids, **more)).logits[0]
+        return found
+
+    ids = torch.tensor([_PROMPT * 4])
+    whole, lengths = logits(ids), (len(_PROMPT), 2 * len(_PROMPT))
+    return len(whole) != ids.shape[1] or all(close(whole[n - 1], logits(ids[:, :n])[-1]) for n in lengths)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether logits, (..., vocab), are equal within rounding; never if one is NaN."""
+    largest = (a.double() - b.double()).norm(dim=-1).max() / b.double().norm(dim=-1).max()
+    return bool(largest <= _ROUNDING[b.dtype])
 
 
 def loop(model_type: str, cache: str) -> str:
@@ -112,6 +129,12 @@ def step_verdict(row: PatternResult) -> str:
     return "different" if row.verdict is not Verdict.EQUIVALENT and (row.ratio or 0.0) > LIMIT else "equivalent"
 
 
+def usable() -> list[str]:
+    """Caches that work here, some of which need a GPU or a package; without `dynamic`, which `auto` makes."""
+    net = tiny_model("llama")
+    return [name for name in cache_names() if name != "dynamic" and not TransformersBackend(net, name).cannot_cache]
+
+
 def made_by(backend: TransformersBackend) -> str:
     """The class of the cache that the library made."""
     if backend.cannot_cache:
@@ -126,41 +149,50 @@ def agrees(row: dict[str, Any]) -> str:
     return "yes" if loop == row["steps"] else "no"
 
 
-def _child(model_type: str, cache: str, pipe: Any) -> None:
+def _child(model_type: str, caches: Sequence[str], pipe: Any) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
-    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for the life of the process)
-    began = time.perf_counter()
-    try:
-        found = examine(model_type, cache)
-    except Exception as error:  # noqa: BLE001
-        found = {"verdict": "not run", "words": describe(error)}
-    pipe.send(found | {"seconds": round(time.perf_counter() - began, 1)})
+    sys.stderr = sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the life of the process)
+    for cache in caches:
+        began = time.process_time()
+        try:
+            found = examine(model_type, cache)
+        except Exception as error:  # noqa: BLE001
+            found = {"verdict": "not run", "words": describe(error)}
+        pipe.send(found | {"seconds": round(time.process_time() - began, 1)})
 
 
-def run(job: tuple[str, str]) -> dict[str, Any]:
-    """Examine in a process with limits of time and memory; forked, since importing takes seconds."""
+def run(model_type: str, caches: Sequence[str]) -> list[dict[str, Any]]:
+    """Examine in a process with limits of time and memory: one for an architecture, since importing takes seconds."""
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(*job, writer))
+    process = context.Process(target=_child, args=(model_type, caches, writer))
     process.start()
     writer.close()
+    rows: list[dict[str, Any]] = []
     try:
-        found = reader.recv() if reader.poll(_SECONDS) else {"verdict": "too slow", "words": f"over {_SECONDS} s"}
+        while len(rows) < len(caches) and reader.poll(_SECONDS):
+            rows.append({"model": model_type, "cache": caches[len(rows)], **reader.recv()})
+        stopped = {"verdict": "too slow", "words": f"over {_SECONDS} s"}
     except EOFError:
-        found = {"verdict": "died", "words": f"over {_BYTES >> 30} GiB, or a crash"}
+        stopped = {"verdict": "died", "words": f"over {_BYTES >> 30} GiB, or a crash"}
     process.kill()
     process.join()
-    return {"model": job[0], "cache": job[1], **found}
+    if len(rows) == len(caches):
+        return rows
+    rows.append({"model": model_type, "cache": caches[len(rows)], **stopped})
+    return rows + (run(model_type, rest) if (rest := caches[len(rows) :]) else [])
 
 
-def survey(jobs: Iterable[tuple[str, str]], results: Path, workers: int) -> None:
-    """Run the jobs that are not in `results` yet, and add them."""
+def survey(names: Iterable[str], caches: Sequence[str], results: Path, workers: int) -> None:
+    """Run what is not in `results` yet, and add it."""
     done = {(row["model"], row["cache"]) for row in read(results)}
+    missing = [(name, [cache for cache in caches if (name, cache) not in done]) for name in names]
     with ThreadPoolExecutor(workers) as pool, results.open("a") as file:
-        for row in pool.map(run, [job for job in jobs if job not in done]):
-            file.write(json.dumps(row) + "\n")
+        for rows in pool.map(lambda job: run(*job), [job for job in missing if job[1]]):
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                print(row["model"], row["cache"], row["verdict"], row.get("loop", ""), flush=True)  # noqa: T201
             file.flush()
-            print(row["model"], row["cache"], row["verdict"], row.get("loop", ""), flush=True)  # noqa: T201
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -177,13 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    caches = options.cache or [name for name in cache_names() if name != "dynamic"]  # which `auto` makes
-    jobs = [(name, cache) for cache in caches for name in options.only or ARCHITECTURES]
+    caches = options.cache or usable()
+    names = options.only or ARCHITECTURES
     if options.results is None:
-        for job in jobs:
-            print(json.dumps({**dict(zip(("model", "cache"), job, strict=True)), **examine(*job)}, indent=1))  # noqa: T201
+        for name, cache in itertools.product(names, caches):
+            print(json.dumps({"model": name, "cache": cache, **examine(name, cache)}, indent=1))  # noqa: T201
         return
-    survey(jobs, options.results, options.workers)
+    survey(names, caches, options.results, options.workers)
     if options.page is not None:
         from benchmarks.survey_page import page
 

@@ -24,9 +24,31 @@ Written by `benchmarks/survey.py` on {date} with transformers {transformers}, to
 float32 on a CPU. Each row is judged twice: by `kvgen compare`, and by a loop around the library alone
 (`library_alone` in that file), which compares the logits of `generate` with those that it computes without a cache, in
 float64 where the model allows it. The loop sees single steps only. **The two agree on {agreed} of {judged} rows.**
-Rows that a cache lacks in the table below have not been run.
+Rows that a cache lacks in the table below have not been run. `dynamic` is what `auto` makes; `offloaded` and
+`offloaded_static` need a GPU, `quantized-hqq` and `quantized-quanto` their packages.
 
 `python benchmarks/survey.py --only MODEL --cache CACHE` repeats one row and prints all that was found.
+"""
+_FOUND = """## What is behind the differences
+
+Read in the library's source, or tried by changing it (2026-11-27, transformers 5.23.0):
+
+| model | |
+|---|---|
+| falcon_mamba, jamba, mamba, zamba | a call with several new tokens starts its scan from zeros, not from the cached state |
+| nemotron_h, zamba2 | a prompt limits time steps to `time_step_min`, a single step does not; equal without the limit |
+| moshi | the cache has the layers of a sliding window, and the mask without a cache has no window |
+| prophetnet | `get_predict_relative_pos_embeddings` permutes (0, 2, 1, 4, 3) what its index expects as (1, 0, 4, 2, 3): biases of \
+later positions reach earlier ones. Permuted so, a text alone is decoded equally with and without a cache |
+| recurrent_gemma | the recurrent state is an attribute of the module, shared by all caches |
+| rwkv | `shifted`, (rows, size), is added to (rows, 1, size): each row gets the state of every row |
+| minimax | `MiniMaxCache` cannot be cropped, and its `reset` keeps the states of linear layers |
+| reformer | a call with a cache computes the last token only; attention in chunks differs past the first chunk |
+| xlnet | tokens of a call see all others of it, those cached have not seen what came later |
+| xlm | takes no cache: `generate` computes the whole text at each step |
+| axk2, deepseek_v32 (static) | the padding token has an embedding of zeros, so that all scores of the indexer tie, and \
+`topk` chooses others in a longer buffer. Equal with ties broken by position, and in texts without it |
+| cpmant | its mask lets every position see the whole text |
 """
 
 
@@ -46,6 +68,7 @@ def page(rows: Sequence[Row]) -> str:
         ),
         _counts(rows),
         _section("Different from uncached decoding", _differences(by_verdict.pop("different", []))),
+        _FOUND,
         _section("Not comparable", _reasons(by_verdict.pop("not comparable", []))),
         _section("Lossy by design", _differences(by_verdict.pop("lossy", []))),
         _section("Equivalent", _names(by_verdict.pop("equivalent", []))),

@@ -104,6 +104,7 @@ def test_a_model_that_reads_later_tokens_is_not_comparable() -> None:
     [
         ("mistral", "quantized-fp8", "full attention"),
         ("rwkv", "static", "which makes its own"),
+        ("xlm", "auto", "stores nothing in a cache"),
     ],
 )
 def test_what_the_library_refuses_is_unsupported_in_its_words(name: str, cache: str, words: str) -> None:
@@ -114,6 +115,16 @@ def test_what_the_library_refuses_is_unsupported_in_its_words(name: str, cache: 
 
 def test_a_quantized_cache_is_lossy() -> None:
     assert compare("llama", "quantized-fp8").rows[1].verdict is Verdict.LOSSY
+
+
+def test_positions_are_made_by_the_library() -> None:
+    """Reformer takes none, and computes as many positions as it is given."""
+    backend, cache = TransformersBackend(tiny_model("reformer")), None
+    for length in range(6, 9):
+        logits, cache = backend(torch.tensor([PROMPT[:length]]), cache)
+    expected = backend(torch.tensor([PROMPT]))[0]
+    assert cache is not None and cache.computed == 1
+    torch.testing.assert_close(logits[:, -1], expected[:, -1])
 
 
 def test_caches_are_the_librarys() -> None:

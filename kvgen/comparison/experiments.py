@@ -204,7 +204,7 @@ def lookup_or_values(trial: Trial) -> Finding | None:
         return None  # keys or values depend on positions, as with learned positions: this tells nothing
     left = _relative(trial.run(constant), expected)
     if left < _VANISHED * before:
-        return Finding(
+        return _steps_lost(trial) or Finding(
             "lookup wrong",
             "Attention finds the wrong keys, while stored values are right: positions are wrong, keys are inexact, or "
             "some are not seen.",
@@ -216,6 +216,17 @@ def lookup_or_values(trial: Trial) -> Finding | None:
         VALUES_WRONG,
         "Stored values are wrong: mixed up, changed or inexact, whichever key is found.",
         STAYS,
+    )
+
+
+def _steps_lost(trial: Trial) -> Finding | None:
+    _, cache = trial.call(trial.ids[:, :-1], None)
+    if not trial.case.close(trial.call(trial.ids, cache)[0][0, -1], trial.case.last_logits(trial.ids), trial.ids):
+        return None
+    return Finding(
+        "stale context",
+        "The context is stale: the cache does not keep all that single steps compute.",
+        "with all but the newest token as the prompt, the logits are right",
     )
 
 

@@ -58,6 +58,16 @@ class TransformersCache:
     reused: int = 0
     computed: int = 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether no model has written into it: some ignore the cache that they are given."""
+        stored = next(iter(self.state.values()), None)
+        if isinstance(stored, EncoderDecoderCache):
+            stored = stored.self_attention_cache
+        if isinstance(stored, Cache):  # a layer gets its device with its first entry
+            return all(getattr(layer, "device", None) is None for layer in stored.layers)
+        return stored is None
+
 
 class TransformersBackend(Backend):
     """A model of the library. cache: a key of `cache_names`."""
@@ -85,7 +95,7 @@ class TransformersBackend(Backend):
             _, cache = self(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         except (*CALL_ERRORS, ImportError) as error:
             return f"transformers: {in_one_line(error)}"
-        return None if cache.state else f"{type(self.net).__name__} of transformers returns no cache"
+        return f"{type(self.net).__name__} of transformers stores nothing in a cache" if cache.empty else None
 
     def __call__(self, ids: Tensor, cache: TransformersCache | None = None, /) -> tuple[Tensor, TransformersCache]:
         return self.call(ids, cache)
@@ -115,8 +125,10 @@ class TransformersBackend(Backend):
         kept: number of last positions, or the positions, that a model which can choose returns logits of.
         """
         if "position_ids" in self.accepts:
-            seen = torch.ones_like(ids) if mask is None else mask
-            arguments["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
+            if positions is None:
+                seen = torch.ones_like(ids) if mask is None else mask
+                positions = self.net._prepare_position_ids_for_generation(ids, {"attention_mask": seen})
+            arguments["position_ids"] = positions
         elif positions is not None:
             raise UnsupportedError(f"{type(self.net).__name__} of transformers takes no position_ids")
         with redirect_stdout(StringIO()):  # some models print
@@ -180,13 +192,16 @@ class TransformersBackend(Backend):
 
     @cached_property
     def _chooses(self) -> bool:
-        """Whether the model returns logits of the positions that it is asked for."""
+        """Whether the model returns logits of the positions that it is asked for, of the text alone."""
         ids = torch.arange(3, device=self.device)[None]
         try:
-            found = self.forward(ids, None, None, ids[0, :2], use_cache=False, is_first_iteration=True).logits
+            found, whole = (
+                self.forward(ids, None, None, kept, use_cache=False, is_first_iteration=True).logits.shape[1]
+                for kept in (ids[0, :2], 0)
+            )
         except IndexError:  # it computes the last position only
             return False
-        return "logits_to_keep" in self.accepts and found.shape[1] == 2
+        return "logits_to_keep" in self.accepts and (found, whole) == (2, 3)
 
     def each_logits(self, ids: Tensor, positions: Sequence[int]) -> Iterator[Tensor] | None:
         kept = torch.tensor(positions, device=ids.device)

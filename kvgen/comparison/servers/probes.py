@@ -15,7 +15,7 @@ from kvgen.comparison.servers.texts import compose
 from kvgen.comparison.verdict import Verdict
 
 _ROUNDS = 2  # of requests at the same time
-_UNUSED = 5  # words that no earlier prompt begins with: one of some billions
+_UNUSED = 5  # words that no earlier prompt begins with: one beginning of a hundred million
 _CHUNK = 64  # positions; what servers compute or keep at once is often a multiple, or a part
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvgen.cli.compare_url import complete_kind
 from kvgen.comparison.servers.client import Client, LimitError
 from kvgen.comparison.servers.comparison import ServerComparison, compare_server
 from kvgen.comparison.servers.connect import KINDS, connect
@@ -543,3 +544,7 @@ def test_the_server_of_llama_cpp_is_equivalent(smollm2_path: Path) -> None:
     client.close()
     assert (result.server, result.verdict) == ("llama.cpp", Verdict.EQUIVALENT)
     assert {probe.name: probe.reused for probe in result.probes}["same prompt"] == 95
+
+
+def test_the_shell_completes_every_kind() -> None:
+    assert complete_kind("") == list(KINDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvgen.comparison.servers.client import Client
 from kvgen.comparison.servers.kvgen import KvgenServer
-from kvgen.comparison.servers.llama_cpp import GgufServer
+from kvgen.comparison.servers.llama_cpp import LlamaCppServer
 from kvgen.comparison.servers.openai import OpenAIServer
 from kvgen.comparison.servers.server import Server
 from kvgen.comparison.servers.sglang import SglangServer
@@ -12,7 +12,7 @@ from kvgen.comparison.servers.vllm import VllmServer
 from kvgen.errors import NotFoundError, UsageError
 
 KINDS: dict[str, type[Server]] = {
-    kind.kind: kind for kind in (GgufServer, VllmServer, SglangServer, KvgenServer, OpenAIServer)
+    kind.kind: kind for kind in (LlamaCppServer, VllmServer, SglangServer, KvgenServer, OpenAIServer)
 }
 """Kinds of servers, in the order in which they are tried: the last is what all of them speak."""
 

@@ -13,7 +13,7 @@ _PATH = "/completion"
 _TOP = 20
 
 
-class GgufServer:
+class LlamaCppServer:
     kind = "llama.cpp"
     repeats = True
 

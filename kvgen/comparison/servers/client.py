@@ -78,18 +78,14 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> Any:
-        return self._json(path, *self._send("GET", path, None))
+        return self._json(path, self._send("GET", path, None))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._json(path, *self._send("POST", path, body))
+        return self._json(path, self._send("POST", path, body))
 
     def text(self, path: str, method: str = "GET") -> str:
         """The body of an answer that is not JSON."""
-        return self._send(method, path, None)[0].decode("utf-8", "replace")
-
-    def header(self, path: str, name: str) -> str:
-        """A header of the answer to a GET; "" if it is not there."""
-        return str(self._send("GET", path, None)[1].get(name, ""))
+        return self._send(method, path, None).decode("utf-8", "replace")
 
     @contextmanager
     def parsing(self, path: str) -> Iterator[None]:
@@ -99,7 +95,7 @@ class Client:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise KvgenError(f"{self.url}{path}: unexpected answer ({type(error).__name__}: {error})") from error
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[bytes, httpx2.Headers]:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         where, ends = f"{self.url}{path}", time.monotonic() + self._timeout
         self._count()
         try:
@@ -121,7 +117,7 @@ class Client:
             raise KvgenError(f"{where}: the connection broke ({in_one_line(error)}); look at the server") from error
         if response.status_code != 200:
             raise _status_error(where, response, bytes(data))
-        return bytes(data), response.headers
+        return bytes(data)
 
     def _count(self) -> None:
         with self._lock:
@@ -131,7 +127,7 @@ class Client:
                 raise LimitError(f"{self._max_seconds:g} seconds are used up; raise --max-seconds")
             self.requests += 1
 
-    def _json(self, path: str, data: bytes, _: httpx2.Headers) -> Any:
+    def _json(self, path: str, data: bytes) -> Any:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:

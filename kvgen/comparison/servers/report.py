@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 from kvgen.comparison.servers.comparison import ServerComparison
 from kvgen.comparison.servers.probes import ServerProbe
 from kvgen.comparison.verdict import Verdict
+from kvgen.generation.counts import finite
 
 
 def as_data(result: ServerComparison) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def _probe(probe: ServerProbe) -> dict[str, Any]:
         "name": probe.name,
         "verdict": probe.verdict.value,
         "wrong": probe.wrong,
-        "ratio": ratio if math.isfinite(ratio) else None,
-        "difference": probe.distance if math.isfinite(probe.distance) else None,
+        "ratio": finite(ratio),
+        "difference": finite(probe.distance),
         "noise": probe.noise,
         "length": probe.length,
         "reused": probe.reused,

@@ -1,9 +1,10 @@
 """Requests a second and latencies of servers under load: kvgen's, llama.cpp's, beside `kvgen batch` on the same rows.
 
-    python benchmarks/serving.py [--requests 1000] [--clients 64] [--tokens 32] [--runs 3] [--whole]
+    python benchmarks/serving.py [--requests 1000] [--peer-requests N] [--clients 64] [--tokens 32] [--runs 3] [--whole]
 
 In turn, with the default model, greedily; medians. Clients stream, unless `--whole`. llama.cpp's own server, with as
-many slots, is left out where xllamacpp is not installed. Nothing else may run on the machine.
+many slots, is left out where xllamacpp is not installed; `--peer-requests` gives it fewer. Nothing else may run on the
+machine.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ time.sleep(1 << 30)
 class Load:
     """One run. tokens: of all completions. first, between: seconds to the first token and between tokens."""
 
+    requests: int
     seconds: float
     tokens: int
     first: list[float]
@@ -108,12 +110,12 @@ def loaded_by(address: str, texts: list[str], tokens: int, clients: int, *, stre
     seconds = time.perf_counter() - began
     first = [times[1] - times[0] for _, times in results if len(times) > 1]
     between = [b - a for _, times in results for a, b in pairwise(times[1:])]
-    return Load(seconds, sum(tokens for tokens, _ in results), first, between)
+    return Load(len(texts), seconds, sum(tokens for tokens, _ in results), first, between)
 
 
 def described(name: str, loads: list[Load]) -> str:
     rate = statistics.median(load.tokens / load.seconds for load in loads)
-    parts = [f"{name:<22}{rate:8.1f} tokens/s"]
+    parts = [f"{name:<22}{loads[0].requests:5} requests{rate:8.1f} tokens/s"]
     for what in ("first", "between"):
         if seconds := sorted(second for load in loads for second in getattr(load, what)):
             p50, p99 = (1000 * seconds[int(part * (len(seconds) - 1))] for part in (0.5, 0.99))
@@ -125,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("requests", 1000), ("clients", 64), ("tokens", 32), ("runs", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--peer-requests", type=int, help="requests to llama.cpp's server, by default as many")
     parser.add_argument("--whole", action="store_true", help="answers at once instead of streams")
     given = parser.parse_args()
     texts, path = prompts(given.requests), str(resolve(MODEL))
@@ -143,14 +146,15 @@ def main() -> None:
         for name, (command, pattern) in servers.items():
             with started(command, pattern) as address:
                 loaded_by(address, texts[:8], 4, 8, stream=False)
-                load = loaded_by(address, texts, given.tokens, given.clients, stream=not given.whole)
+                sent = texts if name == "kvgen serve" else texts[: given.peer_requests]
+                load = loaded_by(address, sent, given.tokens, given.clients, stream=not given.whole)
             results.setdefault(name, []).append(load)
         loaded = kvgen.load(Path(path))
         rows = [loaded.tokenizer.encode(text) for text in texts]
         in_a_batch(loaded, rows[:8], 4)
         began = time.perf_counter()
         found = in_a_batch(loaded, rows, given.tokens)
-        load = Load(time.perf_counter() - began, sum(map(len, found)), [], [])
+        load = Load(len(rows), time.perf_counter() - began, sum(map(len, found)), [], [])
         results.setdefault("kvgen batch", []).append(load)
         del loaded
     for name, loads in results.items():

@@ -419,8 +419,9 @@ def test_kept_caches_count_against_the_bound(small: dict[str, Loaded]) -> None:
     batch = Batch(loaded, max_cache_bytes=most, max_kept=100)
     for start in range(30):
         for _ in batch.complete(Request([start + 2, *range(2, 50)], GREEDY, 2)):
-            caches = {id(cache): cache for cache in [*batch._kept, *(row.cache for row in batch._rows)]}
+            caches = {id(cache): cache for cache in [*batch.kept, *(row.cache for row in batch._rows)]}
             assert sum(cache.nbytes for cache in caches.values()) <= most
+            assert batch.kept_bytes == sum(cache.nbytes for cache in batch.kept)
     assert 0 < batch.kept_bytes <= most
 
 

@@ -62,6 +62,7 @@ IMPORT_ORDER = [
     "kvgen.generation.sampling",
     "kvgen.generation.drafts",
     "kvgen.generation.completion",
+    "kvgen.generation.kept",
     "kvgen.generation.loop",
     "kvgen.generation.prefetch",
     "kvgen.generation.constraint",

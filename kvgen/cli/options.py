@@ -125,8 +125,7 @@ EngineAttention = Annotated[str, _engine("--attention", help="Which of its imple
 Activations = Annotated[
     Literal["int16", "int8"],
     _model(
-        help="Integers to which kernels round activations, where weights are integers. int8: faster prompts, mostly "
-        "on processors without AVX-512 (lossy)."
+        help="Integers to which kernels round activations, where weights are integers. int8: faster prompts (lossy)."
     ),
 ]
 Threads = Annotated[int | None, _model(min=1, max=1024, help="Number of CPU threads.", show_default="one per core")]

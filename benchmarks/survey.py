@@ -29,7 +29,8 @@ from transformers import DynamicCache, StaticCache
 
 from benchmarks.architectures import ARCHITECTURES, tiny_model
 from kvgen.comparison.comparison import PatternResult, compare_ids
-from kvgen.comparison.engines.transformers import TransformersBackend, cache_names
+from kvgen.comparison.engines.transformers_cache import cache_names
+from kvgen.comparison.engines.transformers_model import TransformersBackend
 from kvgen.comparison.rounding import LIMIT
 from kvgen.comparison.verdict import Verdict
 

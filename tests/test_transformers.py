@@ -13,7 +13,8 @@ from benchmarks.architectures import tiny_config, tiny_model
 from kvgen.comparison.comparison import Comparison, compare_ids
 from kvgen.comparison.engines import EngineOptions, load_engine
 from kvgen.comparison.engines.transformers import TransformersSubject
-from kvgen.comparison.engines.transformers_model import TransformersBackend, cache_names
+from kvgen.comparison.engines.transformers_cache import cache_names
+from kvgen.comparison.engines.transformers_model import TransformersBackend
 from kvgen.comparison.verdict import Verdict
 from kvgen.errors import UnsupportedError, UsageError
 from tests.program import run

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kvgen
-from kvgen.checkpoint import blocks
+from kvgen.checkpoint import gguf_blocks
 from kvgen.kernels.ffns import ACTIVATIONS
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.kernels.structs import OpKind
@@ -148,7 +148,7 @@ def test_codes_of_5_bits_take_5_and_change_no_bit(stored: str, monkeypatch: pyte
         ids = torch.arange(70)[None]
         prompt, cache = decoder.forward(ids[:, :-1], None)
         logits.append((prompt, decoder.forward(ids, cache)[0]))
-        monkeypatch.setattr(blocks, "_LOWEST", {})
+        monkeypatch.setattr(gguf_blocks, "_LOWEST", {})
     assert all(torch.equal(five, eight) for five, eight in zip(*logits, strict=True))
 
 

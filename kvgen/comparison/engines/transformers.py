@@ -20,7 +20,8 @@ from kvgen.checkpoint import RawCheckpoint, read_checkpoint
 from kvgen.checkpoint.raw import read_json_object
 from kvgen.comparison.case import CALL_ERRORS
 from kvgen.comparison.engines import EngineOptions
-from kvgen.comparison.engines.transformers_model import TransformersBackend, TransformersCache, cache_names
+from kvgen.comparison.engines.transformers_cache import TransformersCache, cache_names
+from kvgen.comparison.engines.transformers_model import TransformersBackend
 from kvgen.comparison.subjects import Subject, subject_of
 from kvgen.errors import UnsupportedError, UsageError, in_one_line
 from kvgen.loading.load import DTYPES, Loaded, choose_device

@@ -156,6 +156,10 @@ def test_another_version_and_other_servers_are_named(server: Served) -> None:
         connect(address(server), None, "0.0")
     with pytest.raises(KvgenError, match="no server of this version"):
         ServerAddress(f"{address(server)}/elsewhere").ask("/model")
+    with pytest.raises(KvgenError, match="no server of this version"):
+        ServerAddress(f"{address(server)}/\xe9 \u9375\udcff").ask("/model")
+    with pytest.raises(KvgenError, match="no server answers there"):
+        ServerAddress("http://" + "\xe9" * 70).ask("/model")
 
 
 @pytest.mark.parametrize(

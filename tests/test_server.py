@@ -323,7 +323,12 @@ def test_bad_requests_are_named_and_change_nothing(
 
 def test_other_content_types_hosts_and_methods_are_refused(server: Served) -> None:
     assert server.request("POST", "/v1/completions", {"prompt": "x"}, {"Content-Type": "text/plain"})[0] == 415
-    assert server.request("GET", "/v1/models", headers={"Host": "evil.example"})[0] == 400
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "", "[", "::1"):
+        status, answer = server.request("GET", "/v1/models", headers={"Host": host})
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), host
+        assert "Host" in answer["error"]["message"]
+    for host in ("localhost", "LOCALHOST:80", "[::1]:80", "127.0.0.1"):
+        assert server.request("GET", "/v1/models", headers={"Host": host})[0] == 200
     assert server.request("GET", "/v1/completions")[0] == 405
     assert server.request("POST", "/v1/nothing", {})[0] == 404
     assert server.request("GET", "/health") == (200, {"status": "ok"})

@@ -70,11 +70,13 @@ def serve(
     """
     from kvgen.cli.background import background_socket, detached, stop_background
     from kvgen.cli.sockets import address_of, is_loopback, tcp_socket, unix_socket
+    from kvgen.client.wire import authorization
 
     if stop_running:
         notes(quiet=quiet)(stop_background(background_socket() if socket is None else socket))
         return
     key = os.environ.get(API_KEY) or None
+    expected = None if key is None else authorization(key)
     if not is_loopback(host) and key is None:
         raise UsageError(f"--host {host} can be reached by others: set {API_KEY} to a key that clients must give")
     most_bytes = None if max_cache_memory is None else parse_bytes(max_cache_memory)
@@ -105,8 +107,8 @@ def serve(
         engine = Engine(loaded, batch_size=batch_size, max_cache_bytes=budget, max_waiting=max_waiting, kept=kept)
         server = Server(engine, name or _name(loaded.source), Limits(largest, timeout), log, log_prompts)
         own = OwnRoutes(server, __version__, source.arguments())
-        hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None else ["*"]
-        app = make_app(server, own.routes(), key=key, hosts=hosts)
+        hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if key is None else None
+        app = make_app(server, own.routes(), authorization=expected, hosts=hosts)
         for one in listening:
             one.listen()  # from here on, clients are kept waiting instead of refused
         tell(_greeting(server.model, [address_of(one) for one in listening], detach=detach))

@@ -9,9 +9,9 @@ import time
 from collections.abc import Generator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from kvgen.client.wire import PREFIX, read_error
+from kvgen.client.wire import PREFIX, authorization, read_error
 from kvgen.errors import KvgenError, ServerError, UsageError
 
 _CONNECT_TIMEOUT = 10.0  # seconds; an answer may take as long as it takes to compute
@@ -42,12 +42,14 @@ class Connection(http.client.HTTPConnection):
 class ServerAddress:
     """Where a server listens: `http://HOST:PORT`, or `unix:PATH`. key: that it asks for; None for none.
 
-    Raises UsageError for another address.
+    Raises UsageError for another address, or a key that cannot be sent.
     """
 
     def __init__(self, address: str, key: str | None = None) -> None:
         self.name = address
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._headers: dict[str, str | bytes] = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = authorization(key)
         self._path = address.removeprefix("unix:") if address.startswith("unix:") else None
         try:
             parts = urlsplit("http://localhost" if self._path else address)
@@ -57,15 +59,15 @@ class ServerAddress:
         if host is None or parts.scheme != "http":
             raise UsageError(f"--server {address}: give http://HOST:PORT, or unix:PATH for a socket")
         self._host = host
-        self._prefix = parts.path.rstrip("/").removesuffix("/v1") + PREFIX
+        self._prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%", errors="surrogateescape") + PREFIX
 
     def connect(self) -> Connection:
         """Return an open connection. Raises ServerError if no server answers."""
         connection = Connection(self._host, self._port, self._path)
         try:
             connection.connect()
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            reason = getattr(error, "strerror", None) or error
             hint = "start one with kvgen serve, or leave --server and KVGEN_SERVER out"
             raise ServerError(f"--server {self.name}: no server answers there ({reason}); {hint}") from error
         return connection

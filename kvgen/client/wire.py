@@ -19,6 +19,13 @@ PREFIX = "/kvgen/v1"  # of the paths
 _ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KvgenError)}
 
 
+def authorization(key: str) -> bytes:
+    """Return the value of the header with an API key. Raises UsageError for a key that a header cannot carry."""
+    if not key.isprintable() or key != key.strip():
+        raise UsageError("KVGEN_API_KEY must be UTF-8 text without control characters, and without spaces around it")
+    return b"Bearer " + key.encode()
+
+
 def request_as_json(request: Request) -> dict[str, Any]:
     return {
         **{field.name: getattr(request, field.name) for field in fields(Request)},

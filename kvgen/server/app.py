@@ -5,17 +5,18 @@ from __future__ import annotations
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -184,31 +185,58 @@ def _event(data: dict[str, Any]) -> bytes:
 class _Authorized:
     """Middleware that asks for an API key on all paths but /health."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    def __init__(self, app: ASGIApp, authorization: bytes) -> None:
+        self._app, self._authorization = app, authorization
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key):
-                error = {"message": "the API key is missing or wrong", "type": "invalid_request_error"}
-                body = {"error": {**error, "param": None, "code": "invalid_api_key"}}
-                await JsonResponse(body, 401)(scope, receive, send)
+            if not hmac.compare_digest(given, self._authorization):
+                response = JsonResponse(_error(401, "the API key is missing or wrong", "invalid_api_key"), 401)
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def make_app(server: Server, more: Sequence[Route], *, key: str | None, hosts: list[str]) -> Starlette:
-    """Return the application. more: further routes. key: that clients must give; None for none.
+class _KnownHosts:
+    """Middleware that refuses other names of the server, which a page in a browser could have pointed at it."""
 
-    hosts: names that clients may use for the server.
+    def __init__(self, app: ASGIApp, hosts: Container[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _host(Headers(scope=scope).get("host", "")) not in self._hosts:
+            await JsonResponse(_error(400, "the Host header names another computer"), 400)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _host(header: str) -> str | None:
+    """Return the host of a Host header, without its port."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
+
+
+def _error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def make_app(
+    server: Server, more: Sequence[Route], *, authorization: bytes | None, hosts: Container[str] | None
+) -> Starlette:
+    """Return the application. more: further routes.
+
+    authorization: the header that clients must give; None for none. hosts: names that clients may use for the server,
+    in lower case; None for any.
     """
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-            body = {"error": {"message": str(error.detail), "type": kind, "param": None, "code": None}}
             status = error.status_code
+            body = _error(status, str(error.detail))
         else:
             assert isinstance(error, KvgenError)
             status, body = error_body(error)
@@ -224,8 +252,10 @@ def make_app(server: Server, more: Sequence[Route], *, key: str | None, hosts: l
         Route("/v1/chat/completions", partial(server.complete, parse=parse_chat), methods=["POST"]),
         *more,
     ]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-    if key is not None:
-        middleware.append(Middleware(_Authorized, key=key))
+    middleware = [] if hosts is None else [Middleware(_KnownHosts, hosts=hosts)]
+    if authorization is not None:
+        middleware.append(Middleware(_Authorized, authorization=authorization))
     handlers: dict[Any, Any] = {KvgenError: failed, HTTPException: failed}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app

@@ -13,6 +13,7 @@ from kvgen.tokenizer import Tokenizer
 from kvgen.tokenizer.chat import Message
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal"}
 
 
@@ -28,17 +29,26 @@ def template_messages(value: Any) -> list[Message]:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise UsageError("each message must be an object with `role` and `content`")
+    if not isinstance(message, dict):
+        raise UsageError("`messages`: each must be an object with `role` and `content`")
     if unknown := sorted(message.keys() - _MESSAGE_FIELDS):
         raise UsageError(f"`messages`: unknown field `{unknown[0]}` of a message")
-    role = "system" if message["role"] == "developer" else message["role"]
-    made: dict[str, Any] = {"role": role, "content": _text(message.get("content"))}
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in _ROLES:
+        raise UsageError(f"`messages`: the `role` of a message must be one of {', '.join(_ROLES)}")
+    if calls is not None and not isinstance(calls, list):
+        raise UsageError("`messages`: the `tool_calls` of a message must be a list")
+    if content is None and not (calls and role == "assistant"):
+        raise UsageError(f"`messages`: the `content` of a message of role {role} is missing")
+    made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _text(content)}
     for name in ("name", "tool_call_id"):
-        if isinstance(message.get(name), str):
-            made[name] = message[name]
-    if calls := message.get("tool_calls"):
-        made["tool_calls"] = [_template_call(call) for call in calls] if isinstance(calls, list) else []
+        value = message.get(name)
+        if not isinstance(value, str | None):
+            raise UsageError(f"`messages`: the `{name}` of a message must be a string")
+        if value is not None:
+            made[name] = value
+    if calls:
+        made["tool_calls"] = [_template_call(call) for call in calls]
     return made
 
 

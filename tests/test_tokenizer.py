@@ -56,11 +56,11 @@ def test_a_thread_does_not_turn_the_switch_of_special_tokens_under_another_one()
 
         encode_special_tokens = False
 
-        def encode(self, text: str, *, add_special_tokens: bool) -> tuple[str, bool]:
-            if text == "first":
+        def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[tuple[str, bool]]:
+            if texts == ["first"]:
                 other.start()
                 other.join(0.2)
-            return text, self.encode_special_tokens
+            return [(text, self.encode_special_tokens) for text in texts]
 
     backend: Any = Slow()
     found: list[Any] = []
@@ -69,6 +69,22 @@ def test_a_thread_does_not_turn_the_switch_of_special_tokens_under_another_one()
     found.append(encode("first", parse_special=True))
     other.join()
     assert sorted(found) == [("first", False), ("second", True)]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(smollm2) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def encode() -> None:
+        started.set()
+        smollm2.tokenizer.encode("x" * 500_000)
+        ended.set()
+
+    threading.Thread(target=encode).start()
+    started.wait()
+    turns = 0
+    while not ended.wait(0.01):
+        turns += 1
+    assert turns > 3
 
 
 def test_text_that_looks_like_a_special_token_is_text_unless_asked(smollm2) -> None:

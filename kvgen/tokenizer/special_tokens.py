@@ -36,7 +36,9 @@ def encode_text(
     with _LOCK:
         backend.encode_special_tokens = not parse_special
         try:
-            return backend.encode(text, add_special_tokens=add_special_tokens)
+            # Not `encode`, which keeps Python's lock: all threads would wait for a long text.
+            (encoding,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            return encoding
         except Exception as error:  # the library raises nothing narrower
             raise UsageError(f"the vocabulary has no tokens for this text ({error})") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import kvgen
 from kvgen.cli import app
 from kvgen.client.connection import ServerAddress
 from kvgen.client.remote import connect
@@ -187,6 +188,34 @@ def test_bad_requests_are_named(server: Served, path: str, body: Any, message: s
     status, answer = server.request("POST", f"/kvgen/v1/{path}", body)
     assert (status, answer["error"]["type"]) == (400, "UsageError")
     assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("encode", {"text": "x" * 7_000_000}, "ContextError"),
+        ("encode", {"messages": [{"role": "user", "content": "x"}] * 8193}, "ContextError"),
+        ("run", {"prompt": [1], "stop": ["z"] * 65}, "UsageError"),
+    ],
+)
+def test_what_would_take_the_server_long_is_refused(server: Served, path: str, body: Any, kind: str) -> None:
+    status, answer = server.request("POST", f"/kvgen/v1/{path}", body)
+    assert (status, answer["error"]["type"]) == (400, kind)
+
+
+def test_an_api_key_may_have_any_letters(smollm2_path: Path) -> None:
+    with serving("-m", str(smollm2_path), KVGEN_API_KEY="cl\xe9 \u9375") as served:
+        assert connect(address(served), "cl\xe9 \u9375", kvgen.__version__).model.context_length == 8192
+        with pytest.raises(KvgenError, match="the API key is missing or wrong"):
+            connect(address(served), "cl\xe8", kvgen.__version__)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "a\x7f", "a ", "\udcff"])
+@pytest.mark.parametrize("command", [("generate", "x", "--server", "http://127.0.0.1:1"), ("serve",)])
+def test_an_api_key_that_a_header_cannot_carry_is_refused(command: tuple[str, ...], key: str) -> None:
+    result = run(*command, env={**os.environ, "KVGEN_API_KEY": key})
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert "KVGEN_API_KEY" in result.stderr
 
 
 def test_ctrl_c_keeps_the_text_and_frees_the_row(server: Served) -> None:

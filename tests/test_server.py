@@ -293,6 +293,10 @@ def test_a_request_without_cache_reuses_nothing_and_gives_the_same_text(server: 
         ("completions", {"prompt": "x", "echo": True}, 400, "`echo`"),
         ("completions", {"prompt": "x", "model": "gpt-5"}, 404, "gpt-5"),
         ("completions", {"prompt": [5] * 9000}, 400, "context"),
+        ("completions", {"prompt": "x" * 7_000_000}, 400, "the prompt has 7000000 characters"),
+        ("completions", {"prompt": ["\ud800"] * 129}, 400, "`n`"),  # before any is encoded
+        ("completions", {"prompt": "x", "stop": ["z"] * 65}, 400, "`stop` has 65 texts"),
+        ("completions/", {"prompt": "x"}, 404, "Not Found"),
         ("completions", [], 400, "JSON object"),
         ("completions", b"{" * 2000, 400, "levels"),
         ("completions", b"\xff", 400, "UTF-8"),
@@ -306,6 +310,15 @@ def test_a_request_without_cache_reuses_nothing_and_gives_the_same_text(server: 
         ),
         ("completions", {"prompt": "x", "json_schema": {"$ref": "#"}}, 400, "no text follows it"),
         ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": QUESTION * 8193}, 400, "there are 8193 messages"),
+        ("chat/completions", {"messages": [{**QUESTION[0], "content": "x" * 7_000_000}]}, 400, "characters"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "`content`"),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 400, "`content`"),
+        ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": []}]}, 400, "`content`"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "`role`"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, 400, "`role`"),
+        ("chat/completions", {"messages": [{**QUESTION[0], "name": 1}]}, 400, "`name`"),
+        ("chat/completions", {"messages": [{**QUESTION[0], "tool_calls": 1}]}, 400, "`tool_calls`"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
         ("chat/completions", {"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, 400, "`tools`"),
         ("chat/completions", {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "`response_format`"),
@@ -319,6 +332,15 @@ def test_bad_requests_are_named_and_change_nothing(
     assert found == status
     assert message in answer["error"]["message"]
     assert answer["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_prompt_that_cannot_fit_has_the_code_of_a_long_one(server: Served) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "x" * 7_000_000}),
+        ("/v1/completions", {"prompt": [5] * 9000}),
+        ("/tokenize", {"prompt": "x" * 7_000_000}),
+    ):
+        assert server.request("POST", path, body)[1]["error"]["code"] == "context_length_exceeded"
 
 
 def test_other_content_types_hosts_and_methods_are_refused(server: Served) -> None:

@@ -29,7 +29,7 @@ from kvgen.server.answers import Answer, Choice, as_json, error_body
 from kvgen.server.engine import Engine
 from kvgen.server.events import LEFT, Events, watched
 from kvgen.server.metrics import Metrics
-from kvgen.server.schema import Job, parse_chat, parse_completion
+from kvgen.server.schema import Job, check_length, parse_chat, parse_completion
 
 _RETRY_AFTER = "1"  # seconds
 
@@ -95,7 +95,9 @@ class Server:
         body = await self.body(request)
         if not isinstance(text := body.get("prompt"), str):
             raise UsageError("`prompt` must be a string")
-        ids = await run_in_threadpool(self.engine.loaded.tokenizer.encode, text)
+        loaded = self.engine.loaded
+        check_length(text, loaded)
+        ids = await run_in_threadpool(loaded.tokenizer.encode, text)
         return JsonResponse({"tokens": ids, "count": len(ids)})
 
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:

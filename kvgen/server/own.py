@@ -22,12 +22,13 @@ from kvgen.generation.scores import Score
 from kvgen.generation.scoring import score_steps
 from kvgen.generation.settings import Request as Asked
 from kvgen.generation.settings import are_ids, is_whole
+from kvgen.generation.stream import text_ids
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.record import describe_model
 from kvgen.server.answers import as_json, error_body
 from kvgen.server.app import JsonResponse, Server
 from kvgen.server.events import Events, watched
-from kvgen.server.schema import Job, check_constraint
+from kvgen.server.schema import Job, check_length, check_request
 from kvgen.tokenizer import Tokenizer
 from kvgen.tokenizer.chat import check_messages
 
@@ -111,9 +112,12 @@ class OwnRoutes:
         if not isinstance(special, bool) or not isinstance(template, str | None):
             raise UsageError("`parse_special` must be true or false, `chat_template` a text")
         if isinstance(text, str):
+            check_length(text, self.server.engine.loaded)
             return self._tokenizer.encode(text, parse_special=special)
         tokenizer = self._tokenizer if template is None else self._tokenizer.with_chat_template(template)
-        return tokenizer.encode_chat(check_messages(body.get("messages")), parse_special=special)
+        messages = check_messages(body.get("messages"))
+        check_length(messages, self.server.engine.loaded)
+        return tokenizer.encode_chat(messages, parse_special=special)
 
     async def tokens(self, request: Request) -> Response:
         ids = _ids(await self._fields(request, "ids"))
@@ -133,7 +137,7 @@ class OwnRoutes:
 
     def _read(self, body: Mapping[str, Any]) -> Asked:
         asked = read_request(body)
-        check_constraint(asked, self.server.engine.loaded)
+        check_request(asked, self.server.engine.loaded)
         return asked
 
     async def _run(self, events: Events, done: Callable[[list[Chunk]], None]) -> AsyncGenerator[dict[str, Any], None]:
@@ -160,7 +164,9 @@ class OwnRoutes:
     async def _score(
         self, text: str, window: int | None = None, stride: int | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        steps = score_steps(self.server.engine.loaded, text, window=window, stride=stride)
+        loaded = self.server.engine.loaded
+        ids = await run_in_threadpool(text_ids, loaded, text)  # not between passes: a long text takes seconds
+        steps = score_steps(loaded, ids, window=window, stride=stride)
 
         def advance() -> tuple[int, int] | Score:  # one window at a time, so that requests go on in between
             try:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvgen.errors import UsageError
+from kvgen.errors import ContextError, UsageError
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Constraint, Request, Sampling, are_ids, is_whole
 from kvgen.loading.load import Loaded
 from kvgen.pipeline.rows import SAMPLING_FIELDS, parse_constraint, parse_logit_bias
 from kvgen.server.tools import check_tools, template_messages
+from kvgen.tokenizer.tokenizer import texts
 
 _OWN = {"max_context", "keep_first", "regex", "grammar", "json_schema", "cache"}
 _COMMON = {"model", "max_tokens", "n", "stop", "stream", "stream_options", *SAMPLING_FIELDS, *_OWN}
@@ -27,6 +28,7 @@ _CHAT = (
     }
 )
 _MOST_CHOICES, _MOST_LOGPROBS = 128, 20
+_MOST_STOPS = 64  # each is searched for at each token; OpenAI's API has 4
 
 
 class FieldError(UsageError):
@@ -59,7 +61,9 @@ def parse_completion(body: Mapping[str, Any], loaded: Loaded) -> Job:
     for name, only in (("echo", False), ("suffix", ""), ("best_of", body.get("n", 1))):
         if body.get(name, only) != only:
             raise FieldError(name, "is not supported")
-    prompts = [_ids(prompt, loaded) for prompt in _prompts(body.get("prompt"))]
+    given = _prompts(body.get("prompt"))
+    _count(body, len(given))
+    prompts = [_ids(prompt, loaded) for prompt in given]
     logprobs = _whole(body, "logprobs", 0, _MOST_LOGPROBS)
     settings = _settings(body, DEFAULT_MAX_TOKENS) | {"top_logprobs": logprobs}
     named = body.get("return_tokens_as_token_ids", False)
@@ -85,7 +89,9 @@ def parse_chat(body: Mapping[str, Any], loaded: Loaded) -> Job:
         raise FieldError("top_logprobs", "goes with `logprobs`")
     settings["top_logprobs"] = (top or 0) if body.get("logprobs") else None
     tools = check_tools(body, loaded.tokenizer)
-    prompt = loaded.tokenizer.encode_chat(template_messages(body.get("messages")), tools=tools)
+    messages = template_messages(body.get("messages"))
+    check_length([*messages, *(tools or ())], loaded)
+    prompt = loaded.tokenizer.encode_chat(messages, tools=tools)
     return replace(_job(loaded, [prompt], settings, body, chat=True), tools=tools is not None)
 
 
@@ -97,8 +103,32 @@ def _known(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     return given
 
 
-def check_constraint(request: Request, loaded: Loaded) -> None:
-    """Raise UsageError for a constraint that cannot be used. Call it off the engine: a large one takes seconds."""
+def check_length(value: str | Sequence[Any], loaded: Loaded) -> None:
+    """Raise ContextError for a text, or messages, too long to be encoded: that takes long, and cannot fit the context.
+
+    A token stands for as many characters as it has, and for a space around it in some vocabularies.
+    """
+    context = loaded.model.context_length
+    length = len(value) if isinstance(value, str) else max(len(value), sum(map(len, texts(value))))
+    if context is None or length <= context:
+        return
+    if not isinstance(value, str) and len(value) > context:
+        raise ContextError(f"there are {len(value)} messages, but the model's context has room for {context} tokens")
+    most = context * (loaded.tokenizer.longest + 1)
+    if length > most:
+        raise ContextError(
+            f"the prompt has {length} characters, but the model's context has room for {context} tokens, completion "
+            f"included, and so for {most} characters at most"
+        )
+
+
+def check_request(request: Request, loaded: Loaded) -> None:
+    """Raise UsageError for too many stop texts, or a constraint that cannot be used.
+
+    Call it off the engine: a large constraint takes seconds.
+    """
+    if len(request.stop) > _MOST_STOPS:
+        raise UsageError(f"`stop` has {len(request.stop)} texts; the most is {_MOST_STOPS}")
     if request.constraint is not None:
         from kvgen.generation import constraint  # llguidance takes time to import
 
@@ -113,11 +143,9 @@ def _job(
     *,
     chat: bool,
 ) -> Job:
-    count = _whole(body, "n", 1, _MOST_CHOICES) or 1
-    if len(prompts) * count > _MOST_CHOICES:
-        raise FieldError("n", f"asks for {len(prompts) * count} choices; the most is {_MOST_CHOICES}")
+    count = _count(body, len(prompts))
     request = Request((), **settings)
-    check_constraint(request, loaded)
+    check_request(request, loaded)
     first = request.sampling.seed
     first = random.SystemRandom().randrange(2**31) if first is None else first
     samplings = [replace(request.sampling, seed=(first + number) % 2**63) for number in range(count)]
@@ -131,6 +159,14 @@ def _job(
     return Job(tuple(requests), chat, bool(body.get("stream")), bool(stream_options.get("include_usage")))
 
 
+def _count(body: Mapping[str, Any], prompts: int) -> int:
+    """Return the number of choices for each of so many prompts."""
+    count = _whole(body, "n", 1, _MOST_CHOICES) or 1
+    if prompts * count > _MOST_CHOICES:
+        raise FieldError("n", f"asks for {prompts * count} choices; the most is {_MOST_CHOICES}")
+    return count
+
+
 def _prompts(prompt: Any) -> list[str | list[int]]:
     if prompt is None:
         raise FieldError("prompt", "is missing")
@@ -142,7 +178,10 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _ids(prompt: str | list[int], loaded: Loaded) -> list[int]:
-    return loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, str):
+        return prompt
+    check_length(prompt, loaded)
+    return loaded.tokenizer.encode(prompt)
 
 
 def _settings(body: Mapping[str, Any], most_tokens: int | None) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Tokenizer:
     def _escaper(self) -> SpecialTokenEscaper:
         return SpecialTokenEscaper(self._vocabulary, lambda: self.backend)
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._vocabulary.get_vocab()), default=0)
+
     def with_chat_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with a different chat template."""
         changed = copy(self)
@@ -91,7 +96,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template: leave --chat out, or choose a chat model")
-        if parse_special or not any(self._escaper.is_needed(text) for text in _texts([*messages, tools])):
+        if parse_special or not any(self._escaper.is_needed(text) for text in texts([*messages, tools])):
             text = self.chat_template.render_with_system(messages, tools)
             return self._encode(text, parse_special=True, add_special_tokens=False)
         escape = self._escaper.escape
@@ -135,13 +140,13 @@ class Tokenizer:
         return Detokenizer(self._vocabulary, self.special_ids)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
     """Yield all texts in JSON types."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
+            yield from texts(part)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -77,7 +77,8 @@ def runtime_dir() -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the system has none, there is one in /tmp
         folder = user_runtime_path("kvgen", appauthor=False)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (*reversed(folder.parents), folder):
+        path.mkdir(mode=0o700, exist_ok=True)  # not `parents=True`, which gives others access to those that it makes
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise KvgenError(f"{folder}: must be a folder that belongs to you and that nobody else can open")

@@ -266,7 +266,7 @@ def test_a_busy_server_is_waited_for_and_one_that_is_killed_is_one_line(smollm2_
 
 
 def test_a_server_in_the_background(smollm2_path: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "new" / "folder")}
 
     def kvgen(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -46,7 +46,8 @@ class Served:
     def __init__(self, process: ForkServerProcess, log: TextIO) -> None:
         self.process, self.lines = process, list[str]()
         self._more = threading.Condition()
-        threading.Thread(target=self._read, args=[log], daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=[log], daemon=True)
+        self._reader.start()
         self.port = int(self.wait_for(r"^serving .* on http://127\.0\.0\.1:(\d+)/v1")[1])
 
     def _read(self, log: TextIO) -> None:
@@ -68,8 +69,9 @@ class Served:
         os.kill(self.process.pid or 0, number)
 
     def end(self) -> int | None:
-        """Wait for the end of the process; return its exit code."""
+        """Wait for the end of the process, and of its log; return its exit code."""
         self.process.join(120)
+        self._reader.join(120)
         return self.process.exitcode
 
     def request(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:

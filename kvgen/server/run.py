@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,8 @@ def run_server(
         server.loop = asyncio.get_running_loop()
         watching = None if idle_timeout is None else asyncio.create_task(_stop_when_idle(server, engine, idle_timeout))
         await server.serve(list(listening))
+        if server.force_exit:
+            logging.getLogger("uvicorn.error").disabled = True  # it reports a request that is cut as a failure
         if watching is not None:
             watching.cancel()
 

@@ -449,6 +449,14 @@ def test_the_first_signal_lets_rows_end_and_the_second_stops_at_once(
         served.wait_for("again to stop at once")  # of two signals at once, a process may get one
         served.send_signal(first)
         assert served.end() == 0
+        assert not [line for line in served.lines if "Exception" in line or "Traceback" in line]
+
+
+def test_the_default_model_has_its_name_in_the_catalogue(smollm2_path: Path) -> None:
+    with serving() as served:
+        served.wait_for("^serving smollm2 on ")
+        client = served.client.completions
+        assert client.create(model="smollm2", prompt=PROMPT, max_tokens=1, temperature=0).choices[0].text == " Paris"
 
 
 def test_an_idle_server_ends(smollm2_path: Path) -> None:

@@ -39,7 +39,7 @@ def serve(
     stop_running: Annotated[
         bool, _option("--stop-running", help="End the server that --detach started, when its requests have ended.")
     ] = False,
-    name: Annotated[str | None, _option(help="The model's name for clients.", show_default="its file's")] = None,
+    name: Annotated[str | None, _option(help="The model's name for clients.", show_default="as given")] = None,
     batch_size: Annotated[int, _option(min=1, help="Maximum number of requests at a time.")] = DEFAULT_BATCH_SIZE,
     max_waiting: Annotated[int, _option(min=0, help="Maximum number that wait; more get status 429.")] = 256,
     max_cache_memory: Annotated[
@@ -97,6 +97,7 @@ def serve(
             from kvgen.server.run import run_server
         except ModuleNotFoundError as error:
             raise UnsupportedError(f"kvgen serve needs {error.name}: pip install 'kvgen[serve]'") from None
+        from kvgen.hub.names import default_reference
         from kvgen.server.engine import Engine
         from kvgen.server.saved import SavedCaches
 
@@ -105,7 +106,8 @@ def serve(
         saved = None if prompt_cache is None else SavedCaches(prompt_cache, loaded, print_note)
         kept = [] if saved is None else saved.load(budget)
         engine = Engine(loaded, batch_size=batch_size, max_cache_bytes=budget, max_waiting=max_waiting, kept=kept)
-        server = Server(engine, name or _name(loaded.source), Limits(largest, timeout), log, log_prompts)
+        name = name or _name(source.model or default_reference(), loaded.source)
+        server = Server(engine, name, Limits(largest, timeout), log, log_prompts)
         own = OwnRoutes(server, __version__, source.arguments())
         hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if key is None else None
         app = make_app(server, own.routes(), authorization=expected, hosts=hosts)
@@ -125,5 +127,7 @@ def _greeting(model: str, addresses: list[str], *, detach: bool) -> str:
     return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: kvgen serve --stop-running"
 
 
-def _name(source: str) -> str:
-    return Path(source).name.removesuffix(".gguf")
+def _name(reference: str, source: str) -> str:
+    """Return the name in the catalogue or on the hub that a model was given by, else that of its file or folder."""
+    is_name = reference != source and not Path(reference).expanduser().exists()
+    return reference if is_name else Path(source).name.removesuffix(".gguf")

@@ -20,18 +20,22 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import openai
 import pytest
 import uvicorn
+from starlette.requests import Request
 from uvicorn.server import ServerState
 
 import kvgen
+from kvgen.errors import ContextError
 from kvgen.generation.step import Step
 from kvgen.server.answers import Answer, as_json
+from kvgen.server.app import Limits, Server
 from kvgen.server.run import Protocol
-from kvgen.server.schema import Job, parse_chat
+from kvgen.server.schema import Job, parse_chat, parse_completion
 from kvgen.server.tools import template_messages, tool_calls
 from tests.program import KVGEN, run, start
 
@@ -334,6 +338,25 @@ def test_bad_requests_are_named_and_change_nothing(
     assert found == status
     assert message in answer["error"]["message"]
     assert answer["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_queued(smollm2: kvgen.Loaded) -> None:
+    with pytest.raises(ContextError, match="the prompt has 8192 tokens"):
+        parse_completion({"prompt": [5] * 8192, "n": 2}, smollm2)
+    assert len(parse_completion({"prompt": [5] * 8192, "n": 2, "max_context": 99}, smollm2).requests) == 2
+
+
+def test_a_body_is_decoded_beside_other_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr("kvgen.server.app.parse_json", lambda data: threads.append(threading.current_thread()) or {})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}"}
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    server: Any = SimpleNamespace(limits=Limits())
+    assert asyncio.run(Server.body(server, Request(scope, receive))) == {}
+    assert threads != [threading.current_thread()]
 
 
 def test_a_prompt_that_cannot_fit_has_the_code_of_a_long_one(server: Served) -> None:

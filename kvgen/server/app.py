@@ -168,7 +168,7 @@ class Server:
                     raise HTTPException(413, f"the body is larger than {self.limits.max_body} bytes")
         except ClientDisconnect:
             raise HTTPException(LEFT, "the client left before it had sent the body") from None
-        body = parse_json(bytes(data))
+        body = await run_in_threadpool(parse_json, bytes(data))  # a large one takes seconds
         if not isinstance(body, dict):
             raise UsageError("the body must be a JSON object")
         return body

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvgen.errors import ContextError, UsageError
+from kvgen.generation.completion import Limits
 from kvgen.generation.settings import DEFAULT_MAX_TOKENS, Constraint, Request, Sampling, are_ids, is_whole
 from kvgen.loading.load import Loaded
 from kvgen.pipeline.rows import SAMPLING_FIELDS, parse_constraint, parse_logit_bias
@@ -146,6 +147,9 @@ def _job(
     count = _count(body, len(prompts))
     request = Request((), **settings)
     check_request(request, loaded)
+    limits = Limits(request.most_tokens, (), loaded.model.context_length, request.max_context, request.keep_first)
+    for prompt in prompts:
+        limits.check_prompt(len(prompt))  # as the engine does, but once for all choices
     first = request.sampling.seed
     first = random.SystemRandom().randrange(2**31) if first is None else first
     samplings = [replace(request.sampling, seed=(first + number) % 2**63) for number in range(count)]

@@ -56,11 +56,11 @@ def test_a_thread_does_not_turn_the_switch_of_special_tokens_under_another_one()
 
         encode_special_tokens = False
 
-        def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[tuple[str, bool]]:
-            if texts == ["first"]:
+        def encode(self, text: str, *, add_special_tokens: bool) -> tuple[str, bool]:
+            if text == "first":
                 other.start()
                 other.join(0.2)
-            return [(text, self.encode_special_tokens) for text in texts]
+            return text, self.encode_special_tokens
 
     backend: Any = Slow()
     found: list[Any] = []
@@ -85,6 +85,14 @@ def test_other_threads_run_while_a_long_text_is_encoded(smollm2) -> None:
     while not ended.wait(0.01):
         turns += 1
     assert turns > 3
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_long_texts_have_the_ids_of_short_ones(smollm2, parse_special: bool, monkeypatch) -> None:
+    text = "Hello <|im_end|> w\xf6rld 123 \U0001f600\n\n" * 400
+    long = smollm2.tokenizer.encode(text, parse_special=parse_special)
+    monkeypatch.setattr("kvgen.tokenizer.special_tokens._LONG", len(text) + 1)
+    assert long == smollm2.tokenizer.encode(text, parse_special=parse_special)
 
 
 def test_text_that_looks_like_a_special_token_is_text_unless_asked(smollm2) -> None:

@@ -19,6 +19,9 @@ import tokenizers
 from kvgen.errors import UsageError
 from kvgen.tokenizer.vocabulary import Vocabulary
 
+# Characters for which other threads may wait. The library's `encode` keeps Python's lock. `encode_batch` does not, but
+# starts threads, and from then on warns when the process forks.
+_LONG = 10_000
 _LOCK = threading.Lock()  # `encode_special_tokens` is a setting of the tokenizer, which threads share
 
 
@@ -36,7 +39,8 @@ def encode_text(
     with _LOCK:
         backend.encode_special_tokens = not parse_special
         try:
-            # Not `encode`, which keeps Python's lock: all threads would wait for a long text.
+            if len(text) < _LONG:
+                return backend.encode(text, add_special_tokens=add_special_tokens)
             (encoding,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
             return encoding
         except Exception as error:  # the library raises nothing narrower

@@ -63,10 +63,10 @@ class ServerAddress:
 
     def connect(self) -> Connection:
         """Return an open connection. Raises ServerError if no server answers."""
-        connection = Connection(self._host, self._port, self._path)
         try:
+            connection = Connection(self._host, self._port, self._path)
             connection.connect()
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        except (OSError, UnicodeError, http.client.InvalidURL) as error:  # the last two: no name of a host
             reason = getattr(error, "strerror", None) or error
             hint = "start one with kvgen serve, or leave --server and KVGEN_SERVER out"
             raise ServerError(f"--server {self.name}: no server answers there ({reason}); {hint}") from error

@@ -13,8 +13,9 @@ from kvgen.comparison.trial import Finding, Trial
 
 _FEW = 4  # logits of a step that may be changed one by one
 _VOCABULARY = 4 * _FEW  # smallest that tells a few logits from all
-_STEPS = 16  # of a random text: in a text that repeats itself, so does rounding
-_FITTED, _REPEATED, _PEAKED = 0.4, 0.7, 0.8  # parts of the squared difference that rounding stays below
+_TEXTS, _STEPS = 8, 9  # random ones: in a text that repeats itself, so does rounding
+_FITTED, _REPEATED, _PEAKED = 0.4, 0.2, 0.8  # parts of the squared difference that rounding stays below
+_WIDTH = 1 << 13  # logits of a step that are looked at
 _PEAK = 10  # one in so many logits
 
 
@@ -37,23 +38,31 @@ def few_logits(case: Case, logits: Tensor, judged: Judgement) -> Finding | None:
 
 
 def is_like_rounding(trial: Trial) -> bool:
-    """Whether cached steps of a random text differ as rounding does: all over the vocabulary, differently at each step,
+    """Whether cached steps of random texts differ as rounding does: all over the vocabulary, differently in each text,
     and neither by a constant, nor in proportion to the logits or to what the context contributes to them."""
-    case, start = trial.case, trial.case.start
-    present, context = case.ids.shape[1], case.subject.context_length
-    count = start + _STEPS
-    text = random_text(case, present + count)[:, present:]
-    text = text if context is None else text[:, :context]
-    expected = case.reference.step_logits(text, range(start, text.shape[1]))[1:].double()
-    gaps = _gaps(run_forced(trial.call, text, start).logits[1:], expected)
-    alone = torch.stack([case.last_logits(text[:, n - 1 : n]) for n in range(start + 1, text.shape[1])]).double()
+    found = [_random_steps(trial, number) for number in range(_TEXTS)]
+    gaps, expected, alone = (torch.cat(parts) for parts in zip(*found, strict=True))
     predictors = torch.stack((torch.ones_like(expected), expected, expected - alone), dim=-1)  # (steps, vocab, 3)
-    found = torch.linalg.lstsq(predictors, gaps[..., None]).solution
-    squared = gaps.square().sum()
-    fitted = float((predictors @ found).square().sum() / squared)
-    repeated = float(gaps.mean(0).square().sum() * len(gaps) / squared)
-    peaked = float(gaps.square().sort(-1).values[:, -(gaps.shape[1] // _PEAK) :].sum() / squared)
+    fit = predictors @ torch.linalg.lstsq(predictors, gaps[..., None]).solution
+    squared = float(gaps.square().sum())
+    fitted = float(fit.square().sum()) / squared
+    repeated = float(gaps.mean(0).square().sum()) * len(gaps) / squared
+    peaked = float(gaps.square().sort(-1).values[:, -(gaps.shape[1] // _PEAK) :].sum()) / squared
     return fitted < _FITTED and repeated < _REPEATED and peaked < _PEAKED
+
+
+def _random_steps(trial: Trial, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Differences of cached steps of a random text, their logits, and those of the newest token alone, (steps, some of
+    the vocabulary) each."""
+    case, start, context = trial.case, trial.case.start, trial.case.subject.context_length
+    present, count = case.ids.shape[1], start + _STEPS
+    text = random_text(case, present + (number + 1) * count)[:, present + number * count :][:, :context]
+    lengths = range(start + 1, text.shape[1])
+    expected = case.reference.step_logits(text, lengths).double()
+    gaps = _gaps(run_forced(trial.call, text, start).logits[1:], expected)
+    alone = torch.stack([case.last_logits(text[:, n - 1 : n]) for n in lengths]).double()
+    some = slice(None, None, -(-gaps.shape[1] // _WIDTH))
+    return gaps[:, some], expected[:, some], alone[:, some]
 
 
 def _gaps(logits: Tensor, expected: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -203,28 +203,23 @@ def test_a_few_changed_logits_are_named(count: int) -> None:
     assert f"Only {count} logit" in row.findings[0].text
 
 
+def flipped(where: Callable[[Tensor], bool]) -> Changed:
+    """A model whose cached calls are wrong on some texts, (B, n)."""
+    return Changed(lambda logits, ids, call: logits.flip(-1) if call and where(ids) else logits)
+
+
 def test_one_wrong_length_is_not_called_a_limit() -> None:
-    wrong = lambda logits, ids, call: logits.flip(-1) if call and ids.shape[1] == 20 else logits  # noqa: E731
-    assert "beyond a length" not in names(run(Changed(wrong)).rows[1])
-    beyond = lambda logits, ids, call: logits.flip(-1) if call and ids.shape[1] >= 20 else logits  # noqa: E731
-    assert names(run(Changed(beyond)).rows[1]) == {"beyond a length"}
+    assert "beyond a length" not in names(run(flipped(lambda ids: ids.shape[1] == 20)).rows[1])
+    assert names(run(flipped(lambda ids: ids.shape[1] >= 20)).rows[1]) == {"beyond a length"}
 
 
 def test_a_wrong_token_is_not_called_a_length() -> None:
     text = run(SmallDecoder()).ids
     other = next(id_ for id_ in range(61) if id_ not in text)
-
-    def wrong(logits: Tensor, ids: Tensor, call: int) -> Tensor:
-        return logits.flip(-1) if call and bool((ids[:, -70:-1] == other).any()) else logits
-
-    assert names(run(Changed(wrong)).rows[1]) == {"some tokens"}
-    place = 18
-    limited = (
-        lambda logits, ids, call: (  # noqa: E731
-            logits.flip(-1) if call and bool((ids[:, :-1] == text[place]).any()) else logits
-        )
-    )
-    assert "beyond a length" not in names(run(Changed(limited)).rows[1])
+    assert names(run(flipped(lambda ids: bool((ids[:, :-1] == other).any()))).rows[1]) == {"some tokens"}
+    late = max(dict.fromkeys(text), key=text.index)
+    assert text.index(late) > 5
+    assert "beyond a length" not in names(run(flipped(lambda ids: bool((ids[:, :-1] == late).any()))).rows[1])
 
 
 def test_uses_of_a_wrong_pattern_tell_no_cause_of_their_own() -> None:

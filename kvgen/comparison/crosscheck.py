@@ -17,7 +17,7 @@ from torch import Tensor
 from kvgen.comparison.case import NARROW, Case, random_text
 from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.reference import Reference
-from kvgen.comparison.rounding import BEYOND_DOUBT, LIMIT, distance, size, typical_floor
+from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.roundings import Roundings, roundings
 from kvgen.comparison.subjects import Subject, subject_of
 from kvgen.comparison.trial import Finding
@@ -32,6 +32,7 @@ _EXPLAINS, _NO_LARGER = 3.0, 10.0
 _VANISHED, _SMALL = 1 / 50, 1 / 12  # of the difference on the text: rounding never vanishes where attention is idle
 _REPEATED, _SINGLES = 24, 6  # positions of a text of one token repeated; texts of one token
 _SHORTEST_WINDOW = 4
+_ENLARGED = 1000.0  # noise floors; a model that enlarges its own rounding is not looked for beyond
 _RELATED = 0.5  # correlation of two models' logits above which they share most weights
 _PROPORTIONAL = 1e-3  # of the logits' size, around a straight line
 
@@ -144,7 +145,7 @@ class _Pair:
         floors = [typical_floor(logits, subject.dtype) for logits, subject in zip(both, self.subjects, strict=True)]
         floors += [max(map(distance, *pair)) for pair in zip(both, again, strict=True)]
         apart = list(map(distance, *both))
-        if max(floors) < max(apart) / LIMIT <= BEYOND_DOUBT * max(floors):
+        if max(floors) < max(apart) / LIMIT <= _ENLARGED * max(floors):
             floors += self._own_rounding(ids, lengths, both)
         return _Seen(lengths, apart, LIMIT * max(floors), size(both[1]))
 

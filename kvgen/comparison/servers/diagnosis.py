@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from kvgen.comparison.servers.client import LimitError
 from kvgen.comparison.servers.distance import distance
@@ -164,9 +165,13 @@ def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
         return Finding("beyond a length", text, _wrong_and_right(wrong, right))
     size = math.gcd(*wrong)
     multiples = [size * number for number in range(1, _MULTIPLES + 1)]
-    if size < _SPACED or any(cut % size == 0 for cut in right) or multiples[-1] + 1 >= len(session.source):
+    if size < _SPACED or any(cut % size == 0 for cut in right) or multiples[-1] + _SPACED > len(session.source):
         return None
-    wrong, right = _continued(session, session.source, [cut + by for cut in multiples for by in (-1, 0, 1)])
+    parts = [
+        _continued(session, session.source[: cut + _SPACED], [cut - 1, cut, cut + 1])  # near its end, where it shows
+        for cut in multiples
+    ]
+    wrong, right = ([*chain(*cuts)] for cuts in zip(*parts, strict=True))
     if wrong != multiples or len(right) != 2 * len(multiples):
         return None
     text = f"Chunk boundary: wrong where a text is continued at multiples of {size}."

@@ -27,7 +27,7 @@ FAULTS = {
     "another state": "another request's state",
     "newest dropped": "newest token missing",
     "oldest dropped": "beginning lost",
-    "quantized": "lower precision",
+    "quantized": "small difference",
     "window": "beginning lost",
     "claimed hits": "claimed hits",
     "leak": "another request's tokens",

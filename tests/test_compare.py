@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -160,6 +160,71 @@ def test_a_constant_shift_is_named() -> None:
     row = run(Changed(lambda logits, ids, call: logits + (call > 0))).rows[1]
     assert row.verdict is Verdict.DIFFERENT
     assert names(row) == {"constant shift"}
+
+
+NOISE = torch.randn(61, generator=torch.Generator().manual_seed(1))
+CHANGES = {
+    "a scale": lambda logits: logits * 1.001,
+    "a temperature": lambda logits: logits / 1.02,
+    "a soft cap": lambda logits: 50 * torch.tanh(logits / 50),
+    "one noise for all steps": lambda logits: logits + 0.002 * NOISE,
+    "a bias": lambda logits: logits + 0.002 * NOISE.abs(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_even_change_of_the_logits_is_not_called_rounding(change: str) -> None:
+    row = run(Changed(lambda logits, ids, call: CHANGES[change](logits) if call else logits)).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert names(row) == {"unexplained"}
+
+
+class Scaled(SmallDecoder):
+    """Cached values are a little too small, without losing bits."""
+
+    def join(self, layer: int, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        scaled = cache and replace(cache, values=tuple(values * 0.999 for values in cache.values))
+        return super().join(layer, k, v, scaled)
+
+
+def test_values_with_a_scale_are_not_called_rounding() -> None:
+    row = run(Scaled()).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert names(row) == {"unexplained"}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_few_changed_logits_are_named(count: int) -> None:
+    def changed(logits: Tensor, ids: Tensor, call: int) -> Tensor:
+        return torch.cat((logits[..., :count] + 0.1, logits[..., count:]), dim=-1) if call else logits
+
+    row = run(Changed(changed)).rows[1]
+    assert names(row) == {"few logits"}
+    assert f"Only {count} logit" in row.findings[0].text
+
+
+def flipped(where: Callable[[Tensor], bool]) -> Changed:
+    """A model whose cached calls are wrong on some texts, (B, n)."""
+    return Changed(lambda logits, ids, call: logits.flip(-1) if call and where(ids) else logits)
+
+
+def test_one_wrong_length_is_not_called_a_limit() -> None:
+    assert "beyond a length" not in names(run(flipped(lambda ids: ids.shape[1] == 20)).rows[1])
+    assert names(run(flipped(lambda ids: ids.shape[1] >= 20)).rows[1]) == {"beyond a length"}
+
+
+def test_a_wrong_token_is_not_called_a_length() -> None:
+    text = run(SmallDecoder()).ids
+    other = next(id_ for id_ in range(61) if id_ not in text)
+    assert names(run(flipped(lambda ids: bool((ids[:, :-1] == other).any()))).rows[1]) == {"some tokens"}
+    late = max(dict.fromkeys(text), key=text.index)
+    assert text.index(late) > 5
+    assert "beyond a length" not in names(run(flipped(lambda ids: bool((ids[:, :-1] == late).any()))).rows[1])
+
+
+def test_uses_of_a_wrong_pattern_tell_no_cause_of_their_own() -> None:
+    row = run(SmallDecoder("offset one too far")).rows[1]
+    assert {probe.finding[0] for probe in row.probes if probe.wrong} == {"differs too"}
 
 
 def test_a_fault_that_does_not_repeat_is_not_blamed_on_the_use_it_hit() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvgen.cli.compare_url import complete_kind
@@ -51,6 +52,36 @@ def test_faults_are_found_and_explained(fault: str) -> None:
     result = compare(Toy(fault), kinds[sorted(FAULTS).index(fault) % 3])
     assert result.verdict is Verdict.DIFFERENT
     assert not FAULTS[fault] or FAULTS[fault] in names(result)
+
+
+class Unsteady(Toy):
+    """One hit in `every` reads halved values."""
+
+    every, hits = 5, 0
+
+    def _rows(self, ids: list[int], reused: int, space: str | None) -> tuple[Any, Any, int]:
+        keys, values, further = super()._rows(ids, reused, space)
+        self.hits += reused > 0
+        if reused and self.hits % self.every == 0:
+            values[:reused] *= 0.5
+        return keys, values, further
+
+
+class Limited(Toy):
+    """Of a longer hit, what is beyond 64 positions is lost."""
+
+    def _rows(self, ids: list[int], reused: int, space: str | None) -> tuple[Any, Any, int]:
+        keys, values, further = super()._rows(ids, reused, space)
+        if reused > 64:
+            keys, values = (np.concatenate((part[:64], part[reused:])) for part in (keys, values))
+        return keys, values, further
+
+
+@pytest.mark.parametrize(("toy", "cause"), [(Unsteady(), "not deterministic"), (Limited(), "beyond a length")])
+def test_a_fault_of_some_hits_is_not_blamed_on_others_or_on_chunks(toy: Toy, cause: str) -> None:
+    result = compare(toy)
+    assert result.verdict is Verdict.DIFFERENT
+    assert names(result) == {cause}
 
 
 def echoing(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:

@@ -124,6 +124,31 @@ def test_rounding_is_measured_and_named(options: dict[str, Any], kind: str, word
     assert words in found.findings[0].text
 
 
+def sharpen(weights: dict[str, Any]) -> None:
+    for name in weights:
+        if "q_proj" in name or "k_proj" in name:
+            weights[name] = 60 * weights[name]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_that_a_sharp_softmax_enlarges_is_no_difference(seed: int, tmp_path: Path) -> None:
+    folder = edited(make(tmp_path / "plain", seed=seed), tmp_path / "sharp", tensors=sharpen)
+    found = check(kvgen.load(folder, tokenizer="ids"), opened(folder))
+    assert (found.agreement, names(found)) == (Agreement.EQUAL, [])
+
+
+def tie(weights: dict[str, Any]) -> None:
+    for name in weights:
+        if name.endswith("gate.weight"):
+            weights[name] = weights[name][:1].repeat(len(weights[name]), 1)
+
+
+def test_tied_experts_are_not_called_rounded_weights(tmp_path: Path) -> None:
+    folder = edited(make(tmp_path / "plain", "mixtral"), tmp_path / "tied", tensors=tie)
+    found = check(kvgen.load(folder, tokenizer="ids"), opened(folder))
+    assert (found.agreement, names(found)) == (Agreement.ROUNDED, ["order of sums"])
+
+
 def test_a_prompt_of_other_tokens_is_said_first(tmp_path: Path) -> None:
     loaded = opened(make(tmp_path, vocab_size=256))
     other = Loaded(loaded.model, bytes_tokenizer(), loaded.source)

@@ -26,7 +26,7 @@ class Case:
     reference: the model without its cache. ids: the text, (1, n). start: length of the prompt.
     expected: uncached logits after start, start + 1, ... n - 1 positions, (steps, vocab).
     special_ids: special tokens, such as the one that ends a turn.
-    cache: after the right pattern on the text, to go on from.
+    cache: after the right pattern on the text, to go on from. familiar: whether longer texts consist of its tokens.
     """
 
     reference: Reference
@@ -35,6 +35,7 @@ class Case:
     expected: Tensor
     special_ids: frozenset[int] = frozenset()
     cache: Any = None
+    familiar: bool = False
 
     @property
     def subject(self) -> Subject:
@@ -83,9 +84,12 @@ def make_case(reference: Reference, ids: Tensor, start: int, special_ids: frozen
 
 
 def random_text(case: Case, length: int) -> Tensor:
-    """The text of the case, extended with random ordinary tokens to (1, length)."""
+    """The text of the case, extended with random ordinary tokens, or random ones of its own, to (1, length)."""
     count, present = case.expected.shape[1], case.ids.shape[1]
     generator = torch.Generator().manual_seed(0)
+    if case.familiar:
+        places = torch.randint(0, max(1, present - 1), (max(0, length - present),), generator=generator)
+        return torch.cat((case.ids, case.ids[:, places.to(case.ids.device)]), dim=1)[:, :length]
     ordinary = [int(id_) for id_ in torch.randint(0, count, (4 * length,), generator=generator)]
     ordinary = [id_ for id_ in ordinary if id_ not in case.special_ids][: max(0, length - present)]
     more = torch.tensor([ordinary], dtype=case.ids.dtype, device=case.ids.device)

@@ -216,11 +216,11 @@ def _pattern(name: str) -> Pattern:
 
 
 def _compare_pattern(
-    case: Case, pattern: Pattern, greedy: _Greedy, run: Run | None, probed: Callable[[Case], tuple[Probe, ...]]
+    case: Case, pattern: Pattern, greedy: _Greedy, run: Run | None, probed: Callable[[Case, bool], tuple[Probe, ...]]
 ) -> tuple[PatternResult, Judgement | None]:
     """Result of a pattern and the judgement on its logits.
 
-    run: an earlier run of it on this text, if any. probed: tries other uses of the cache.
+    run: an earlier run of it on this text, if any. probed: tries other uses of the cache; see `run_probes`.
     """
     subject = case.subject
     if subject.cannot_cache:
@@ -231,7 +231,7 @@ def _compare_pattern(
         return PatternResult(pattern, Verdict.UNSUPPORTED, reason=in_one_line(error)), None
     judged = case.judge(run.logits)
     wrong = _is_wrong(case, pattern, judged)
-    probes = probed(replace(case, cache=run.cache))
+    probes = probed(replace(case, cache=run.cache), not wrong)
     right = not wrong and not any(probe.wrong for probe in probes)
     verdict = Verdict.EQUIVALENT if right else Verdict.LOSSY if subject.lossy else Verdict.DIFFERENT
     tokens, first_difference, tokens_verdict = _tokens_of(case, pattern, greedy, run)
@@ -253,7 +253,7 @@ def _compare_pattern(
     return row, judged
 
 
-def _no_probes(case: Case) -> tuple[Probe, ...]:
+def _no_probes(case: Case, right: bool) -> tuple[Probe, ...]:
     return ()
 
 

@@ -27,10 +27,12 @@ _LONG = 160  # positions of the text, if no window needs more
 _LONGEST_WINDOW, _BEYOND = 1100, 40
 _DENSE = 24  # lengths up to here are all compared; beyond, each an eighth longer
 _OTHER_ROUNDING = 16  # more positions in a pass, which then rounds differently
-_EXPLAINS = 3.0  # measured roundings that a difference may have: two engines round, in blocks of other sizes
+# measured roundings that a difference may have: two engines round, in blocks of other sizes; differences in a rounding
+_EXPLAINS, _NO_LARGER = 3.0, 10.0
 _VANISHED, _SMALL = 1 / 50, 1 / 12  # of the difference on the text: rounding never vanishes where attention is idle
 _REPEATED, _SINGLES = 24, 6  # positions of a text of one token repeated; texts of one token
 _SHORTEST_WINDOW = 4
+_ENLARGED = 1000.0  # noise floors; a model that enlarges its own rounding is not looked for beyond
 _RELATED = 0.5  # correlation of two models' logits above which they share most weights
 _PROPORTIONAL = 1e-3  # of the logits' size, around a straight line
 
@@ -142,7 +144,18 @@ class _Pair:
         both, again = self.logits(ids, lengths), self.logits(ids, lengths, _OTHER_ROUNDING)
         floors = [typical_floor(logits, subject.dtype) for logits, subject in zip(both, self.subjects, strict=True)]
         floors += [max(map(distance, *pair)) for pair in zip(both, again, strict=True)]
-        return _Seen(lengths, list(map(distance, *both)), LIMIT * max(floors), size(both[1]))
+        apart = list(map(distance, *both))
+        if max(floors) < max(apart) / LIMIT <= _ENLARGED * max(floors):
+            floors += self._own_rounding(ids, lengths, both)
+        return _Seen(lengths, apart, LIMIT * max(floors), size(both[1]))
+
+    def _own_rounding(self, ids: Tensor, lengths: Sequence[int], both: Sequence[Tensor]) -> Iterator[float]:
+        """How far each engine is from itself in float64, where it can: a model may enlarge its own rounding, as a sharp
+        softmax does."""
+        for subject, logits in zip(self.subjects, both, strict=True):
+            if subject.dtype == torch.float32 and (twin := subject.in_dtype(torch.float64)):
+                exact = Reference(twin).step_logits(ids, lengths).float()
+                yield max(map(distance, logits, exact[:, : logits.shape[1]].to(logits.device)))
 
     def extended(self, ids: Tensor, special_ids: frozenset[int]) -> Tensor:
         """The text with random tokens after it, past the windows of either engine, within both contexts, (1, n)."""
@@ -209,7 +222,7 @@ def _rounding(pair: _Pair, text: Tensor, seen: _Seen, variants: Roundings) -> Fi
     that gives the logits of an engine."""
     exact: Tensor | None = None
     engines, worst = pair.logits(text, seen.lengths), max(seen.apart)
-    explanations: list[tuple[bool, float, str, str]] = []
+    explanations: list[tuple[bool, bool, float, str, str]] = []
     for kind, words, model in variants():
         subject = subject_of(model)
         if subject.dtype in NARROW:  # only its weights are of interest
@@ -219,10 +232,13 @@ def _rounding(pair: _Pair, text: Tensor, seen: _Seen, variants: Roundings) -> Fi
         rounding = max(map(distance, rounded, exact))
         guessed = min(max(map(distance, rounded, logits)) for logits in engines) > _SMALL * worst
         if worst <= _EXPLAINS * rounding and not (guessed and kind == "weights"):
-            explanations.append((guessed, rounding, kind, words))
+            explanations.append((kind != "order of sums", guessed, rounding, kind, words))
     if not explanations:
         return None
-    guessed, rounding, kind, words = min(explanations)
+    _, guessed, rounding, kind, words = min(explanations)
+    if rounding > _NO_LARGER * worst:
+        evidence = f"{worst:.2g} (RMS) apart; the least of these, {words}, changes the logits by {rounding:.2g}"
+        return Finding("rounding", "The difference is smaller than all roundings that were measured.", evidence)
     evidence = f"{worst:.2g} (RMS) apart; in kvgen, {words} change the logits of this text by {rounding:.2g}"
     evidence += "" if guessed else ", to those of one of the engines"
     return Finding(kind, f"The difference is one of rounding: {words}.", evidence)

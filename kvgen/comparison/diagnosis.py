@@ -14,6 +14,7 @@ from kvgen.comparison.probes import Probe
 from kvgen.comparison.reference import Judgement
 from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
 from kvgen.comparison.run import run_forced
+from kvgen.comparison.shape import few_logits, is_like_rounding
 from kvgen.comparison.trial import Finding, Trial, nondeterministic
 
 _LEAK = 64  # typical rounding errors; a model that reads later tokens differs by far more
@@ -78,6 +79,8 @@ def diagnose(
     for experiment in PREDICTIONS:
         if finding := attempt(experiment, trial):
             return [finding]
+    if few := few_logits(sharp, logits, judged):
+        return [few]
     if found := [finding for experiment in OBSERVATIONS if (finding := attempt(experiment, trial))]:
         return found
     finding, large = attempt(lookup_or_values, trial), max(judged.distances) > _SMALL * size(sharp.expected)
@@ -85,7 +88,7 @@ def diagnose(
         return [finding]
     if large and not trial.places:
         return [_unexplained(sharp, judged, "positions could not be tested: the model does not accept any")]
-    if finding is not None and finding.name == VALUES_WRONG and _is_even(judged):
+    if finding is not None and finding.name == VALUES_WRONG and _is_even(judged) and attempt(is_like_rounding, trial):
         return [_fewer_bits(sharp, judged)]
     return [_unexplained(sharp, judged)]
 
@@ -122,8 +125,9 @@ def _fewer_bits(case: Case, judged: Judgement) -> Finding:
     part = max(judged.distances) / size(case.expected)
     return Finding(
         "lower precision",
-        "Cached logits are less precise: the cache, or the arithmetic of cached calls, has fewer bits.",
-        f"every cached step differs a little, at most by {part:.1e} of the logits' size; {STAYS}",
+        "Cached logits look rounded: the cache, or the arithmetic of cached calls, has fewer bits, or adds noise.",
+        f"every cached step differs a little, at most by {part:.1e} of the logits' size, all over the vocabulary, "
+        f"without a scale, a shift or a pattern that repeats; {STAYS}",
     )
 
 
@@ -141,19 +145,13 @@ def _not_numbers(length: int) -> Finding:
     )
 
 
-_UNREPEATED = (
-    "not deterministic",
-    "Equal calls give different results: they depend on more than the text, such as the number of calls before.",
-)
-
-
 def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
     """One finding for each kind of wrong use, without those that another one explains."""
     found: dict[str, Finding] = {}
     for probe in wrong:
         if any(_explains(other, probe) for other in wrong):
             continue
-        name, text = probe.finding if probe.repeats else _UNREPEATED
+        name, text = probe.finding
         far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
         far += f"; the logits are those of {probe.like}" if probe.like else ""
         found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS
+from kvgen.comparison.lengths import MAX_LENGTH, token_by_token
 from kvgen.comparison.rounding import distance, size
 from kvgen.comparison.trial import Finding, Trial, nondeterministic
+
+T = TypeVar("T")
 
 VALUES_WRONG = "values wrong"
 STAYS = "the difference stays on a text of one repeated token, where any key is as good as another"
 _OFFSETS = (-2, -1, 1, 2)
 _MAX_PADDING = 8
 _MAX_EDITS = 24
-_MAX_LENGTH = 128  # of a text whose prefixes or suffixes are all tried
 _VANISHED, _STAYED = 1 / 50, 1 / 4  # relative to the difference before
 
 
-def attempt(experiment: Callable[[Trial], Finding | None], trial: Trial) -> Finding | None:
+def attempt(experiment: Callable[[Trial], T], trial: Trial) -> T | None:
     try:
         return experiment(trial)
     except CALL_ERRORS:
@@ -66,7 +68,7 @@ def _newest_missing(trial: Trial) -> Finding | None:
 
 
 def _short_context(trial: Trial) -> Finding | None:
-    if trial.length > _MAX_LENGTH:
+    if trial.length > MAX_LENGTH:
         return None
     for kept in range(2, trial.length):
         if _is_of_text(trial, trial.ids[:, -kept:]):
@@ -193,7 +195,7 @@ def _foreign_tokens(trial: Trial) -> Finding | None:
 
 
 def lookup_or_values(trial: Trial) -> Finding | None:
-    """Tell wrong keys from wrong values: on one token repeated all keys are alike, so errors in finding them vanish.
+    """Tell what is found from what is read: on one token repeated all keys are alike, so errors in finding them vanish.
 
     Rounding still depends on the order of sums, so the remaining difference is compared with the original one.
     """
@@ -206,15 +208,16 @@ def lookup_or_values(trial: Trial) -> Finding | None:
     if left < _VANISHED * before:
         return _steps_lost(trial) or Finding(
             "lookup wrong",
-            "Attention finds the wrong keys, while stored values are right: positions are wrong, keys are inexact, or "
-            "some are not seen.",
+            "Cached entries are found or read at the wrong place: positions or keys are wrong, some are not seen, or "
+            "values of other tokens are read.",
             "on a text of one repeated token, where any key is as good as another, the difference vanishes",
         )
     if left < _STAYED * before:
         return None
     return Finding(
         VALUES_WRONG,
-        "Stored values are wrong: mixed up, changed or inexact, whichever key is found.",
+        "What is read, or computed from it, is wrong, whichever key is found: stored values, or the output of cached "
+        "calls.",
         STAYS,
     )
 
@@ -235,26 +238,6 @@ def _relative(logits: Tensor, expected: Tensor) -> float:
     return distance(logits, expected) / max(size(expected), sys.float_info.min)
 
 
-def _token_by_token(trial: Trial) -> Finding | None:
-    """Without a prompt of several tokens: is the pattern right then, or right until the text has a certain length?"""
-    if trial.length > _MAX_LENGTH:
-        return None
-    first, again = (_first_wrong_length(trial, begin) for begin in (1, 3))
-    if first is None:
-        return Finding(
-            "prompt cached wrongly",
-            "A prompt of several tokens leaves wrong or incomplete entries in the cache.",
-            "fed token by token from the start, the pattern is right",
-        )
-    if first != again or first <= 5:
-        return None
-    return Finding(
-        "beyond a length",
-        f"Texts are right up to {first - 1} positions and wrong beyond.",
-        "so it is when fed token by token, starting with 1 token and with 3",
-    )
-
-
 def _first_tokens_missing(trial: Trial) -> Finding | None:
     """Feed token by token: then no cached position has ever seen a token that was dropped at once."""
     logits = trial.run(trial.ids, start=1)
@@ -265,17 +248,6 @@ def _first_tokens_missing(trial: Trial) -> Finding | None:
                 f"The context is short: the first {missing} token(s) of the text are not in the cache.",
                 f"fed token by token, the logits are those of the text without its first {missing} token(s)",
             )
-    return None
-
-
-def _first_wrong_length(trial: Trial, begin: int) -> int | None:
-    """The first wrong length when the text is fed token by token after `begin` tokens; None if there is none."""
-    cache: Any = None
-    for length in range(begin, trial.case.ids.shape[1] + 1):
-        logits, cache = trial.call(trial.case.ids[:, :length], cache)
-        text = trial.case.ids[:, :length]
-        if not trial.case.close(logits[0, -1], trial.case.last_logits(text), text):
-            return length
     return None
 
 
@@ -293,5 +265,5 @@ PREDICTIONS: tuple[Callable[[Trial], Finding | None], ...] = (
 )
 """Each predicts the very logits that its cause gives, so the first that holds is the explanation."""
 
-OBSERVATIONS: tuple[Callable[[Trial], Finding | None], ...] = (_token_by_token, _order_ignored, _without_influence)
+OBSERVATIONS: tuple[Callable[[Trial], Finding | None], ...] = (token_by_token, _order_ignored, _without_influence)
 """Each sees one side of a fault; several may hold."""

@@ -15,6 +15,18 @@ from kvgen.errors import CacheError, UnsupportedError, in_one_line
 Progress = Callable[[str, int, int], None]
 """Called before each use with its name, its number from 0 and the number of uses."""
 
+_DIFFERS_TOO = ("differs too", "This use differs too: the pattern itself is wrong, so it tells no cause of its own.")
+_UNREPEATED = (
+    "not deterministic",
+    "Equal calls give different results: they depend on more than the text, such as the number of calls before.",
+)
+_SOME_TOKENS = (
+    "some tokens",
+    "It depends on which tokens a text has, not on how many: as long texts of the prompt's own tokens are right.",
+)
+_TOKENS = 4  # different ones that a text needs to be like others
+_FAR_BELOW = 10.0  # times the noise floors of a use that is right with other tokens
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -22,9 +34,9 @@ class Probe:
 
     ratio: its worst step in noise floors; None if it was not checked, for the reason in `note`.
     length: positions of the first wrong step. exact: whether all logits equal uncached ones bit for bit.
-    finding: what it means if it is wrong: a short key and a sentence. like: which other text has the logits of the
-    first wrong step, in words; "" if none of those tried. repeats: False if it was wrong and then right when it was run
-    again.
+    finding: what it means if it is wrong, as far as was found out: a short key and a sentence. like: which other text
+    has the logits of the first wrong step, in words; "" if none of those tried. repeats: False if it was wrong and then
+    right when it was run again.
     """
 
     name: str
@@ -38,8 +50,10 @@ class Probe:
     repeats: bool = True
 
 
-def run_probes(case: Case, uses: Sequence[Use], progress: Progress | None = None) -> tuple[Probe, ...]:
+def run_probes(case: Case, right: bool, uses: Sequence[Use], progress: Progress | None = None) -> tuple[Probe, ...]:
     """Run all uses. One that the model does not support is noted and does not count.
+
+    right: whether the pattern is right on the text itself; else a use that is wrong shows nothing of its own.
 
     A use raises UnsupportedError if it does not apply to the model, CacheError if the cache fails.
     """
@@ -47,8 +61,21 @@ def run_probes(case: Case, uses: Sequence[Use], progress: Progress | None = None
     for number, use in enumerate(uses):
         if progress is not None:
             progress(use.name, number, len(uses))
-        probes.append(replace(_run_surely(case, use), finding=use.finding))
+        probe = _run_surely(case, use)
+        probes.append(replace(probe, finding=_finding(case, use, probe) if right or not probe.wrong else _DIFFERS_TOO))
     return tuple(probes)
+
+
+def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
+    """What a use shows: what it is named for, unless it is right when it is run again, or with other tokens."""
+    if not probe.repeats:
+        return _UNREPEATED
+    if not probe.wrong or probe.ratio is None or len(set(case.ids[0, :-1].tolist())) < _TOKENS:
+        return use.finding
+    familiar = _run(replace(case, familiar=True), use)
+    if familiar.wrong or familiar.ratio is None or familiar.ratio * _FAR_BELOW > probe.ratio:
+        return use.finding
+    return _SOME_TOKENS
 
 
 def _run_surely(case: Case, use: Use) -> Probe:

@@ -17,6 +17,7 @@ def roundings(source: str) -> Iterator[tuple[str, str, Backend]]:
     """Load each in turn; none if kvgen does not run the checkpoint. See `Roundings`."""
     chosen: list[tuple[str, str, Mapping[str, Any]]] = [
         ("exact", "", {"quantize": "none"}),
+        ("order of sums", "sums in another order, which this model enlarges", {"quantize": "none", "kernels": "off"}),
         ("arithmetic", "activations rounded to 16 bits", {}),
         ("arithmetic", "activations rounded to 8 bits", {"activations": "int8"}),
         ("arithmetic", "cached keys and values rounded to 16 bits", {"quantize": "none", "kv_dtype": "bfloat16"}),

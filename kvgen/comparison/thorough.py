@@ -27,10 +27,13 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     """Yield the uses for a model. One that does not apply says so when it is run."""
     for length in LENGTHS:
         yield _use(
-            f"past {length} positions", _past, ("longer texts", f"Texts past {length} positions are wrong."), length
+            f"past {length} positions",
+            _past,
+            ("longer texts", f"Some steps past {length} positions are wrong."),
+            length,
         )
     for change in sorted({*(case.subject.changes_at or ())}):
-        sentence = f"Texts past {change} positions, where the model changes, are wrong."
+        sentence = f"Some steps past {change} positions, where the model changes, are wrong."
         yield _use(f"past the change at {change}", _past_a_change, ("longer texts", sentence), change)
     for size in sorted({*CHUNKS, *case.subject.chunk_sizes, *(size + 1 for size in case.subject.chunk_sizes)}):
         sentence = f"Texts in chunks of {size} are wrong."
@@ -43,7 +46,7 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     yield Use("the same text after others", _after_others, stale, rewinds=True)
     yield Use("after other sequences", _beside_others, ("sequences mixed", stale[1]))
     yield Use("saved and loaded", _saved, ("saved caches", "A cache is wrong after it was saved and loaded."))
-    rows = ("rows mixed", "Rows of a batch affect each other.")
+    rows = ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")
     yield Use(f"{_ROWS} rows of a batch", _many_rows, rows)
     yield Use("rows in another order", _moved_rows, rows)
     yield Use("rows of different lengths", _uneven_rows, rows)

@@ -198,14 +198,14 @@ def _with_special_tokens(case: Case) -> Iterator[Check]:
 _LONGER, _EDITS = "longer texts", "edits not noticed"
 
 _USES = (
-    Use("more steps", _more_steps, (_LONGER, "The first steps are right, later ones are wrong.")),
-    Use("long texts", _long_texts, (_LONGER, "Long texts are wrong, short ones are right.")),
-    Use("past a window", _past_a_change, (_LONGER, "Texts longer than a window are wrong, shorter ones are right.")),
+    Use("more steps", _more_steps, (_LONGER, "The first steps are right, some later ones are wrong.")),
+    Use("long texts", _long_texts, (_LONGER, "Some steps of long texts are wrong, those of a short one are right.")),
+    Use("past a window", _past_a_change, (_LONGER, "Some steps past a window are wrong, the first ones are right.")),
     Use("several new tokens at once", _in_chunks, ("multi-token calls", "Calls with several new tokens are wrong.")),
     Use("rewinds", _rewound, (_EDITS, "The cache is wrong after the last tokens were removed."), rewinds=True),
     Use("edits", _edited, (_EDITS, "The cache is wrong after the text was edited."), rewinds=True),
-    Use("two sequences in turn", _in_turn, ("sequences mixed", "Two sequences with a cache each affect each other.")),
-    Use("rows of a batch", _side_by_side, ("rows mixed", "Rows of a batch affect each other.")),
+    Use("two sequences in turn", _in_turn, ("sequences mixed", "Two sequences in turn are wrong, one alone is right.")),
+    Use("rows of a batch", _side_by_side, ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")),
     Use("special tokens", _with_special_tokens, ("special tokens", "Texts that contain special tokens are wrong.")),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from kvgen.comparison.servers.client import LimitError
 from kvgen.comparison.servers.distance import distance
@@ -15,8 +16,10 @@ _CLOSER = 3.0  # times closer to the answer predicted than to the right one
 _SMALL = 0.1  # of what one missing token changes
 _EXPLAINED = 3  # wrong probes
 _CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
-_VAGUE = {"lower precision", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
+_VAGUE = {"small difference", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
 _SPACED = 4  # smallest chunk
+_MULTIPLES = 3  # of a chunk that must be wrong, with right continuations on both sides
+_AGAIN = 6  # times that a hit is repeated alone
 
 _STALE = "Stale state: the answer is that of an earlier prompt; an edit is not noticed."
 _FOREIGN = "Another request's state: the answer continues a different prompt."
@@ -57,11 +60,13 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
             return Finding(
                 name, text, f"{probe.name}: {apart:.2g} nats from it, {probe.distance:.2g} from the right one"
             )
-    if beside and alone:
-        return Finding(
-            "another request's tokens", _LEAK, f"{probe.name}: right alone, {probe.distance:.2g} nats off here"
-        )
-    if finding := _chunks(session, probe):
+    wrong, finding = _repeated(session, probe)
+    if finding:
+        return finding
+    if beside and alone and wrong is False:
+        evidence = f"{probe.name}: right alone, {_AGAIN} times, {probe.distance:.2g} nats off here"
+        return Finding("another request's tokens", _LEAK, evidence)
+    if finding := _lengths(session, probe):
         return finding
     control = session.reference.of(trial.prompt)
     if not session.server.repeats:
@@ -71,8 +76,8 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     evidence = f"{probe.name}: {probe.distance:.2g} nats, {probe.distance / probe.noise:.2g} times the noise; "
     evidence += f"a missing token changes {one:.2g}"
     if probe.distance < _SMALL * one:
-        text = "The difference is small, as of a cache of lower precision: no text without the fault has this answer."
-        return Finding("lower precision", text, evidence)
+        text = "The difference is small: of lower precision, or of a small error in what is stored, found or computed."
+        return Finding("small difference", text, evidence)
     return Finding("unexplained", "None of the known explanations fits.", evidence)
 
 
@@ -118,23 +123,72 @@ def _only_shorter(predicted: Prompt, prompt: Prompt) -> bool:
     return predicted == prompt[: len(predicted)]
 
 
-def _chunks(session: Session, probe: ServerProbe) -> Finding | None:
-    """Whether a text is wrong only if it is continued at multiples of some number."""
+def _repeated(session: Session, probe: ServerProbe) -> tuple[bool | None, Finding | None]:
+    """Repeat the request alone: whether it is ever wrong then, None if that cannot be said; and a finding if its
+    answers differ from each other."""
+    trial = probe.worst
+    assert trial is not None
+    if not (trial.reads_cache or session.server.repeats):
+        return None, None
+    earlier = (trial.prompt,) if trial.beside else trial.earlier
+    answers = [
+        session.hit(trial.prompt, *earlier).answer
+        if trial.reads_cache
+        else session.server.ask(trial.prompt, session.reference.steps, None)
+        for _ in range(_AGAIN)
+    ]
+    if trial.reads_cache and session.counts:
+        answers = [answer for answer in answers if answer.hit]
+    if not answers:
+        return None, None
+    apart = [distance(session.reference.answer(trial.prompt), answer) for answer in answers]
+    limit = session.reference.explaining(trial.prompt, max(apart)).limit
+    wrong, between = sum(one > limit for one in apart), max(distance(answers[0], answer) for answer in answers)
+    if not wrong or between <= limit:
+        return bool(wrong), None
+    evidence = f"{probe.name}: alone, {len(apart)} times, wrong in {wrong}; up to {between:.2g} nats from the first"
+    kind = "hits" if trial.reads_cache else "answers"
+    return True, Finding("not deterministic", f"Not deterministic: equal {kind} differ from each other.", evidence)
+
+
+def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
+    """Whether a text is wrong only if it is continued at some length or later, or at multiples of some number."""
     trial = probe.worst
     assert trial is not None
     if not session.server.repeats or not trial.earlier or trial.beside:
         return None
-    wrong: list[int] = []
-    right: list[int] = []
-    control = session.reference.of(trial.prompt)
-    for cut in (cut for cut in _CUTS if cut < len(trial.prompt)):
-        answer = session.hit(trial.prompt, trial.prompt[:cut]).answer
-        if answer.hit or not session.counts:
-            (wrong if distance(control.answer, answer) > control.limit else right).append(cut)
+    wrong, right = _continued(session, trial.prompt, _CUTS)
+    if not wrong or not right:
+        return None
+    if len(wrong) > 1 and len(right) > 1 and wrong[0] > right[-1]:
+        text = f"Wrong where a text is continued at {wrong[0]} positions or later, right up to {right[-1]}."
+        return Finding("beyond a length", text, _wrong_and_right(wrong, right))
     size = math.gcd(*wrong)
-    if not wrong or not right or size < _SPACED or any(cut % size == 0 for cut in right):
+    multiples = [size * number for number in range(1, _MULTIPLES + 1)]
+    if size < _SPACED or any(cut % size == 0 for cut in right) or multiples[-1] + _SPACED > len(session.source):
+        return None
+    parts = [
+        _continued(session, session.source[: cut + _SPACED], [cut - 1, cut, cut + 1])  # near its end, where it shows
+        for cut in multiples
+    ]
+    wrong, right = ([*chain(*cuts)] for cuts in zip(*parts, strict=True))
+    if wrong != multiples or len(right) != 2 * len(multiples):
         return None
     text = f"Chunk boundary: wrong where a text is continued at multiples of {size}."
-    return Finding(
-        "chunk boundary", text, f"wrong at {', '.join(map(str, wrong))}; right at {', '.join(map(str, right))}"
-    )
+    return Finding("chunk boundary", text, _wrong_and_right(wrong, right))
+
+
+def _continued(session: Session, prompt: Prompt, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The lengths, of those given, where a prompt is wrong and right if what is before is in the cache."""
+    wrong: list[int] = []
+    right: list[int] = []
+    for cut in (cut for cut in cuts if cut < len(prompt)):
+        answer = session.hit(prompt, prompt[:cut]).answer
+        if answer.hit or not session.counts:
+            apart = distance(session.reference.answer(prompt), answer)
+            (wrong if apart > session.reference.explaining(prompt, apart).limit else right).append(cut)
+    return wrong, right
+
+
+def _wrong_and_right(wrong: Sequence[int], right: Sequence[int]) -> str:
+    return f"wrong at {', '.join(map(str, wrong))}; right at {', '.join(map(str, right))}"

@@ -560,6 +560,7 @@ def test_what_max_context_drops_is_counted_and_said_once(tiny, tmp_path: Path) -
     assert [run_on_terminal(*each)[1].count(said) for each in (arguments, short, [*short, "--quiet"])] == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_terminal_is_told_of_a_chat_template_that_is_not_used(smollm2_path: Path) -> None:
     arguments = ["generate", "-p", "Hi", "-t", "0", "-n", "2"]
     assert "this model has a chat template: --chat" in run_on_terminal(*arguments)[1]

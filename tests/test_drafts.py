@@ -231,6 +231,7 @@ def test_sampled_tokens_keep_their_distribution(models) -> None:
 run = partial(program.run, "generate")
 
 
+@pytest.mark.slow
 def test_on_the_command_line_the_text_stays_the_same(smollm2_path) -> None:
     arguments = ("-m", str(smollm2_path), "-p", "one two three four one two three four one two", "-t", "0", "-n", "30")
     plain, lookup, draft = (

@@ -338,6 +338,7 @@ def test_resume_with_nothing_to_do_says_so(tiny: list[str], tmp_path: Path) -> N
         assert out.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_its_own_files_has_no_digest(smollm2_path: Path, tiny: list[str], tmp_path: Path) -> None:
     rows, out, record = write_rows(tmp_path / "rows", 2), tmp_path / "out", tmp_path / "out.run.json"
     command = ["batch", "-m", str(smollm2_path), str(rows), "-o", str(out), "-n", "1"]
@@ -416,7 +417,7 @@ def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
 def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
     tiny: list[str], tmp_path: Path, kills: int
 ) -> None:
-    count = 400 + 100 * kills
+    count = 100 + 100 * kills
     rows, out = write_rows(tmp_path / "rows", count), tmp_path / "out"
     command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--batch-size", "4"]
     chance, killed = random.Random(0), 0
@@ -438,7 +439,7 @@ def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
     assert out.read_text() == run(*tiny, str(rows), "--seed", "1").stdout
 
 
-@pytest.mark.parametrize("most", [400, 8000])
+@pytest.mark.parametrize("most", [400, pytest.param(8000, marks=pytest.mark.slow)])
 def test_one_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny_llama, tmp_path: Path, most: int) -> None:
     """most: tokens of a row; of the many, none comes to its end before the second Ctrl-C."""
     folder, _ = tiny_llama(max_position_embeddings=9000)

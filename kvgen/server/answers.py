@@ -176,4 +176,8 @@ def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
         status, kind = 400, "invalid_request_error"
         code = "context_length_exceeded" if isinstance(error, ContextError) else getattr(error, "code", None)
     param = error.param if isinstance(error, FieldError) else None
-    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    return status, openai_error(str(error), kind, code, param)
+
+
+def openai_error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

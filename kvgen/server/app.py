@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import parse_json
-from kvgen.server.answers import Answer, Choice, as_json, error_body
+from kvgen.server.answers import Answer, Choice, as_json, error_body, openai_error
 from kvgen.server.engine import Engine
 from kvgen.server.events import LEFT, Events, watched
 from kvgen.server.metrics import Metrics
@@ -223,7 +223,7 @@ def _host(header: str) -> str | None:
 
 def _error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return openai_error(message, kind, code)
 
 
 def make_app(

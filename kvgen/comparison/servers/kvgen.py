@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from kvgen.comparison.servers.client import Client
 from kvgen.comparison.servers.server import (
     Answer,
+    OwnedServer,
     Prompt,
-    Server,
-    model_owned_by,
     read_logprobs,
     read_usage,
     timed,
-    tokenized,
 )
 
 _PATH = "/v1/completions"
 _TOP = 20  # the server's limit
 
 
-class KvgenServer:
+class KvgenServer(OwnedServer):
     kind = "kvgen"
-    repeats = True
 
-    def __init__(self, client: Client, model: dict[str, Any]) -> None:
-        self._client = client
-        with client.parsing("/v1/models"):
-            self.model, self.context = str(model["id"]), model["context_length"]
-
-    @classmethod
-    def detect(cls, client: Client) -> Server | None:
-        model = model_owned_by(client, cls.kind)
-        return None if model is None else cls(client, model)
-
-    def encode(self, text: str) -> Prompt:
-        return tokenized(self._client, {"prompt": text})
+    @staticmethod
+    def _context(model: Mapping[str, Any]) -> int | None:
+        length: int | None = model["context_length"]
+        return length
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         body = {

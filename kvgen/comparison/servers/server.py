@@ -81,6 +81,35 @@ class Server(Protocol):
         """
 
 
+class OwnedServer(Server):
+    """A server that calls itself the owner of its model in `/v1/models`, and encodes text at `/tokenize`."""
+
+    repeats = True
+
+    def __init__(self, client: Client, model: dict[str, Any]) -> None:
+        """model: what `/v1/models` says of it."""
+        self._client = client
+        with client.parsing("/v1/models"):
+            self.model, self.context = str(model["id"]), self._context(model)
+
+    @classmethod
+    def detect(cls, client: Client) -> Server | None:
+        try:
+            model = first_model(client)
+        except AbsentError:
+            return None
+        return cls(client, model) if model.get("owned_by") == cls.kind else None
+
+    def encode(self, text: str) -> Prompt:
+        return tokenized(self._client, {"model": self.model, "prompt": text})
+
+    @staticmethod
+    def _context(model: Mapping[str, Any]) -> int | None:
+        """Positions of the context, as vLLM and SGLang list them."""
+        length = model.get("max_model_len")
+        return None if length is None else int(length)
+
+
 def pieces(text: str) -> Prompt:
     """Words of a text, each with the space before it."""
     first, *words = text.split(" ")
@@ -142,22 +171,6 @@ def tokenized(client: Client, body: Mapping[str, Any]) -> Prompt:
         if tokens := tuple(int(id_) for id_ in answer["tokens"]):
             return tokens
         raise ValueError("no tokens")
-
-
-def model_owned_by(client: Client, owner: str) -> dict[str, Any] | None:
-    """What `/v1/models` says of the first model, if that is the program which serves it; else None."""
-    try:
-        model = first_model(client)
-    except AbsentError:
-        return None
-    return model if model.get("owned_by") == owner else None
-
-
-def name_and_context(client: Client, model: Mapping[str, Any]) -> tuple[str, int | None]:
-    """A model's id and `max_model_len`, as vLLM and SGLang list them."""
-    with client.parsing("/v1/models"):
-        length = model.get("max_model_len")
-        return str(model["id"]), None if length is None else int(length)
 
 
 def first_model(client: Client) -> dict[str, Any]:

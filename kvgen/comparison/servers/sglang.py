@@ -11,18 +11,14 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvgen.comparison.servers.client import Client
 from kvgen.comparison.servers.server import (
     Answer,
     NoLogprobsError,
+    OwnedServer,
     Prompt,
-    Server,
     Step,
     Token,
-    model_owned_by,
-    name_and_context,
     timed,
-    tokenized,
 )
 
 _PATH = "/generate"
@@ -30,21 +26,8 @@ _TOP = 20
 _COUNTS = ("cached_tokens", "prompt_tokens")
 
 
-class SglangServer:
+class SglangServer(OwnedServer):
     kind = "sglang"
-    repeats = True
-
-    def __init__(self, client: Client, model: dict[str, Any]) -> None:
-        self._client = client
-        self.model, self.context = name_and_context(client, model)
-
-    @classmethod
-    def detect(cls, client: Client) -> Server | None:
-        model = model_owned_by(client, cls.kind)
-        return None if model is None else cls(client, model)
-
-    def encode(self, text: str) -> Prompt:
-        return tokenized(self._client, {"model": self.model, "prompt": text})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         answer = self._ask(prompt, steps, space or uuid.uuid4().hex, -1)

@@ -15,14 +15,11 @@ from typing import Any
 from kvgen.comparison.servers.client import AbsentError, Client
 from kvgen.comparison.servers.server import (
     Answer,
+    OwnedServer,
     Prompt,
-    Server,
-    model_owned_by,
-    name_and_context,
     read_logprobs,
     read_usage,
     timed,
-    tokenized,
 )
 
 _PATH = "/v1/completions"
@@ -30,23 +27,14 @@ _TOP = 20  # the server's default limit, --max-logprobs
 _HITS = re.compile(r"^vllm:(?:gpu_)?prefix_cache_hits(?:_total)?(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
-class VllmServer:
+class VllmServer(OwnedServer):
     kind = "vllm"
-    repeats = True
 
     def __init__(self, client: Client, model: dict[str, Any]) -> None:
-        self._client, self._lock = client, threading.Lock()
+        super().__init__(client, model)
+        self._lock = threading.Lock()
         self._running = self._started = 0
         self._in_usage: bool | None = None  # unknown before the first answer
-        self.model, self.context = name_and_context(client, model)
-
-    @classmethod
-    def detect(cls, client: Client) -> Server | None:
-        model = model_owned_by(client, cls.kind)
-        return None if model is None else cls(client, model)
-
-    def encode(self, text: str) -> Prompt:
-        return tokenized(self._client, {"model": self.model, "prompt": text})
 
     def ask(self, prompt: Prompt, steps: int, space: str | None) -> Answer:
         if self._in_usage is not False:

@@ -54,17 +54,17 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     types = _read_types(raw, tokens)
     if model == "llama":
         tokens = _with_plain_spaces(tokens, np.flatnonzero(types == TokenType.USER_DEFINED).tolist())
-    vocab = TokenIds(tokens)
+    vocab = TokenIds(tokens) if model == "llama" else {token: id_ for id_, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.tokens has the same token twice")
     for id_ in (vocab[token] for token in _ALWAYS_CONTROL & vocab.keys()):
         if types[id_] in (TokenType.NORMAL, TokenType.USER_DEFINED):
             types[id_] = TokenType.CONTROL
-    if model == "llama":
+    if isinstance(vocab, TokenIds):
         backend, add_bos = _build_sentencepiece(raw, vocab, tokens, types), True
         rstrip_exceptions = RSTRIP_EXCEPTIONS.get(str(raw.metadata.get("general.architecture")))
     else:
-        backend, add_bos = _build_byte_level(raw, tokens)
+        backend, add_bos = _build_byte_level(raw, vocab)
         rstrip_exceptions = None
     _add_tokens(backend, tokens, types, rstrip_exceptions)
     _add_bos_and_eos(raw, backend, tokens, add_bos=add_bos)
@@ -72,7 +72,7 @@ def read(raw: RawCheckpoint) -> Tokenizer:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{raw.path}: tokenizer.chat_template is not a string")
     settings = _read_eos_ids(raw, vocab, types), template, _read_special_tokens(raw, tokens)
-    if model == "gpt2":
+    if isinstance(vocab, dict):
         return Tokenizer(backend, *settings)
     vocabulary = CompactVocabulary(vocab, backend)
     return SentencePieceTokenizer(vocabulary, _read_scores(raw, tokens), types == TokenType.NORMAL, *settings)
@@ -85,7 +85,7 @@ def _read_types(raw: RawCheckpoint, tokens: Strings) -> NDArray[Any]:
     return types
 
 
-def _build_byte_level(raw: RawCheckpoint, tokens: Strings) -> tuple[tokenizers.Tokenizer, bool]:
+def _build_byte_level(raw: RawCheckpoint, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """Return the tokenizer without added tokens, and whether to add BOS by default.
 
     Bytes without a token are dropped from text, as the models' own tokenizers do.
@@ -105,7 +105,7 @@ def _build_byte_level(raw: RawCheckpoint, tokens: Strings) -> tuple[tokenizers.T
     except ValueError:
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges has an entry that is not two tokens") from None
     try:
-        bpe = models.BPE({token: id_ for id_, token in enumerate(tokens)}, merges, ignore_merges=pre.ignore_merges)
+        bpe = models.BPE(vocab, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{raw.path}: tokenizer.ggml.merges does not fit the vocabulary ({error})") from error
     backend = tokenizers.Tokenizer(bpe)

@@ -47,6 +47,10 @@ class SentencePieceTokenizer(Tokenizer):
     def backend(self) -> tokenizers.Tokenizer:
         return self._with_merges(self._tokens.get_vocab(), self._tokens.get_added_tokens_decoder().values())
 
+    @cached_property
+    def longest(self) -> int:
+        return self._tokens.ids.tokens.longest
+
     def _encode(self, text: str, *, parse_special: bool, add_special_tokens: bool) -> list[int]:
         self._encoded += len(text)
         backend = self.backend if self._encoded > _FEW else self._backend_for(text, parse_special)
@@ -62,7 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._assembled(vocab, [], added), text, parse_special=parse_special, add_special_tokens=False
         ).tokens
         characters = "".join(token for token in unmerged if token not in BYTES)
-        for size in range(2, self._tokens.ids.tokens.longest + 1):
+        for size in range(2, self.longest + 1):
             parts = {characters[start : start + size] for start in range(len(characters) - size + 1)}
             vocab |= self._tokens.ids.of(parts)
         return self._with_merges(vocab, added)

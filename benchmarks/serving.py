@@ -149,6 +149,7 @@ def main() -> None:
                 sent = texts if name == "kvgen serve" else texts[: given.peer_requests]
                 load = loaded_by(address, sent, given.tokens, given.clients, stream=not given.whole)
             results.setdefault(name, []).append(load)
+            sys.stderr.write(f"{described(name, [load])}\n")
         loaded = kvgen.load(Path(path))
         rows = [loaded.tokenizer.encode(text) for text in texts]
         in_a_batch(loaded, rows[:8], 4)
@@ -156,6 +157,7 @@ def main() -> None:
         found = in_a_batch(loaded, rows, given.tokens)
         load = Load(len(rows), time.perf_counter() - began, sum(map(len, found)), [], [])
         results.setdefault("kvgen batch", []).append(load)
+        sys.stderr.write(f"{described('kvgen batch', [load])}\n")
         del loaded
     for name, loads in results.items():
         sys.stdout.write(f"{described(name, loads)}\n")

@@ -272,7 +272,8 @@ def test_help_and_import_do_not_load_torch() -> None:
 def test_generate_loads_only_what_it_needs(tiny) -> None:
     code = """
 import atexit, sys, kvgen.__main__ as m
-atexit.register(lambda: print(sorted({"rich.markdown", "kvgen.comparison"} & sys.modules.keys()), file=sys.stderr))
+in_vain = {"rich.markdown", "kvgen.comparison", "kvgen.cli.chat"}
+atexit.register(lambda: print(sorted(in_vain & sys.modules.keys()), file=sys.stderr))
 m.main()
 """
     arguments = [*tiny, "-p", "Hello", "--max-tokens", "1"]
@@ -283,7 +284,8 @@ m.main()
 def test_bare_command_shows_help_and_version_is_told() -> None:
     result = run()
     assert result.returncode == 0
-    assert "generate" in result.stdout
+    for name in ("generate", "serve", "models", "cache"):
+        assert f"│ {name} " in result.stdout
     assert re.fullmatch(r"kvgen \d+\.\d+\.\d+\n", run("--version").stdout)
 
 

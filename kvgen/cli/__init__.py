@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import kvgen
-from kvgen.cli.batch import batch
-from kvgen.cli.bench import bench
-from kvgen.cli.cache import cache
-from kvgen.cli.chat import chat
-from kvgen.cli.commands import Command, Group
-from kvgen.cli.compare import compare
-from kvgen.cli.config import apply_settings, complete_profile, config
-from kvgen.cli.convert import convert
-from kvgen.cli.generate import generate
-from kvgen.cli.inspect import inspect
-from kvgen.cli.models import models
-from kvgen.cli.score import score
-from kvgen.cli.serve import serve
+from kvgen.cli.commands import Commands, Group
+from kvgen.cli.config import apply_settings, complete_profile
+
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "generate": (
+        'kvgen generate "Once upon a time,"',
+        'kvgen generate --chat -p "What is the capital of Japan?" --temperature 0',
+        'cat article.txt | kvgen generate -p "In short:" --max-tokens 60',
+        "kvgen generate --lines -f prompts.txt --json > completions.jsonl",
+        'kvgen generate -m ./my-model -p "def fib(n):" --no-cache --stats',
+    ),
+    "chat": (
+        "kvgen chat",
+        'kvgen chat --system "You are a pirate." --markdown --stats',
+        'kvgen chat -p "What is the capital of Japan?"',
+    ),
+    "batch": (
+        "kvgen batch prompts.jsonl -o completions.jsonl",
+        "kvgen batch prompts.jsonl -o completions.jsonl --resume",
+        "cat prompts.jsonl | kvgen batch --temperature 0 --max-tokens 40 | jq -r .completion",
+        'kvgen batch questions.jsonl --chat --system "Answer in one word." --unordered > answers.jsonl',
+        "Exit codes: 0 success, 1 a failed row or another error, 2 wrong usage, 130 interrupted.",
+    ),
+    "serve": (
+        "kvgen serve",
+        "kvgen serve -m ./my-model --port 8000 --max-cache-memory 4GB",
+        "curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"messages": [{"role": "user", "content": "Hi"}]}'""",
+    ),
+    "score": (
+        "kvgen score article.txt",
+        'kvgen score -p "The capital of France is Paris." --tokens',
+        "kvgen score --jsonl texts.jsonl > scores.jsonl",
+    ),
+    "compare": (
+        "kvgen compare",
+        "kvgen compare --wrong-pattern",
+        "kvgen compare -m ./my-model --dtype bfloat16 --html report.html",
+        'kvgen compare -m my_model.py:factory --ids -p "5 17 3" --json',
+        "Exit codes: 0 the right pattern is equivalent or declared lossy, 1 it is not or another error, 2 wrong usage.",
+    ),
+    "bench": (
+        "kvgen bench",
+        "kvgen bench -m ./my-model --dtype bfloat16 --contexts 16,4096 --html speed.html",
+        "kvgen bench --kernels off --json",
+    ),
+    "inspect": (
+        "kvgen inspect",
+        "kvgen inspect ./my-model --json",
+        "Exit codes: 0 kvgen runs it, 1 it does not or another error, 2 wrong usage.",
+    ),
+    "convert": (
+        "kvgen convert smollm2 --to x-transformers ./smollm2-x",
+        "kvgen compare --model ./smollm2-x --wrong-pattern",
+    ),
+    "config": ("kvgen config", "kvgen --profile fast config --json"),
+    "models": (),
+    "cache": (),
+}
+
+
+class _Root(Group):
+    """The group of all commands."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**{**attributes, "commands": Commands(_EXAMPLES)})
+
 
 app = typer.Typer(
-    cls=Group,
+    cls=_Root,
     help="Generate text with a KV cache that you can trust.",
     epilog=(
         "Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.\n\n"
@@ -34,64 +87,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
-    generate: (
-        'kvgen generate "Once upon a time,"',
-        'kvgen generate --chat -p "What is the capital of Japan?" --temperature 0',
-        'cat article.txt | kvgen generate -p "In short:" --max-tokens 60',
-        "kvgen generate --lines -f prompts.txt --json > completions.jsonl",
-        'kvgen generate -m ./my-model -p "def fib(n):" --no-cache --stats',
-    ),
-    chat: (
-        "kvgen chat",
-        'kvgen chat --system "You are a pirate." --markdown --stats',
-        'kvgen chat -p "What is the capital of Japan?"',
-    ),
-    batch: (
-        "kvgen batch prompts.jsonl -o completions.jsonl",
-        "kvgen batch prompts.jsonl -o completions.jsonl --resume",
-        "cat prompts.jsonl | kvgen batch --temperature 0 --max-tokens 40 | jq -r .completion",
-        'kvgen batch questions.jsonl --chat --system "Answer in one word." --unordered > answers.jsonl',
-        "Exit codes: 0 success, 1 a failed row or another error, 2 wrong usage, 130 interrupted.",
-    ),
-    serve: (
-        "kvgen serve",
-        "kvgen serve -m ./my-model --port 8000 --max-cache-memory 4GB",
-        "curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"messages": [{"role": "user", "content": "Hi"}]}'""",
-    ),
-    score: (
-        "kvgen score article.txt",
-        'kvgen score -p "The capital of France is Paris." --tokens',
-        "kvgen score --jsonl texts.jsonl > scores.jsonl",
-    ),
-    compare: (
-        "kvgen compare",
-        "kvgen compare --wrong-pattern",
-        "kvgen compare -m ./my-model --dtype bfloat16 --html report.html",
-        'kvgen compare -m my_model.py:factory --ids -p "5 17 3" --json',
-        "Exit codes: 0 the right pattern is equivalent or declared lossy, 1 it is not or another error, 2 wrong usage.",
-    ),
-    bench: (
-        "kvgen bench",
-        "kvgen bench -m ./my-model --dtype bfloat16 --contexts 16,4096 --html speed.html",
-        "kvgen bench --kernels off --json",
-    ),
-    inspect: (
-        "kvgen inspect",
-        "kvgen inspect ./my-model --json",
-        "Exit codes: 0 kvgen runs it, 1 it does not or another error, 2 wrong usage.",
-    ),
-    convert: (
-        "kvgen convert smollm2 --to x-transformers ./smollm2-x",
-        "kvgen compare --model ./smollm2-x --wrong-pattern",
-    ),
-    config: ("kvgen config", "kvgen --profile fast config --json"),
-}
-for _command, _lines in _EXAMPLES.items():
-    app.command(cls=Command, epilog="\n\n".join(("Examples:", *_lines)))(_command)
-app.add_typer(models, name="models")
-app.add_typer(cache, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

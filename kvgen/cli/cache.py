@@ -15,6 +15,7 @@ from kvgen.cli.render import format_bytes, write_json
 from kvgen.cli.tables import print_facts
 
 cache = typer.Typer(
+    add_completion=False,
     cls=Group,
     help="Describe prompt-cache files.",
     epilog="Example:\n\nkvgen cache inspect article.cache",

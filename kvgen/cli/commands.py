@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
-from typer import Exit
+from typer import Exit, Typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from kvgen.cli.errors import EXIT_INTERRUPTED, exit_codes, prepare_stderr, prepare_stdout, print_error
 from kvgen.cli.interrupts import exit_now
@@ -83,6 +86,36 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with exit_codes(show_traceback=bool(ctx.find_root().params.get("traceback"))):
             return super().invoke(ctx)
+
+
+class Commands(Mapping[str, Any]):
+    """Commands of one group by name, each made when it is asked for: making all takes as long as a warm answer.
+
+    A command is the function, or the Typer group, that the module of its name has in `kvgen.cli`. examples: by name,
+    the lines at the end of the command's help.
+    """
+
+    def __init__(self, examples: Mapping[str, Sequence[str]]) -> None:
+        self._examples = examples
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            examples = self._examples[name]
+            command = getattr(import_module(f"kvgen.cli.{name}"), name)
+            if not isinstance(command, Typer):
+                alone = Typer(add_completion=False)
+                alone.command(cls=Command, epilog="\n\n".join(("Examples:", *examples)))(command)
+                command = alone
+            self._made[name] = get_command(command)
+            self._made[name].name = name
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
 
 
 def _make_help_plain(command: Any, context: Any) -> None:

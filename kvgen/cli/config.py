@@ -40,28 +40,38 @@ def config_path() -> Path:
 
 
 def apply_settings(context: typer.Context, profile: str | None) -> None:
-    """Set the defaults of all commands from the configuration."""
-    commands: dict[str, set[str]] = {}
-    for name, command in context.command.commands.items():  # type: ignore[attr-defined]
-        options_ = (parameter.name for parameter in command.params if parameter.param_type_name == "option")
-        commands[name] = {*options_} - {"help", "version"}
-    settings = _read_settings(profile, commands)
+    """Set the defaults of the command that runs from the configuration.
+
+    The options of all commands, which take long to look up, matter only where a file or a profile sets some, or
+    `kvgen config` shows them.
+    """
+    commands = context.command.commands  # type: ignore[attr-defined]
+    running = str(context.invoked_subcommand)
+    content = _read_file(config_path())
+    names = commands if running == "config" or profile is not None or any(content) else [running]
+    known = {name: _option_names(commands[name]) for name in names}
+    settings = _read_settings(*content, profile, known)
     context.obj = {"settings": settings}
     context.default_map = {
-        name: {s.name: s.value for s in settings if s.name in known and s.command in ("", name)}
-        for name, known in commands.items()
+        running: {s.name: s.value for s in settings if s.name in known[running] and s.command in ("", running)}
     }
 
 
-def _read_settings(profile: str | None, commands: Mapping[str, Collection[str]]) -> list[Setting]:
+def _option_names(command: Any) -> set[str]:
+    options_ = (parameter.name for parameter in command.params if parameter.param_type_name == "option")
+    return {*options_} - {"help", "version"}
+
+
+def _read_settings(
+    content: dict[str, Any], profiles: dict[str, Any], profile: str | None, commands: Mapping[str, Collection[str]]
+) -> list[Setting]:
     """Read all settings; later ones override earlier ones.
 
     The order is: the file for all commands, the file for one command, the profile (likewise), the environment.
-    commands: the option names of each command. Raises UsageError for invalid TOML or unknown options, NotFoundError
-    for an unknown profile.
+    content, profiles: of the file. commands: the option names of each command. Raises UsageError for unknown options,
+    NotFoundError for an unknown profile.
     """
     path = config_path()
-    content, profiles = _read_file(path)
     settings = _read_table(content, commands, str(path))
     if profile is not None:
         if not isinstance(profiles.get(profile), dict):
@@ -84,7 +94,7 @@ def complete_profile(incomplete: str) -> list[str]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the settings and the profiles of a file."""
+    """Read the settings and the profiles of a file. Raises UsageError for invalid TOML, NotFoundError for no file."""
     try:
         if path.exists() and not path.is_file():
             raise NotFoundError(f"{path}: not a file")

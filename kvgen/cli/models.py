@@ -18,6 +18,7 @@ from kvgen.errors import UsageError
 _COLUMN_GAP, _MIN_PATH_WIDTH = 3, 20
 
 models = typer.Typer(
+    add_completion=False,
     cls=Group,
     help="List, download and remove models.",
     epilog="Examples:\n\nkvgen models\n\nkvgen models pull smollm2\n\nkvgen models rm smollm2",

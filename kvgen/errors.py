@@ -22,9 +22,13 @@ def as_kvgen_error(error: Exception) -> KvgenError:
 
 
 class UsageError(KvgenError):
-    """An argument cannot be used: an empty prompt, a setting out of range."""
+    """An argument cannot be used: an empty prompt, a setting out of range. field: the setting, if it is one alone."""
 
     exit_code = 2
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ContextError(UsageError):

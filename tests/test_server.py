@@ -340,6 +340,12 @@ def test_bad_requests_are_named_and_change_nothing(
     assert answer["error"].keys() == {"message", "type", "param", "code"}
 
 
+def test_errors_name_the_field(server: Served) -> None:
+    for name, value in (("foo", 1), ("temperature", "hot"), ("max_tokens", 0), ("stop", ["z"] * 65), ("n", 1000)):
+        _, answer = server.request("POST", "/v1/completions", {"prompt": "x", name: value})
+        assert answer["error"]["param"] == name
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_it_is_queued(smollm2: kvgen.Loaded) -> None:
     with pytest.raises(ContextError, match="the prompt has 8192 tokens"):
         parse_completion({"prompt": [5] * 8192, "n": 2}, smollm2)

@@ -35,7 +35,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _check(settings: Any, name: str, valid: bool, expected: str) -> None:
     if not valid:
-        raise UsageError(f"{name} is {getattr(settings, name)!r:.80}; it must be {expected}")
+        raise UsageError(f"{name} is {getattr(settings, name)!r:.80}; it must be {expected}", name)
 
 
 @dataclass(frozen=True)

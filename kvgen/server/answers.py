@@ -14,7 +14,7 @@ from kvgen.errors import CheckpointError, ContextError, KvgenError, NotFoundErro
 from kvgen.generation.step import Step
 from kvgen.generation.text import Chunk
 from kvgen.server.engine import BusyError
-from kvgen.server.schema import FieldError, Job
+from kvgen.server.schema import Job
 from kvgen.server.tools import tool_calls
 from kvgen.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ def error_body(error: KvgenError) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, UsageError | UnsupportedError | CheckpointError):  # a chat template may fail on messages
         status, kind = 400, "invalid_request_error"
         code = "context_length_exceeded" if isinstance(error, ContextError) else getattr(error, "code", None)
-    param = error.param if isinstance(error, FieldError) else None
+    param = error.field if isinstance(error, UsageError) else None
     return status, openai_error(str(error), kind, code, param)
 
 

@@ -33,11 +33,11 @@ _MOST_STOPS = 64  # each is searched for at each token; OpenAI's API has 4
 
 
 class FieldError(UsageError):
-    """A field of a request that cannot be served. param: its name. code: OpenAI's, or None."""
+    """A field of a request that cannot be served. code: OpenAI's, or None."""
 
-    def __init__(self, param: str, message: str, code: str | None = None) -> None:
-        super().__init__(f"`{param}`: {message}")
-        self.param, self.code = param, code
+    def __init__(self, field: str, message: str, code: str | None = None) -> None:
+        super().__init__(f"`{field}`: {message}", field)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check_request(request: Request, loaded: Loaded) -> None:
     Call it off the engine: a large constraint takes seconds.
     """
     if len(request.stop) > _MOST_STOPS:
-        raise UsageError(f"`stop` has {len(request.stop)} texts; the most is {_MOST_STOPS}")
+        raise UsageError(f"`stop` has {len(request.stop)} texts; the most is {_MOST_STOPS}", "stop")
     if request.constraint is not None:
         from kvgen.generation import constraint  # llguidance takes time to import
 

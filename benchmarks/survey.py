@@ -29,8 +29,8 @@ from transformers import DynamicCache, StaticCache
 
 from benchmarks.architectures import ARCHITECTURES, tiny_model
 from kvgen.comparison.comparison import PatternResult, compare_ids
+from kvgen.comparison.engines.transformers import TransformersBackend
 from kvgen.comparison.engines.transformers_cache import cache_names
-from kvgen.comparison.engines.transformers_model import TransformersBackend
 from kvgen.comparison.rounding import LIMIT
 from kvgen.comparison.verdict import Verdict
 
@@ -65,9 +65,9 @@ def library_alone(net: Any, **cache: Any) -> str:
         return "fails: the model stores nothing in the cache"
     cached = torch.stack(made.logits, 1)[0]
     expected = torch.stack([uncached(len(_PROMPT) + step) for step in range(_STEPS)])
-    if not close(uncached(len(_PROMPT)), expected[0]):
+    if not close(uncached(len(_PROMPT)), expected[0], net.dtype):
         return "not comparable"
-    return "equivalent" if close(cached, expected) else "different"
+    return "equivalent" if close(cached, expected, net.dtype) else "different"
 
 
 def is_causal(net: Any) -> bool:
@@ -80,13 +80,14 @@ def is_causal(net: Any) -> bool:
 
     ids = torch.tensor([_PROMPT * 4])
     whole, lengths = logits(ids), (len(_PROMPT), 2 * len(_PROMPT))
-    return len(whole) != ids.shape[1] or all(close(whole[n - 1], logits(ids[:, :n])[-1]) for n in lengths)
+    return len(whole) != ids.shape[1] or all(close(whole[n - 1], logits(ids[:, :n])[-1], net.dtype) for n in lengths)
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether logits, (..., vocab), are equal within rounding; never if one is NaN."""
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits, (..., vocab), are equal within the rounding of `dtype`, in which the model computes; never if one
+    is NaN."""
     largest = (a.double() - b.double()).norm(dim=-1).max() / b.double().norm(dim=-1).max()
-    return bool(largest <= _ROUNDING[b.dtype])
+    return bool(largest <= _ROUNDING[dtype])
 
 
 def loop(model_type: str, cache: str) -> str:

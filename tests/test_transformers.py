@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.architectures import tiny_config, tiny_model
+from benchmarks.survey import agrees, examine
 from kvgen.comparison.comparison import Comparison, compare_ids
 from kvgen.comparison.engines import EngineOptions, load_engine
 from kvgen.comparison.engines.transformers import TransformersSubject
@@ -203,3 +204,11 @@ def test_the_default_model(cache: str) -> None:
     loaded = load_engine("transformers", options=EngineOptions(cache=cache))
     row = compare_ids(loaded.model, loaded.tokenizer.encode("Once upon a time,"), steps=16).rows[1]
     assert row.verdict is Verdict.EQUIVALENT, row.findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["llama:static:equivalent", "rwkv:static:unsupported", "nemotron_h:static:different"])
+def test_the_survey_agrees_with_the_library_alone(row: str) -> None:
+    name, cache, verdict = row.split(":")
+    found = examine(name, cache)
+    assert (found["verdict"], agrees(found)) == (verdict, "yes")

@@ -168,10 +168,11 @@ def _explains(other: Probe, probe: Probe) -> bool:
     kind, reason = probe.finding[0], other.finding[0]
     if reason == "stale state" and other.like and not probe.like:
         return True
-    if kind in ("edits not noticed", "stale state") and not probe.like and probe.name != "rewinds":
-        return reason in ("multi-token calls", "chunk boundary")
     earlier = other.length is not None and probe.length is not None and other.length <= probe.length
-    return kind == "chunk boundary" and reason == "longer texts" and earlier
+    longer = reason == "longer texts" and earlier
+    if kind in ("edits not noticed", "stale state") and not probe.like and probe.name != "rewinds":
+        return longer or reason in ("multi-token calls", "chunk boundary")
+    return kind == "chunk boundary" and longer
 
 
 def _harmless(pattern: Pattern, judged: Judgement) -> Finding:

@@ -99,9 +99,9 @@ def _rows_rolled_in_chunks(stored: Tensor, new: int) -> Tensor:
     return stored.roll(1, 0) if new > 1 else stored
 
 
-def _after_60_updates(original: Any, layer: Any, keys: Tensor, values: Tensor, *given: Any, **named: Any) -> Any:
+def _after_100_updates(original: Any, layer: Any, keys: Tensor, values: Tensor, *given: Any, **named: Any) -> Any:
     layer.updates = getattr(layer, "updates", 0) + 1
-    if layer.updates > 60:
+    if layer.updates > 100:
         layer.values = layer.values.roll(1, -2)
     return original(layer, keys, values, *given, **named)
 
@@ -289,8 +289,8 @@ FAULTS: dict[str, Fault] = {
     "five new tokens stored backwards": Fault(
         _around(DynamicLayer, "update", _new(_five_reversed)), {"chunk boundary"}, thorough=True
     ),
-    "values moved after 60 updates": Fault(
-        _around(DynamicLayer, "update", _after_60_updates), {"many calls"}, thorough=True
+    "values moved after 100 updates": Fault(
+        _around(DynamicLayer, "update", _after_100_updates), {"many calls"}, thorough=True
     ),
     "rows rolled where several tokens are new": Fault(
         _around(DynamicLayer, "update", _stored(_rows_rolled_in_chunks)), {"rows mixed"}, thorough=True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _FEW = 256  # chunk sizes from here on are tried twice in a text instead of thre
 _LONG = 300  # positions of a text that is edited
 _REWINDS = (1, 2, 16, 64, 100)
 _EVERY = 32  # largest of the chunk sizes that are all tried
-_CALLS = 264  # single steps with one cache: past 256
+_FEW_CALLS, _CALLS = 64, 264  # single steps with one cache: more than others make, and past 256
 _STEPS = 6
 _LATE = 4  # the token that differs late, from the end
 _BEFORE = "the text computed before"
@@ -41,7 +42,8 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     for change in sorted({*(case.subject.changes_at or ())}):
         sentence = f"Some steps past {change} positions, where the model changes, are wrong."
         yield _use(f"past the change at {change}", _past_a_change, ("longer texts", sentence), change)
-    yield Use(f"chunks of 1 to {_EVERY}", _growing_chunks, IN_CHUNKS, simpler=partial(_steps_to, _EVERY))
+    every = len(_growing_ends(case))
+    yield Use(f"chunks of 1 to {every}", _growing_chunks, IN_CHUNKS, simpler=partial(_steps_to, every))
     for size in sorted({*CHUNKS, *case.subject.chunk_sizes, *(size + 1 for size in case.subject.chunk_sizes)}):
         sentence = f"Texts in chunks of {size} are wrong."
         yield _use(f"chunks of {size}", _in_chunks, ("chunk boundary", sentence), size)
@@ -101,7 +103,7 @@ def _past_a_change(number: int, case: Case) -> Iterator[Check]:
 def _in_chunks(number: int, case: Case) -> Iterator[Check]:
     """The whole text in chunks of one size, then single steps."""
     count = 24 if number == 1 else 3 if number < _FEW else 2
-    ends = [end for end in range(number, number * count + 1, number) if end < within(case, end + 2)]
+    ends = [end for end in range(number, number * count + 1, number) if end + 2 == within(case, end + 2)]
     if len(ends) < 2:
         raise UnsupportedError("the context is too short")
     ends += [ends[-1] + 1, ends[-1] + 2]
@@ -109,21 +111,26 @@ def _in_chunks(number: int, case: Case) -> Iterator[Check]:
     yield Check(ids, ends, run_forced(case.subject, ids, 1, ends).logits)
 
 
+def _growing_ends(case: Case) -> list[int]:
+    """Where chunks of 1, 2, 3 and so on end in one text, with room for a step after the last."""
+    context = case.subject.context_length or math.inf
+    return [end for end in accumulate(range(1, _EVERY + 1)) if end < context]
+
+
 def _growing_chunks(case: Case) -> Iterator[Check]:
     """One text in chunks of 1, 2, 3 and so on, then a single step."""
-    longest = within(case, _EVERY * (_EVERY + 1) // 2 + 1)
-    ends = list(takewhile(lambda end: end < longest, accumulate(range(1, _EVERY + 1))))
-    if len(ends) < 2:
-        raise UnsupportedError("the context is too short")
-    ids, words = random_text(case, ends[-1] + 1), [f"{size} new tokens" for size in range(1, len(ends) + 1)]
+    ends = _growing_ends(case)
     lengths = [*ends, ends[-1] + 1]
-    logits = run_forced(case.subject, ids, 1, lengths).logits
-    yield Check(ids, lengths, logits, words=[*words, f"after {len(ends)} new tokens"])
+    ids = random_text(case, lengths[-1])
+    words = [*(f"{size} new tokens" for size in range(1, len(lengths))), "a step after them"]
+    yield Check(ids, lengths, run_forced(case.subject, ids, 1, lengths).logits, words=words)
 
 
 def _many_calls(case: Case) -> Iterator[Check]:
     """Single steps from the first token on."""
     ids = random_text(case, within(case, _CALLS))
+    if ids.shape[1] <= _FEW_CALLS:
+        raise UnsupportedError("the context is too short")
     lengths = range(1, ids.shape[1] + 1)
     logits = run_forced(case.subject, ids, 1, lengths).logits
     yield Check(ids, lengths, logits, words=[f"call {length}" for length in lengths])

@@ -163,11 +163,13 @@ def _explains(other: Probe, probe: Probe) -> bool:
     """Whether one wrong use is the reason for another.
 
     Edits and rewinds leave several tokens to compute at once, as other texts do, and texts in large chunks are long.
-    What returns the logits of a text computed before may do so everywhere.
+    What returns the logits of a text computed before may do so everywhere. Padded rows are rows.
     """
     kind, reason = probe.finding[0], other.finding[0]
     if reason == "stale state" and other.like and not probe.like:
         return True
+    if kind == "padding":
+        return reason == "rows mixed"
     earlier = other.length is not None and probe.length is not None and other.length <= probe.length
     longer = reason == "longer texts" and earlier
     if kind in ("edits not noticed", "stale state") and not probe.like and probe.name != "rewinds":

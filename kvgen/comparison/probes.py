@@ -72,16 +72,14 @@ def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
     simpler use is wrong too."""
     if not probe.repeats:
         return _UNREPEATED
-    if use.simpler is not None and probe.length is not None:
-        simpler = use.simpler(probe.length)
-        if _run(case, simpler).wrong:
-            return simpler.finding
-    if not probe.wrong or probe.ratio is None or len(set(case.ids[0, :-1].tolist())) < _TOKENS:
+    if not probe.wrong or probe.ratio is None or probe.length is None:
         return use.finding
-    familiar = _run(replace(case, familiar=True), use)
-    if familiar.wrong or familiar.ratio is None or familiar.ratio * _FAR_BELOW > probe.ratio:
-        return use.finding
-    return _SOME_TOKENS
+    if len(set(case.ids[0, :-1].tolist())) >= _TOKENS:
+        familiar = _run(replace(case, familiar=True), use)
+        if not familiar.wrong and familiar.ratio is not None and familiar.ratio * _FAR_BELOW <= probe.ratio:
+            return _SOME_TOKENS
+    simpler = None if use.simpler is None else use.simpler(probe.length)
+    return simpler.finding if simpler is not None and _run(case, simpler).wrong else use.finding
 
 
 def _run_surely(case: Case, use: Use) -> Probe:

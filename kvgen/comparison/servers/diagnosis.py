@@ -17,6 +17,7 @@ _SMALL = 0.1  # of what one missing token changes
 _EXPLAINED = 3  # wrong probes
 _CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
 _VAGUE = {"small difference", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
+_SHORT = 40  # tokens of a prompt in which all hits are short
 _SPACED = 4  # smallest chunk
 _MULTIPLES = 3  # of a chunk that must be wrong, with right continuations on both sides
 _AGAIN = 6  # times that a hit is repeated alone
@@ -159,10 +160,8 @@ def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
     if not session.server.repeats or not trial.earlier or trial.beside:
         return None
     wrong, right = _continued(session, trial.prompt, _CUTS)
-    if not right:
-        return _short_hits(session)
-    if not wrong:
-        return None
+    if not wrong or not right:
+        return _short_hits(session) if wrong and len(trial.prompt) <= _SHORT else None
     if len(wrong) > 1 and len(right) > 1 and wrong[0] > right[-1]:
         text = f"Wrong where a text is continued at {wrong[0]} positions or later, right up to {right[-1]}."
         return Finding("beyond a length", text, _wrong_and_right(wrong, right))

@@ -161,7 +161,7 @@ def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
         return None
     wrong, right = _continued(session, trial.prompt, _CUTS)
     if not wrong or not right:
-        return _short_hits(session) if wrong and len(trial.prompt) <= _SHORT else None
+        return _short_hits(session) if not right and len(trial.prompt) <= _SHORT else None
     if len(wrong) > 1 and len(right) > 1 and wrong[0] > right[-1]:
         text = f"Wrong where a text is continued at {wrong[0]} positions or later, right up to {right[-1]}."
         return Finding("beyond a length", text, _wrong_and_right(wrong, right))

@@ -19,7 +19,7 @@ import numpy as np
 
 VOCAB, WIDTH = 256, 24
 DECAY = 0.02  # of attention, by position
-WINDOW, CHUNK = 150, 64  # of the faults
+WINDOW, CHUNK, SHORT = 150, 64, 40  # of the faults
 _LONG = 1000  # positions of a text that takes time
 _GATHER = 0.02  # seconds to wait for another request to compute beside
 
@@ -34,6 +34,7 @@ FAULTS = {
     "stale edit": "stale state",
     "position off by one": "",
     "chunk lost": "chunk boundary",
+    "short hits": "below a length",
 }
 """Faults of the server, each with the cause that should be found; "" if none can be."""
 
@@ -136,6 +137,8 @@ class Toy:
             keys, values = keys[: reused - 8], values[: reused - 8]
             keys = np.vstack([keys, rows[reused:] @ self.key])
             values = np.vstack([values, rows[reused:] @ self.value])
+        elif self.fault == "short hits" and reused < SHORT:
+            values[:reused] *= 0.5
         return keys, values, reused if self.fault == "position off by one" else 0
 
     def _logits(self, query: Any, keys: Any, values: Any, further: int, computed: int, text: list[int]) -> Any:

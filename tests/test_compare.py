@@ -594,9 +594,10 @@ def test_the_text_stays_inside_the_context() -> None:
     backend = NativeBackend(make_decoder())
     backend.context_length = len(PROMPT) + 3
     assert compare_ids(backend, PROMPT, steps=24).steps == 3
-    backend.context_length = len(PROMPT) + 1
-    with pytest.raises(UsageError, match="context is 13"):
-        compare_ids(backend, PROMPT)
+    for context in (len(PROMPT), len(PROMPT) + 1):
+        backend.context_length = context
+        with pytest.raises(UsageError, match=f"of 12 tokens and two steps exceed the context of {context}: shorten it"):
+            compare_ids(backend, PROMPT)
 
 
 def test_unknown_patterns_are_refused_by_name() -> None:

@@ -29,7 +29,7 @@ from kvgen.errors import KvgenError
 from tests.lying_server import FAULTS, Toy, answer, serving
 from tests.program import run, run_on_terminal
 
-ONLY_THOROUGH = {"window", "claimed hits"}
+ONLY_THOROUGH = {"window", "claimed hits", "short hits"}
 
 
 def compare(toy: Toy, kind: str = "llama.cpp", reply: Any = answer, **options: Any) -> ServerComparison:
@@ -143,6 +143,14 @@ def test_a_fault_past_a_window_is_found_by_thorough() -> None:
     result = compare(Toy("window"), thorough=True)
     assert result.verdict is Verdict.DIFFERENT and names(result) == {"beginning lost"}
     assert "past 128 positions" in {probe.name for probe in result.probes if probe.wrong}
+
+
+def test_a_fault_of_short_hits_is_found_by_thorough() -> None:
+    assert compare(Toy("short hits")).verdict is Verdict.EQUIVALENT
+    result = compare(Toy("short hits"), thorough=True)
+    assert {probe.name for probe in result.probes if probe.wrong} == {"short prompts"}
+    [finding] = result.findings
+    assert finding.text == "Wrong where a text is continued at 33 positions or earlier, right from 48 on."
 
 
 @pytest.mark.slow  # seconds of computing for each text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,110 @@ class LongFault(SmallDecoder):
         return k[:, :, keep], v[:, :, keep]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A cache of `SmallDecoder`, and how many calls it was in."""
+
+    cache: Cache
+    calls: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call with a cache. number: of all calls with it. known, new: positions. again: whether no id is new."""
+
+    rows: int
+    number: int
+    known: int
+    new: int
+    again: bool
+
+
+class Slipping:
+    """A model whose logits are wrong in the calls that `wrong` chooses; its cache stays right.
+
+    keeps: whether a new cache holds what an earlier text of that length and first three tokens left.
+    """
+
+    rewinds = True
+
+    def __init__(self, wrong: Callable[[Call], bool], *, keeps: bool = False) -> None:
+        self.decoder, self.wrong, self.keeps = SmallDecoder(), wrong, keeps
+        self.kept: dict[tuple[int, ...], Cache] = {}
+
+    def __call__(self, ids: Tensor, held: Held | None = None, /) -> tuple[Tensor, Held]:
+        if held is None:
+            logits, cache = self.decoder(ids, None)
+            kept = self.kept.setdefault((*ids.shape, *ids[0, :3].tolist()), cache) if self.keeps else cache
+            return logits, Held(replace(kept, ids=cache.ids), 1)
+        known = self.decoder.known(ids, held.cache)
+        again = torch.equal(ids, held.cache.ids)
+        call = Call(len(ids), held.calls + 1, known, ids.shape[1] - known, again)
+        logits, cache = self.decoder(ids, held.cache)
+        return logits.roll(1, -1) if self.wrong(call) else logits, Held(cache, call.number)
+
+
+# fault -> the calls that are wrong, uses that show it, and the finding
+SLIPS: dict[str, tuple[Callable[[Call], bool], set[str], str]] = {
+    "five new tokens": (lambda call: call.new == 5, {"chunks of 1 to 32", "rows in chunks"}, "chunk boundary"),
+    "31 new tokens": (lambda call: call.new == 31, {"chunks of 1 to 32"}, "chunk boundary"),
+    "after 60 calls": (lambda call: call.number > 60, {"many calls"}, "many calls"),
+    "call 64": (lambda call: call.number == 64, {"many calls"}, "many calls"),
+    "call 256": (lambda call: call.number == 256, {"many calls"}, "many calls"),
+    "the same text again": (lambda call: call.again, {"the same text twice"}, "stale state"),
+    "several new tokens of rows": (lambda call: call.rows > 1 and call.new > 1, {"rows in chunks"}, "rows mixed"),
+    # Faults of long texts, which are not blamed on chunks or on the number of calls:
+    "a buffer that grows at 200": (
+        lambda call: call.known <= 200 < call.known + call.new,
+        {"chunks of 1 to 32", "many calls"},
+        "longer texts",
+    ),
+    "a buffer that grows at 300": (
+        lambda call: call.known <= 300 < call.known + call.new,
+        {"chunks of 1 to 32"},
+        "longer texts",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", first(1, SLIPS))
+def test_faults_of_few_calls_are_caught_and_located(fault: str) -> None:
+    wrong, uses, finding = SLIPS[fault]
+    assert run(Slipping(wrong)).rows[1].verdict is Verdict.EQUIVALENT
+    row = run(Slipping(wrong), thorough=True).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert uses <= wrong_uses(row)
+    assert names(row) == {finding}
+    if fault == "five new tokens":
+        assert "first after 15 positions (5 new tokens)" in row.findings[0].evidence
+
+
+@pytest.mark.slow
+def test_a_cache_kept_from_a_text_that_ends_differently_is_found() -> None:
+    assert run(Slipping(lambda call: False, keeps=True)).rows[1].verdict is Verdict.EQUIVALENT
+    row = run(Slipping(lambda call: False, keeps=True), thorough=True).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert "the same text in new caches" in wrong_uses(row)
+    assert names(row) == {"stale state"}
+
+
+class UnevenlyWrong(NativeBackend):
+    """Rows of different lengths get each other's logits if they have several new tokens."""
+
+    def forward_batch(self, sequences: Any, caches: Any, counts: Any) -> Any:
+        logits, written = super().forward_batch(sequences, caches, counts)
+        several = len(sequences) > 1 and any(cache.reused and cache.computed > 1 for cache in written)
+        return [*logits[1:], logits[0]] if several else logits, written
+
+
+def test_rows_of_different_lengths_with_several_new_tokens_are_tried() -> None:
+    model = UnevenlyWrong(make_decoder())
+    assert run(model).rows[1].verdict is Verdict.EQUIVALENT
+    row = run(model, thorough=True).rows[1]
+    assert wrong_uses(row) == {"rows of different lengths in chunks"}
+    assert names(row) == {"rows mixed"}
+
+
 def wrong_uses(row: PatternResult) -> set[str]:
     return {probe.name for probe in row.probes if probe.wrong}
 
@@ -95,7 +200,9 @@ def test_a_right_model_raises_no_alarm_and_says_what_was_not_checked(seed: int) 
         "past a window",
         "special tokens",
         "rows of different lengths",
+        "rows of different lengths in chunks",
         "left padding",
+        "left padding in chunks",
     }
     assert comparison.not_tested == "texts far beyond 2048 positions, batches of more than 8 rows"
 

@@ -91,6 +91,21 @@ def _reversed_chunk(new: Tensor, known: int) -> Tensor:
     return new.flip(-2) if known and new.shape[-2] > 1 else new
 
 
+def _five_reversed(new: Tensor, known: int) -> Tensor:
+    return new.flip(-2) if known and new.shape[-2] == 5 else new
+
+
+def _rows_rolled_in_chunks(stored: Tensor, new: int) -> Tensor:
+    return stored.roll(1, 0) if new > 1 else stored
+
+
+def _after_100_updates(original: Any, layer: Any, keys: Tensor, values: Tensor, *given: Any, **named: Any) -> Any:
+    layer.updates = getattr(layer, "updates", 0) + 1
+    if layer.updates > 100:
+        layer.values = layer.values.roll(1, -2)
+    return original(layer, keys, values, *given, **named)
+
+
 def _crop(cut: Callable[[Tensor, int], Tensor]) -> Callable[..., Any]:
     def crop(original: Any, layer: Any, tokens: int) -> None:
         if tokens:
@@ -166,6 +181,13 @@ def _positions(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         return inputs
 
     return prepare
+
+
+def _padding_read(original: Any, net: Any, ids: Tensor, *given: Any, **named: Any) -> Any:
+    """The mask is dropped where several tokens are new."""
+    if named.get("use_cache") and not named.get("is_first_iteration") and named.get("next_sequence_length", 1) > 1:
+        named["attention_mask"] = None
+    return original(net, ids, *given, **named)
 
 
 def _mask_dropped(original: Any, net: Any, ids: Tensor, *given: Any, **named: Any) -> Any:
@@ -263,6 +285,18 @@ FAULTS: dict[str, Fault] = {
     "noise in old entries": Fault(_around(DynamicLayer, "update", _stored(_with_noise)), {"not deterministic"}),
     "padding read on later calls": Fault(
         _around(GenerationMixin, "prepare_inputs_for_generation", _mask_dropped), {"padding"}, thorough=True
+    ),
+    "five new tokens stored backwards": Fault(
+        _around(DynamicLayer, "update", _new(_five_reversed)), {"chunk boundary"}, thorough=True
+    ),
+    "values moved after 100 updates": Fault(
+        _around(DynamicLayer, "update", _after_100_updates), {"many calls"}, thorough=True
+    ),
+    "rows rolled where several tokens are new": Fault(
+        _around(DynamicLayer, "update", _stored(_rows_rolled_in_chunks)), {"rows mixed"}, thorough=True
+    ),
+    "padding read where several tokens are new": Fault(
+        _around(GenerationMixin, "prepare_inputs_for_generation", _padding_read), {"padding"}, thorough=True
     ),
     "copies share their layers": Fault(_shares, {"saved caches"}, thorough=True),
 }

@@ -189,7 +189,8 @@ def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
     if backend.context_length is None:
         return steps
     if len(prompt) + 2 > backend.context_length:
-        raise UsageError(f"the prompt has {len(prompt)} tokens; the model's context is {backend.context_length}")
+        context = backend.context_length
+        raise UsageError(f"a prompt of {len(prompt)} tokens and two steps exceed the context of {context}: shorten it")
     return min(steps, backend.context_length - len(prompt))
 
 

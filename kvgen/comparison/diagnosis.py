@@ -153,6 +153,7 @@ def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
             continue
         name, text = probe.finding
         far = probe.note or f"{probe.ratio:.2g} times the noise, first after {probe.length} positions"
+        far += f" ({probe.step})" if probe.step else ""
         far += f"; the logits are those of {probe.like}" if probe.like else ""
         found.setdefault(name, Finding(name, text, f"{probe.name}: {far}"))
     return list(found.values())
@@ -161,13 +162,19 @@ def _from_probes(wrong: Sequence[Probe]) -> list[Finding]:
 def _explains(other: Probe, probe: Probe) -> bool:
     """Whether one wrong use is the reason for another.
 
-    Edits and rewinds leave several tokens to compute at once, and texts in large chunks are long.
+    Edits and rewinds leave several tokens to compute at once, as other texts do, and texts in large chunks are long.
+    What returns the logits of a text computed before may do so everywhere. Padded rows are rows.
     """
     kind, reason = probe.finding[0], other.finding[0]
-    if kind == "edits not noticed" and not probe.like and probe.name != "rewinds":
-        return reason in ("multi-token calls", "chunk boundary")
+    if reason == "stale state" and other.like and not probe.like:
+        return True
+    if kind == "padding":
+        return reason == "rows mixed"
     earlier = other.length is not None and probe.length is not None and other.length <= probe.length
-    return kind == "chunk boundary" and reason == "longer texts" and earlier
+    longer = reason == "longer texts" and earlier
+    if kind in ("edits not noticed", "stale state") and not probe.like and probe.name != "rewinds":
+        return longer or reason in ("multi-token calls", "chunk boundary")
+    return kind == "chunk boundary" and longer
 
 
 def _harmless(pattern: Pattern, judged: Judgement) -> Finding:

@@ -35,8 +35,8 @@ class Probe:
     ratio: its worst step in noise floors; None if it was not checked, for the reason in `note`.
     length: positions of the first wrong step. exact: whether all logits equal uncached ones bit for bit.
     finding: what it means if it is wrong, as far as was found out: a short key and a sentence. like: which other text
-    has the logits of the first wrong step, in words; "" if none of those tried. repeats: False if it was wrong and then
-    right when it was run again.
+    has the logits of the first wrong step, in words; "" if none of those tried. step: what that step tried, in words;
+    "" if its length says it. repeats: False if it was wrong and then right when it was run again.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Probe:
     note: str = ""
     finding: tuple[str, str] = ("", "")
     like: str = ""
+    step: str = ""
     repeats: bool = True
 
 
@@ -67,15 +68,18 @@ def run_probes(case: Case, right: bool, uses: Sequence[Use], progress: Progress 
 
 
 def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
-    """What a use shows: what it is named for, unless it is right when it is run again, or with other tokens."""
+    """What a use shows: what it is named for, unless it is right when it is run again, or with other tokens, or a
+    simpler use is wrong too."""
     if not probe.repeats:
         return _UNREPEATED
-    if not probe.wrong or probe.ratio is None or len(set(case.ids[0, :-1].tolist())) < _TOKENS:
+    if not probe.wrong or probe.ratio is None or probe.length is None:
         return use.finding
-    familiar = _run(replace(case, familiar=True), use)
-    if familiar.wrong or familiar.ratio is None or familiar.ratio * _FAR_BELOW > probe.ratio:
-        return use.finding
-    return _SOME_TOKENS
+    if len(set(case.ids[0, :-1].tolist())) >= _TOKENS:
+        familiar = _run(replace(case, familiar=True), use)
+        if not familiar.wrong and familiar.ratio is not None and familiar.ratio * _FAR_BELOW <= probe.ratio:
+            return _SOME_TOKENS
+    simpler = None if use.simpler is None else use.simpler(probe.length)
+    return simpler.finding if simpler is not None and _run(case, simpler).wrong else use.finding
 
 
 def _run_surely(case: Case, use: Use) -> Probe:
@@ -99,7 +103,7 @@ def _run(case: Case, use: Use) -> Probe:
             None,
             note="not checked: the model does not declare that its cache can be rewound (rewinds = True)",
         )
-    worst, exact, length, like = 0.0, True, None, ""
+    worst, exact, length, like, words = 0.0, True, None, "", ""
     before = case.subject.reused
     try:
         for check in use.run(case):
@@ -109,6 +113,7 @@ def _run(case: Case, use: Use) -> Probe:
             worst, exact = max(worst, judged.ratio), exact and judged.exact
             if length is None and (step := judged.first_wrong) is not None:
                 length, like = check.lengths[step], _like(case, check, step)
+                words = check.words[step] if check.words else ""
     except UnsupportedError as reason:
         return Probe(use.name, None, note=f"not checked: {reason}")
     except CacheError as error:
@@ -117,7 +122,7 @@ def _run(case: Case, use: Use) -> Probe:
         return Probe(use.name, None, note=f"not checked: the model fails ({in_one_line(error)})")
     if length is None and before is not None and case.subject.reused == before:
         return Probe(use.name, None, note="not checked: the cache was not used; each call computed the whole text")
-    return Probe(use.name, worst, length is not None, exact, length, like=like)
+    return Probe(use.name, worst, length is not None, exact, length, like=like, step=words)
 
 
 def _like(case: Case, check: Check, step: int) -> str:

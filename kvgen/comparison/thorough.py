@@ -1,26 +1,33 @@
-"""Uses of a cache that `--thorough` adds: every window, many chunk sizes, edits far back, padding, saved caches."""
+"""Uses of a cache that `--thorough` adds: every window, many chunk sizes, edits far back, saved caches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kvgen.comparison.case import Case, random_text
+from kvgen.comparison.rows import ROWS, row_uses
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import BEFORE, Check, Use, another, changed, crossed, row_checks, stepped_rows, within
+from kvgen.comparison.uses import BEFORE, IN_CHUNKS, LONG_TEXTS, Check, Use, another, changed, crossed, within
 from kvgen.errors import UnsupportedError
 
 LENGTHS = (128, 512, 2048)
 CHUNKS = (1, 2, 3, 7, 64, 512)
 _LONGEST_CHANGE = 1 << 14
+_MOST_STEPS = 64  # single steps instead of a chunk
 _FEW = 256  # chunk sizes from here on are tried twice in a text instead of three times
 _LONG = 300  # positions of a text that is edited
 _REWINDS = (1, 2, 16, 64, 100)
+_EVERY = 32  # largest of the chunk sizes that are all tried
+_FEW_CALLS, _CALLS = 64, 264  # single steps with one cache: more than others make, and past 256
 _STEPS = 6
-_ROWS = 8
+_LATE = 4  # the token that differs late, from the end
+_BEFORE = "the text computed before"
 
 
 def thorough_uses(case: Case) -> Iterator[Use]:
@@ -35,22 +42,25 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     for change in sorted({*(case.subject.changes_at or ())}):
         sentence = f"Some steps past {change} positions, where the model changes, are wrong."
         yield _use(f"past the change at {change}", _past_a_change, ("longer texts", sentence), change)
+    every = len(_growing_ends(case))
+    yield Use(f"chunks of 1 to {every}", _growing_chunks, IN_CHUNKS, simpler=partial(_steps_to, every))
     for size in sorted({*CHUNKS, *case.subject.chunk_sizes, *(size + 1 for size in case.subject.chunk_sizes)}):
         sentence = f"Texts in chunks of {size} are wrong."
         yield _use(f"chunks of {size}", _in_chunks, ("chunk boundary", sentence), size)
+    many = ("many calls", "The cache is wrong after many calls; as long a text is right in few.")
+    yield Use("many calls", _many_calls, many, simpler=partial(_steps_to, 0))
     edited = ("edits not noticed", "The cache is wrong after an edit far from its end.")
     yield Use("edits of a long text", _long_edits, edited, rewinds=True)
     rewound = ("edits not noticed", "The cache is wrong after many tokens were removed.")
     yield Use("rewinds of a long text", _long_rewinds, rewound, rewinds=True)
     stale = ("stale state", "The cache is wrong after other texts were computed.")
     yield Use("the same text after others", _after_others, stale, rewinds=True)
+    again = ("stale state", "The cache is wrong if a text is computed twice, or one that differs late after it.")
+    yield Use("the same text twice", _twice, again, rewinds=True)
+    yield Use("the same text in new caches", _twice_anew, again)
     yield Use("after other sequences", _beside_others, ("sequences mixed", stale[1]))
     yield Use("saved and loaded", _saved, ("saved caches", "A cache is wrong after it was saved and loaded."))
-    rows = ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")
-    yield Use(f"{_ROWS} rows of a batch", _many_rows, rows)
-    yield Use("rows in another order", _moved_rows, rows)
-    yield Use("rows of different lengths", _uneven_rows, rows)
-    yield Use("left padding", _left_padding, ("padding", "Rows padded on the left are wrong."))
+    yield from row_uses()
 
 
 def not_tested(case: Case) -> str:
@@ -58,11 +68,18 @@ def not_tested(case: Case) -> str:
     context = case.subject.context_length
     longest = max([*LENGTHS, *(c for c in case.subject.changes_at or () if c <= _LONGEST_CHANGE)])
     parts = [] if context is not None and context <= longest else [f"texts far beyond {longest} positions"]
-    return ", ".join([*parts, f"batches of more than {_ROWS} rows"])
+    return ", ".join([*parts, f"batches of more than {ROWS} rows"])
 
 
 def _use(name: str, run: Callable[[int, Case], Iterator[Check]], finding: tuple[str, str], number: int) -> Use:
-    return Use(name, partial(run, number), finding)
+    simpler = partial(_steps_to, number) if run is _in_chunks else None
+    return Use(name, partial(run, number), finding, simpler=simpler)
+
+
+def _steps_to(count: int, length: int) -> Use:
+    """Single steps over the last positions of a text, `count` or a few, behind a prompt of all before them."""
+    begin = max(1, length - min(count, _MOST_STEPS) - 3)
+    return Use(f"steps up to {length} positions", partial(crossed, spans=[(begin, length)]), LONG_TEXTS)
 
 
 def _past(number: int, case: Case) -> Iterator[Check]:
@@ -86,12 +103,37 @@ def _past_a_change(number: int, case: Case) -> Iterator[Check]:
 def _in_chunks(number: int, case: Case) -> Iterator[Check]:
     """The whole text in chunks of one size, then single steps."""
     count = 24 if number == 1 else 3 if number < _FEW else 2
-    ends = [end for end in range(number, number * count + 1, number) if end < within(case, end + 2)]
+    ends = [end for end in range(number, number * count + 1, number) if end + 2 == within(case, end + 2)]
     if len(ends) < 2:
         raise UnsupportedError("the context is too short")
     ends += [ends[-1] + 1, ends[-1] + 2]
     ids = random_text(case, ends[-1])
     yield Check(ids, ends, run_forced(case.subject, ids, 1, ends).logits)
+
+
+def _growing_ends(case: Case) -> list[int]:
+    """Where chunks of 1, 2, 3 and so on end in one text, with room for a step after the last."""
+    context = case.subject.context_length or math.inf
+    return [end for end in accumulate(range(1, _EVERY + 1)) if end < context]
+
+
+def _growing_chunks(case: Case) -> Iterator[Check]:
+    """One text in chunks of 1, 2, 3 and so on, then a single step."""
+    ends = _growing_ends(case)
+    lengths = [*ends, ends[-1] + 1]
+    ids = random_text(case, lengths[-1])
+    words = [*(f"{size} new tokens" for size in range(1, len(lengths))), "a step after them"]
+    yield Check(ids, lengths, run_forced(case.subject, ids, 1, lengths).logits, words=words)
+
+
+def _many_calls(case: Case) -> Iterator[Check]:
+    """Single steps from the first token on."""
+    ids = random_text(case, within(case, _CALLS))
+    if ids.shape[1] <= _FEW_CALLS:
+        raise UnsupportedError("the context is too short")
+    lengths = range(1, ids.shape[1] + 1)
+    logits = run_forced(case.subject, ids, 1, lengths).logits
+    yield Check(ids, lengths, logits, words=[f"call {length}" for length in lengths])
 
 
 def _long_text(case: Case) -> Tensor:
@@ -143,7 +185,32 @@ def _after_others(case: Case) -> Iterator[Check]:
         lengths = range(cut, min(cut + _STEPS, case.ids.shape[1] + 1))
         run = run_forced(case.subject, case.ids, cut, lengths, cache)
         cache = run.cache
-        yield Check(case.ids, lengths, run.logits, {"the text computed before": other})
+        yield Check(case.ids, lengths, run.logits, {_BEFORE: other})
+
+
+def _nearly_equal(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Texts in the order in which to compute them, each with the one before it, (1, n): equal ones, ones that differ
+    late but not in their last tokens, and another between."""
+    text = case.ids[:, : case.start + _STEPS]
+    other = changed(case, text, max(0, text.shape[1] - _LATE))
+    order = [text, text, other, other, text, text.flip(1), text]
+    return list(zip(order, [text, *order], strict=False))
+
+
+def _twice(case: Case) -> Iterator[Check]:
+    """One cache for all these texts."""
+    cache = None
+    for ids, before in _nearly_equal(case):
+        logits, cache = case.subject(ids, cache)
+        yield Check(ids, [ids.shape[1]], logits[:, -1].cpu(), {_BEFORE: before})
+
+
+def _twice_anew(case: Case) -> Iterator[Check]:
+    """A new cache for each of these texts: all but the last tokens at once, then single steps."""
+    for ids, before in _nearly_equal(case):
+        start = max(1, ids.shape[1] - _LATE + 2)
+        lengths = range(start, ids.shape[1] + 1)
+        yield Check(ids, lengths, run_forced(case.subject, ids, start, lengths).logits, {_BEFORE: before})
 
 
 def _beside_others(case: Case) -> Iterator[Check]:
@@ -170,57 +237,3 @@ def _saved(case: Case) -> Iterator[Check]:
         beside = case.ids if ids is other else other
         logits = run_forced(case.subject, ids, cut, lengths, kept).logits
         yield Check(ids, lengths, logits, {"the text of the other cache": beside})
-
-
-def _rows(case: Case) -> Tensor:
-    """Different texts of one length, (B, n)."""
-    length = min(case.ids.shape[1], case.start + _STEPS)
-    long = random_text(case, within(case, length + _ROWS))
-    return torch.cat([torch.roll(long, row, dims=1)[:, :length] for row in range(_ROWS)])
-
-
-def _many_rows(case: Case) -> Iterator[Check]:
-    """Rows of one batch, all of one length."""
-    rows = _rows(case)
-    yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1))
-
-
-def _moved_rows(case: Case) -> Iterator[Check]:
-    """Rows of one batch that change places before each step, as in beam search."""
-    rows = _rows(case)
-    yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1), turn=1)
-
-
-def _uneven_rows(case: Case) -> Iterator[Check]:
-    """Rows of different lengths in one pass each; every other step one of them is missing."""
-    if not case.subject.backend.batches:
-        raise UnsupportedError("the model computes one sequence at a time")
-    texts, lengths = _uneven_texts(case)
-    caches: list[object] = [None] * len(texts)
-    found: list[list[Tensor]] = [[] for _ in texts]
-    for step in range(_STEPS):
-        present = [row for row in range(len(texts)) if not (step % 2 and row == step % len(texts))]
-        sequences = [texts[row][:, : lengths[row] + len(found[row])] for row in present]
-        logits, new = case.subject.forward_batch(sequences, [caches[row] for row in present], [1] * len(present))
-        for row, row_logits, cache in zip(present, logits, new, strict=True):
-            found[row].append(row_logits[-1].cpu())
-            caches[row] = cache
-    yield from row_checks(
-        texts, [range(n, n + len(rows)) for n, rows in zip(lengths, found, strict=True)], list(map(torch.stack, found))
-    )
-
-
-def _left_padding(case: Case) -> Iterator[Check]:
-    texts, lengths = _uneven_texts(case)
-    found, cache = [], None
-    for step in range(_STEPS):
-        rows = [text[:, : length + step] for text, length in zip(texts, lengths, strict=True)]
-        logits, cache = case.subject.left_padded(rows, cache)
-        found.append(logits[:, -1].cpu())
-    yield from row_checks(texts, [range(n, n + _STEPS) for n in lengths], torch.stack(found, dim=1))
-
-
-def _uneven_texts(case: Case) -> tuple[list[Tensor], list[int]]:
-    """Texts, (1, n) each, and the different lengths that they start with."""
-    texts = [case.ids, case.ids.flip(1), case.ids[:, 1:]]
-    return texts, [max(1, case.start // (row + 1)) for row in range(len(texts))]

@@ -32,23 +32,27 @@ class Check:
     """Logits of a use, (steps, vocab), after the first `lengths` positions of `ids`, (1, n).
 
     others: other texts of this use, (1, n) each, whose logits a wrong cache might return, each with its description.
+    words: what each step tries, if its length does not say.
     """
 
     ids: Tensor
     lengths: Sequence[int]
     logits: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Use:
     """A use of the cache. name: in reports. finding: a short key and a sentence, if it is wrong. rewinds: whether it
-    takes text back, which not every cache allows."""
+    takes text back, which not every cache allows. simpler: given the positions of the first wrong step, a simpler use
+    of as many, which must be right for the finding to hold; else what is wrong is what that one is named for."""
 
     name: str
     run: Callable[[Case], Iterator[Check]]
     finding: tuple[str, str]
     rewinds: bool = False
+    simpler: Callable[[int], Use] | None = None
 
 
 def _more_steps(case: Case) -> Iterator[Check]:
@@ -196,10 +200,12 @@ def _with_special_tokens(case: Case) -> Iterator[Check]:
 
 
 _LONGER, _EDITS = "longer texts", "edits not noticed"
+LONG_TEXTS = (_LONGER, "Some steps of long texts are wrong, those of a short one are right.")
+IN_CHUNKS = ("chunk boundary", "Calls with some number of new tokens are wrong.")
 
 _USES = (
     Use("more steps", _more_steps, (_LONGER, "The first steps are right, some later ones are wrong.")),
-    Use("long texts", _long_texts, (_LONGER, "Some steps of long texts are wrong, those of a short one are right.")),
+    Use("long texts", _long_texts, LONG_TEXTS),
     Use("past a window", _past_a_change, (_LONGER, "Some steps past a window are wrong, the first ones are right.")),
     Use("several new tokens at once", _in_chunks, ("multi-token calls", "Calls with several new tokens are wrong.")),
     Use("rewinds", _rewound, (_EDITS, "The cache is wrong after the last tokens were removed."), rewinds=True),

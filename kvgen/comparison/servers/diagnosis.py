@@ -17,6 +17,7 @@ _SMALL = 0.1  # of what one missing token changes
 _EXPLAINED = 3  # wrong probes
 _CUTS = (16, 17, 24, 32, 33, 48, 49, 64, 65, 80, 96, 97, 128, 129, 131)
 _VAGUE = {"small difference", "unexplained", "not diagnosed"}  # left out where another probe shows a cause
+_SHORT = 40  # tokens of a prompt in which all hits are short
 _SPACED = 4  # smallest chunk
 _MULTIPLES = 3  # of a chunk that must be wrong, with right continuations on both sides
 _AGAIN = 6  # times that a hit is repeated alone
@@ -152,14 +153,15 @@ def _repeated(session: Session, probe: ServerProbe) -> tuple[bool | None, Findin
 
 
 def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
-    """Whether a text is wrong only if it is continued at some length or later, or at multiples of some number."""
+    """Whether a text is wrong only if it is continued at some length or later, or earlier, or at multiples of some
+    number."""
     trial = probe.worst
     assert trial is not None
     if not session.server.repeats or not trial.earlier or trial.beside:
         return None
     wrong, right = _continued(session, trial.prompt, _CUTS)
     if not wrong or not right:
-        return None
+        return _short_hits(session) if not right and len(trial.prompt) <= _SHORT else None
     if len(wrong) > 1 and len(right) > 1 and wrong[0] > right[-1]:
         text = f"Wrong where a text is continued at {wrong[0]} positions or later, right up to {right[-1]}."
         return Finding("beyond a length", text, _wrong_and_right(wrong, right))
@@ -167,15 +169,28 @@ def _lengths(session: Session, probe: ServerProbe) -> Finding | None:
     multiples = [size * number for number in range(1, _MULTIPLES + 1)]
     if size < _SPACED or any(cut % size == 0 for cut in right) or multiples[-1] + _SPACED > len(session.source):
         return None
-    parts = [
-        _continued(session, session.source[: cut + _SPACED], [cut - 1, cut, cut + 1])  # near its end, where it shows
-        for cut in multiples
-    ]
-    wrong, right = ([*chain(*cuts)] for cuts in zip(*parts, strict=True))
+    wrong, right = _continued_near_the_end(session, [[cut - 1, cut, cut + 1] for cut in multiples])
     if wrong != multiples or len(right) != 2 * len(multiples):
         return None
     text = f"Chunk boundary: wrong where a text is continued at multiples of {size}."
     return Finding("chunk boundary", text, _wrong_and_right(wrong, right))
+
+
+def _short_hits(session: Session) -> Finding | None:
+    """Whether texts are wrong only if they are continued at some length or earlier."""
+    longest = len(session.source) - _SPACED
+    wrong, right = _continued_near_the_end(session, [[cut] for cut in _CUTS if cut <= longest])
+    if min(len(wrong), len(right)) < 2 or wrong[-1] > right[0]:
+        return None
+    text = f"Wrong where a text is continued at {wrong[-1]} positions or earlier, right from {right[0]} on."
+    return Finding("below a length", text, _wrong_and_right(wrong, right))
+
+
+def _continued_near_the_end(session: Session, groups: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """As `_continued`, for lengths in groups, each in a text that ends shortly after it, where a fault shows."""
+    parts = [_continued(session, session.source[: max(cuts) + _SPACED - 1], cuts) for cuts in groups]
+    wrong, right = ([*chain(*cuts)] for cuts in zip(*parts, strict=True))
+    return wrong, right
 
 
 def _continued(session: Session, prompt: Prompt, cuts: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Probes for `--thorough`: long texts, borders of chunks, many requests in many orders, and the time that hits take."""
+"""Probes for `--thorough`: short and long texts, borders of chunks, many requests in many orders, time of hits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from kvgen.comparison.servers.probes import ProbeTrials, ServerProbe, Session, Trial
 from kvgen.comparison.verdict import Verdict
 
+_SHORT = (8, 12, 20, 32, 40)
 _BORDERS = (16, 32, 64, 128, 256, 512)
 _ORDERS = 4
 _MANY = 12
@@ -38,6 +39,14 @@ def chunk_borders(session: Session) -> Iterator[Trial]:
                 yield session.hit_in_part(text, cut, text[:cut])
 
 
+def short_prompts(session: Session) -> Iterator[Trial]:
+    """Prompts of a few tokens: again, and continued from half; in a long text, a few cached positions hardly show."""
+    for length in _SHORT:
+        text = session.source[:length]
+        for cut in (length, length // 2 + 1):
+            yield session.hit_in_part(text, cut, text[:cut])
+
+
 def rewinds(session: Session) -> Iterator[Trial]:
     for back in (1, 2, 8):
         yield session.hit(session.text[:-back], session.text)
@@ -63,6 +72,7 @@ def after_many(session: Session) -> Iterator[Trial]:
 
 
 PROBES: dict[str, ProbeTrials] = {
+    "short prompts": short_prompts,
     "chunk borders": chunk_borders,
     "rewinds": rewinds,
     "many orders at once": many_orders,

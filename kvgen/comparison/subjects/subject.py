@@ -118,9 +118,9 @@ class Subject:
     def left_padded(self, texts: Sequence[Tensor], cache: Any = None) -> tuple[Tensor, Any]:
         """Pass texts of different lengths, (1, n) each, as rows of one batch, padded on the left and masked there.
 
-        cache: of the call before, for the same rows, each one token shorter. Returns logits whose last position
-        predicts the next token of each row, (B, m, vocab), and the cache. Raises UnsupportedError if the model takes
-        no mask.
+        cache: of the call before, for the same rows, all shorter by the same number of tokens. Returns logits whose
+        last position predicts the next token of each row, (B, m, vocab), and the cache. Raises UnsupportedError if the
+        model takes no mask.
         """
         raise UnsupportedError("the model takes no mask for padding")
 

@@ -5,6 +5,7 @@ The process that hands tests to others reads this too: what takes seconds to imp
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -60,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("fast", max_examples=12, deadline=None)
     settings.register_profile("slow", max_examples=40, deadline=None)
     settings.load_profile("fast" if config.option.markexpr == "not slow" else "slow")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and thousands of tests, which stay to the end, out of each collection of garbage from here on."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ The model is what a user would bring: a torch module with the contract's signatu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -91,13 +92,14 @@ class SmallDecoder(nn.Module):
         start = self.first_position(known, cache)
         positions = torch.arange(start, start + count) if positions is None else positions[known:]
         x = self.embedding[new]
+        turns = turns_at(positions, self.size // 2, x.dtype)
         keys, values = [], []
         for layer in range(self.layers):
             a = norm(x)
             q = self.split(a @ self.q[layer].T, self.heads)
             k = self.split(a @ self.k[layer].T, self.kv_heads)
             v = self.split(a @ self.v[layer].T, self.kv_heads)
-            q, k = rotate(q, positions), rotate(k, positions)
+            q, k = turned(torch.cat((q, k), 1), *turns).split((self.heads, self.kv_heads), 1)
             all_k, all_v = self.join(layer, k, v, cache if cached else None)
             x = x + self.attend(q, all_k, all_v, cached) @ self.out[layer].T
             x = x + F.silu(norm(x) @ self.up[layer].T) @ self.down[layer].T
@@ -155,11 +157,11 @@ class SmallDecoder(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cached: bool) -> Tensor:
         groups = self.heads // self.kv_heads
         new, total = q.shape[2], k.shape[2]
-        mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)
+        mask = causal_mask(new, total)
         if cached and self.fault == "no mask in multi-token calls":
-            mask[:] = True
+            mask = torch.ones_like(mask)
         if cached and self.fault == "newest key masked out":
-            mask &= ~torch.eye(new, total, dtype=torch.bool).roll(total - new, 1)
+            mask = mask & ~torch.eye(new, total, dtype=torch.bool).roll(total - new, 1)
         if cached and self.fault == "all keys at one position":
             q = rotate(q, -torch.arange(total - new, total))
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -171,21 +173,21 @@ class SmallDecoder(nn.Module):
     def store(self, k: Tensor, v: Tensor, cached: bool, count: int, known: int) -> tuple[Tensor, Tensor]:
         """What of all keys and values the cache keeps."""
         total = k.shape[2]
-        keep = torch.arange(total)
+        keep: Tensor | slice = slice(None)
         if cached and self.fault == "newest token never stored":
-            keep = keep[:-count]
+            keep = slice(-count)
         elif self.fault == "window of 8":
-            keep = keep[-8:]
+            keep = slice(-8, None)
         elif self.fault == "first token evicted" and not cached:
-            keep = keep[1:]
+            keep = slice(1, None)
         elif self.fault == "prompt cut in half" and not cached:
-            keep = keep[total // 2 :]
+            keep = slice(total // 2, None)
         elif cached and self.fault == "only the last of several stored":
-            keep = torch.cat((keep[: total - count], keep[-1:]))
+            keep = torch.tensor([*range(total - count), total - 1])
         elif self.fault == "a row not updated" and total > 4:
-            keep[4] = 3
+            keep = torch.tensor([*range(4), 3, *range(5, total)])
         elif self.fault == "ring buffer of 24 wraps":
-            keep = keep[-24:]
+            keep = slice(-24, None)
         return k[:, :, keep], v[:, :, keep]
 
     def split(self, x: Tensor, heads: int) -> Tensor:
@@ -196,11 +198,25 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
+@cache
+@torch.inference_mode(False)
+def causal_mask(new: int, total: int) -> Tensor:
+    return torch.ones(new, total, dtype=torch.bool).tril(total - new)
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    angles = torch.outer(positions.to(x.dtype), 10.0 ** (-torch.arange(half, dtype=x.dtype) / half))
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+    return turned(x, *turns_at(positions, x.shape[-1] // 2, x.dtype))
+
+
+def turns_at(positions: Tensor, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (n, half) each."""
+    angles = torch.outer(positions.to(dtype), 10.0 ** (-torch.arange(half, dtype=dtype) / half))
+    return angles.cos(), angles.sin()
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def eight_bits(x: Tensor) -> Tensor:

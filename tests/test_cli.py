@@ -375,33 +375,35 @@ def test_the_environment_names_the_model(tiny) -> None:
 # --- Pipes and signals -------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_leaves_ends_it_quietly(tiny) -> None:
-    with subprocess.Popen(
-        [*KVGEN, *tiny, "-n", "400", "-t", "1", "--seed", "3", "-p", "abc"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdout and process.stderr
-        process.stdout.read(1)
-        process.stdout.close()
-        assert process.wait(60) == 0
-        assert process.stderr.read() == b""
+def test_a_reader_that_leaves_ends_it_quietly(tiny, tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w") as errors:
+        command = start(*tiny, "-n", "400", "-t", "1", "--seed", "3", "-p", "abc", stderr=errors.fileno())
+        with command as (stdin, stdout, process):
+            stdin.close()
+            os.read(stdout.fileno(), 1)
+            stdout.close()
+            process.join(60)
+            assert process.exitcode == 0
+    assert (tmp_path / "stderr").read_bytes() == b""
 
 
-def test_whole_lines_reach_a_pipe_as_they_are_made_and_ctrl_c_keeps_the_rest(smollm2_path: Path) -> None:
-    with subprocess.Popen(
-        [*KVGEN, "generate", "-p", "A list:", "-t", "0", "-n", "-1", "--regex", r"(one two three four\n){900}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdout and process.stderr
-        parts = [os.read(process.stdout.fileno(), 1000) for _ in range(5)]
-        assert all(part and not part.replace(b"one two three four\n", b"") for part in parts)
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(60) == 130
-        assert rest.endswith(b"\n") or not rest
-        assert process.stderr.read() == b""
+def test_whole_lines_reach_a_pipe_as_they_are_made_and_ctrl_c_keeps_the_rest(
+    smollm2_path: Path, tmp_path: Path
+) -> None:
+    regex = r"(one two three four\n){900}"
+    with (tmp_path / "stderr").open("w") as errors:
+        command = start(*("generate", "-p", "A list:", "-t", "0", "-n", "-1", "--regex", regex), stderr=errors.fileno())
+        with command as (stdin, stdout, process):
+            stdin.close()
+            parts = [os.read(stdout.fileno(), 1000) for _ in range(5)]
+            assert all(part and not part.replace(b"one two three four\n", b"") for part in parts)
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+            rest = stdout.read()
+            process.join(60)
+            assert process.exitcode == 130
+    assert rest.endswith("\n") or not rest
+    assert (tmp_path / "stderr").read_bytes() == b""
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,33 @@ def load_model(folder: Path, dtype: str = "float32", kernels: str = "auto") -> N
     return model
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, Any]]:
+    """Writes the checkpoint of a case, once; returns its folder and the model of transformers. Both are only read."""
+
+    @cache
+    def write(kind: str, number: int) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp(kind)
+        return folder, make_checkpoint(kind, number, folder)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def expected_steps(
+    checkpoint: Callable[[str, int], tuple[Path, Any]],
+) -> Callable[[str, int], dict[int, torch.Tensor]]:
+    """Computes logits after the first positions of `random_ids` by transformers, (B, vocab) each, by length."""
+
+    @cache
+    def compute(kind: str, number: int) -> dict[int, torch.Tensor]:
+        _, reference = checkpoint(kind, number)
+        lengths = (1, 2, 30, 47, 48, 49, 50, LENGTH)
+        return {length: expected_logits(reference, random_ids()[:, :length])[:, -1] for length in lengths}
+
+    return compute
+
+
 def random_ids(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
     return torch.randint(2, 96, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -73,25 +101,24 @@ def expected_logits(reference: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @every_engine
 @every_case
-def test_logits_equal_transformers(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
-    reference = make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path, kernels=kernels)
+def test_logits_equal_transformers(kind: str, number: int, kernels: str, checkpoint, expected_steps) -> None:
+    folder, _ = checkpoint(kind, number)
+    model = load_model(folder, kernels=kernels)
     ids = random_ids()
     actual = model.all_logits(ids)
     assert actual.abs().max() > 0.1
     cache = None
-    for length in (1, 2, 30, 47, 48, 49, 50, LENGTH):
-        expected = expected_logits(reference, ids[:, :length])
-        assert (actual[:, length - 1] - expected[:, -1]).abs().max() < TOLERANCE
+    for length, expected in expected_steps(kind, number).items():
+        assert (actual[:, length - 1] - expected).abs().max() < TOLERANCE
         logits, cache = model(ids[:, :length], cache)
-        assert (logits[:, 0] - expected[:, -1]).abs().max() < TOLERANCE
+        assert (logits[:, 0] - expected).abs().max() < TOLERANCE
 
 
 @cpp_or_slow
 @every_case
-def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
-    make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path, kernels=kernels)
+def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: str, checkpoint) -> None:
+    folder, _ = checkpoint(kind, number)
+    model = load_model(folder, kernels=kernels)
     ids = random_ids()
     uncached = model.all_logits(ids)
     cache = None
@@ -104,9 +131,9 @@ def test_cached_equals_uncached_step_by_step(kind: str, number: int, kernels: st
 
 @off_or_slow
 @every_case
-def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, tmp_path: Path) -> None:
-    make_checkpoint(kind, number, tmp_path)
-    model = load_model(tmp_path, kernels=kernels)
+def test_edits_and_rewinds_change_nothing(kind: str, number: int, kernels: str, checkpoint) -> None:
+    folder, _ = checkpoint(kind, number)
+    model = load_model(folder, kernels=kernels)
     ids, cache = random_ids(), None
     for length, edited in ((40, 0), (70, 0), (67, 66), (70, 41), (12, 0), (33, 32), (70, 5)):
         ids[:, edited] = (ids[:, edited] + 1) % 96

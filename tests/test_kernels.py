@@ -274,6 +274,16 @@ def test_rows_of_a_batch_and_numbers_of_threads_change_no_bit(small: dict[str, N
         assert torch.equal(together, alone)
 
 
+def test_a_step_does_not_look_for_the_library_again(
+    small: dict[str, NativeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That reads the source of the kernels, which takes a millisecond."""
+    model = small["llama"]
+    _, cache = model(torch.tensor([[1, 2]]), None)
+    monkeypatch.setattr(packed, "library", lambda: pytest.fail("looked for again"))
+    model(torch.tensor([[1, 2, 3]]), cache)
+
+
 def test_models_of_several_threads_wait_for_each_other(small: dict[str, NativeBackend]) -> None:
     texts = [torch.randint(2, 96, (1, length)) for length in (1, 30, 130, 199)]
     expected = [small["llama"].all_logits(text) for text in texts]

@@ -19,7 +19,7 @@ from kvgen.kernels.structs import OpKind
 from tests.conftest import CORPUS
 from tests.recorded import DECODERS, decode, make_decoder
 from tests.recording import Part, Recorder, differences, noted_storages
-from tests.variants import ELSEWHERE, HERE, program
+from tests.variants import ELSEWHERE, HERE, replayer
 
 # The best and the simplest variant for this processor; those between, which take as long to compile, are slow.
 ENDS = [name if name in HERE[:: len(HERE) - 1 or 1] else pytest.param(name, marks=pytest.mark.slow) for name in HERE]
@@ -66,7 +66,7 @@ def replay(name: str, folder: Path, command: tuple[str, ...], threads: int, expe
 @cache
 def expected_results(name: str, folder: Path) -> Path:
     """What the best variant for this processor makes of a recording, on one thread."""
-    return replay(name, folder, program("replay.cpp", HERE[0]), threads=1)
+    return replay(name, folder, replayer(HERE[0]), threads=1)
 
 
 def check(name: str, folder: Path, command: tuple[str, ...]) -> None:
@@ -91,21 +91,21 @@ def test_a_replay_leaves_the_memory_that_the_library_leaves(name: str, folder: P
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("variant", ENDS)
 def test_every_variant_for_this_processor_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
-    check(name, folder, program("replay.cpp", variant))
+    check(name, folder, replayer(variant))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("variant", ELSEWHERE)
 def test_an_emulated_processor_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
-    check(name, folder, program("replay.cpp", variant))
+    check(name, folder, replayer(variant))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("variant", [*HERE, *ELSEWHERE])
 def test_another_compiler_gives_the_same_bits(variant: str, name: str, folder: Path) -> None:
-    check(name, folder, program("replay.cpp", variant, "clang++"))
+    check(name, folder, replayer(variant, "clang++"))
 
 
 @pytest.mark.slow

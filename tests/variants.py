@@ -1,4 +1,4 @@
-"""Programs of the kernels for each variant of `kvgen.kernels.processors`: compiled once, run here or emulated."""
+"""Each variant of `kvgen.kernels.processors`, compiled once: as a library, or in a program, run here or emulated."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from types import MappingProxyType
 import pytest
 from filelock import FileLock
 
-from kvgen.kernels.compiler import _FLAGS, _SOURCE
-from kvgen.kernels.processors import VARIANTS, machine
+from kvgen.kernels import build
+from kvgen.kernels.compiler import _FLAGS, _SOURCE, find_compiler
+from kvgen.kernels.processors import VARIANTS, Variant, machine
 from kvgen.system import cache_dir
 
 HERE = [variant.name for variant in VARIANTS if not variant.lacking()]
@@ -25,23 +26,49 @@ _CROSS = MappingProxyType({"g++": ("aarch64-linux-gnu-g++",), "clang++": ("clang
 @cache
 def program(source: str, name: str, compiler: str = "g++") -> tuple[str, ...]:
     """Compile a program of tests/ for a variant, and return the command that runs it; or skip the test."""
-    variant = next(variant for variant in VARIANTS if variant.name == name)
+    command, runner = _tools(name, compiler)
+    flags = (flag for flag in _FLAGS if flag != "-shared")
+    more = (*flags, *_variant(name).flags, "-w", f"-I{_SOURCE.parent}", "-ldl")
+    return *runner, str(_compiled(Path(__file__).with_name(source), command, more))
+
+
+@cache
+def replayer(name: str, compiler: str = "g++") -> tuple[str, ...]:
+    """Compile a variant, and return the command that replays recordings on it; or skip the test.
+
+    What kvgen itself compiles, or has compiled, is not compiled again.
+    """
+    command, _ = _tools(name, compiler)
+    variant = _variant(name)
+    simplest = [other.name for other in VARIANTS if other.machine == variant.machine][-1]
+    if name in HERE and shutil.which(compiler) == find_compiler():
+        library = build._compiled(variant)
+    else:
+        library = _compiled(_SOURCE, command, (*_FLAGS, *variant.flags, "-w"))
+    return *program("replay.cpp", simplest, compiler), str(library)
+
+
+def _variant(name: str) -> Variant:
+    return next(variant for variant in VARIANTS if variant.name == name)
+
+
+def _tools(name: str, compiler: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The command that compiles for a variant, and what runs the result; or skip the test."""
     command: tuple[str, ...] = (compiler,)
     runner: tuple[str, ...] = ()
     if name in ELSEWHERE:
         command, runner = _CROSS[compiler], ("qemu-aarch64", "-L", _SYSROOT)
         if not Path(_SYSROOT).is_dir():
-            pytest.skip(f"there are no libraries for {variant.machine} in {_SYSROOT}")
+            pytest.skip(f"there are no libraries for {_variant(name).machine} in {_SYSROOT}")
     for tool in (command[0], *runner[:1]):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    flags = (flag for flag in _FLAGS if flag != "-shared")
-    return *runner, str(_compiled(Path(__file__).with_name(source), (*command, *flags, *variant.flags)))
+    return command, runner
 
 
-def _compiled(source: Path, command: tuple[str, ...]) -> Path:
-    """Compile a program into kvgen's cache folder, unless it is there; processes that need the same one wait."""
-    digest = hashlib.sha256("\0".join((str(source.resolve()), *command)).encode())
+def _compiled(source: Path, command: tuple[str, ...], flags: tuple[str, ...]) -> Path:
+    """Compile into kvgen's cache folder, unless the result is there; processes that need the same one wait."""
+    digest = hashlib.sha256("\0".join((str(source.resolve()), *command, *flags)).encode())
     name = f"{source.stem}-{digest.hexdigest()[:8]}"
     for file in (source, _SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
         digest.update(file.read_bytes())
@@ -53,6 +80,6 @@ def _compiled(source: Path, command: tuple[str, ...]) -> Path:
             for old in folder.glob(f"{name}-*"):
                 old.unlink()
             built = folder / f"{name}.new"
-            subprocess.run([*command, "-w", f"-I{_SOURCE.parent}", str(source), "-o", str(built)], check=True)
+            subprocess.run([*command, str(source), *flags, "-o", str(built)], check=True)
             built.replace(path)
     return path

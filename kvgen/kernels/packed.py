@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,6 +52,11 @@ class PackedMatrix:
         if values is not None:
             self.weight.values = (ctypes.c_uint8 * 16)(*(value + 128 for value in values))
 
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        """Kept, because `library` reads the source of the kernels to find the right one."""
+        return library()
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -61,7 +67,7 @@ class PackedMatrix:
         out = torch.empty(*ids.shape, self.shape[-1])
         source, target = ctypes.c_void_p(ids.data_ptr()), ctypes.c_void_p(out.data_ptr())
         count, threads = ctypes.c_int64(ids.numel()), torch.get_num_threads()
-        library().kvgen_rows(ctypes.byref(self.weight), source, count, target, threads)
+        self._library.kvgen_rows(ctypes.byref(self.weight), source, count, target, threads)
         return out
 
     def unpacked(self) -> Tensor:

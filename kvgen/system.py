@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path, user_runtime_path
 
-from kvgen.errors import KvgenError, UsageError
+from kvgen.errors import KvgenError, UsageError, in_one_line
 
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -73,13 +73,16 @@ def cache_dir() -> Path:
 
 
 def runtime_dir() -> Path:
-    """Return the user's folder for sockets. Raises KvgenError if others could open it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where the system has none, there is one in /tmp
-        folder = user_runtime_path("kvgen", appauthor=False)
-    for path in (*reversed(folder.parents), folder):
-        path.mkdir(mode=0o700, exist_ok=True)  # not `parents=True`, which gives others access to those that it makes
-    status = folder.lstat()
+    """Return the user's folder for sockets. Raises KvgenError if there is none, or others could open it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where the system has none, there is one in /tmp
+            folder = user_runtime_path("kvgen", appauthor=False)
+        for path in (*reversed(folder.parents), folder):
+            path.mkdir(mode=0o700, exist_ok=True)  # not `parents=True`, which gives others access to what it makes
+        status = folder.lstat()
+    except OSError as error:
+        raise KvgenError(f"no folder for sockets: {in_one_line(error)}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise KvgenError(f"{folder}: must be a folder that belongs to you and that nobody else can open")
     return folder

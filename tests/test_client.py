@@ -20,6 +20,7 @@ from kvgen.cli import app
 from kvgen.client.connection import ServerAddress
 from kvgen.client.remote import connect
 from kvgen.errors import KvgenError
+from kvgen.system import runtime_dir
 from tests.program import KVGEN, run
 from tests.sizes import first
 from tests.test_server import Served, serving
@@ -291,6 +292,15 @@ def test_a_server_in_the_background(smollm2_path: Path, tmp_path: Path) -> None:
     assert log.read_text().splitlines()[-1] == "requests in progress may end; Ctrl-C again to stop at once"
     gone = kvgen("serve", "--stop-running")
     assert (gone.returncode, len(gone.stderr.splitlines())) == (1, 1)
+
+
+def test_a_runtime_folder_of_another_user_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Path:
+        raise PermissionError("/tmp/runtime-0 is owned by uid 65534")  # as platformdirs does
+
+    monkeypatch.setattr("kvgen.system.user_runtime_path", refuse)
+    with pytest.raises(KvgenError, match="no folder for sockets: /tmp/runtime-0 is owned"):
+        runtime_dir()
 
 
 def test_the_variable_that_names_a_server_sets_no_option_of_another_meaning() -> None:

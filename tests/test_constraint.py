@@ -107,6 +107,14 @@ def test_a_constraint_that_is_not_valid_is_refused(smollm2: Loaded, constraint: 
         completion(smollm2, constraint, 0)
 
 
+@pytest.mark.parametrize(
+    "constraint", [Constraint("json-schema", '{"type": "string", "pattern": "(?=a)"}'), Constraint("regex", "(?=a)")]
+)
+def test_what_is_wrong_with_a_regular_expression_is_told(smollm2: Loaded, constraint: Constraint) -> None:
+    with pytest.raises(UsageError, match=r"regex parse error: look-around, .* is not supported$"):
+        completion(smollm2, constraint, 0)
+
+
 def test_a_tokenizer_without_an_end_cannot_follow(tiny_llama) -> None:
     loaded = kvgen.load(tiny_llama()[0], tokenizer="ids")
     with pytest.raises(UsageError, match="end token"):

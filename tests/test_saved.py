@@ -65,9 +65,19 @@ def test_other_models_damaged_files_and_other_servers(loaded: kvgen.Loaded, tmp_
     assert len(files) == 3
     del theirs
     files[0].write_bytes(files[0].read_bytes()[:-9])
+    key = files[0].name.partition("-")[0]
+    (tmp_path / f"{key}-a.cache").mkdir()
+    (tmp_path / f"{key}-b.cache").symlink_to(tmp_path / "nowhere")
     ours = SavedCaches(tmp_path, loaded, notes.append)
     assert len(ours.load(None)) == 2
     assert len(notes) == 1 and str(files[0]) in notes[0]
+    ours.save(caches[1:])
+    assert len(ours.load(None)) == 2
+
+
+def test_a_new_folder_is_private(loaded: kvgen.Loaded, tmp_path: Path) -> None:
+    SavedCaches(tmp_path / "new", loaded, print)
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
 
 
 def test_a_folder_that_cannot_be_used_is_named(loaded: kvgen.Loaded, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerProcess
@@ -193,6 +193,18 @@ def test_log_probabilities_are_those_of_the_model(server: Served, smollm2: kvgen
     content = chat.choices[0].logprobs.content
     assert [len(token.top_logprobs) for token in content] == [3, 3]
     assert content[0].logprob == content[0].top_logprobs[0].logprob < 0
+
+
+def test_parts_of_a_character_have_names_of_their_own_and_offsets_in_the_text(server: Served) -> None:
+    body = {"prompt": "\U0001f600\U0001f603", "max_tokens": 6, "temperature": 0, "logprobs": 3}
+    _, answer = server.request("POST", "/v1/completions", body)
+    choice = answer["choices"][0]
+    logprobs, offsets = choice["logprobs"], choice["logprobs"]["text_offset"]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(choice["text"]) < len(offsets)
+    assert [len(top) for top in logprobs["top_logprobs"]] == [3] * 6
+    assert all(token.startswith("token_id:") or token in choice["text"] for token in logprobs["tokens"])
+    stream = server.client.completions.create(model="smollm2", **body, stream=True)
+    assert [piece.choices[0].logprobs.text_offset[0] for piece in stream] == offsets
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -444,10 +456,17 @@ def test_limits_keys_and_log(smollm2_path: Path) -> None:
     with serving("-m", str(smollm2_path), *options, KVGEN_API_KEY="secret") as served:
         assert served.request("GET", "/v1/models")[0] == 401
         assert served.request("GET", "/v1/models", headers={"Authorization": "Bearer wrong"})[0] == 401
-        key = {"Authorization": "Bearer secret"}
+        key = {"Authorization": "bearer secret"}  # RFC 9110: the scheme has no case
         assert served.request("GET", "/v1/models", headers=key)[0] == 200
         assert served.request("GET", "/health")[0] == 200
         assert served.request("POST", "/v1/completions", {"prompt": "x" * 2000}, key)[0] == 413
+        announced = {**key, "Content-Type": "application/json", "Content-Length": "2000", "Expect": "100-continue"}
+        with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)) as plain:
+            plain.putrequest("POST", "/v1/completions")
+            for name, value in announced.items():
+                plain.putheader(name, value)
+            plain.endheaders()
+            assert plain.getresponse().status == 413  # without having sent the body
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="secret", max_retries=0)
         stream = client.completions.create(model=None, prompt="private words", max_tokens=4000, stream=True)  # type: ignore[call-overload]
         next(iter(stream))

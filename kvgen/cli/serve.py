@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -82,9 +83,14 @@ def serve(
     most_bytes = None if max_cache_memory is None else parse_bytes(max_cache_memory)
     largest = parse_bytes(max_body)
     tell: Callable[[str], None] = notes(quiet=quiet)
+    ends = "kvgen serve --stop-running"
     with ExitStack() as stack:
         if detach:
-            socket = background_socket() if socket is None else socket.absolute()
+            if socket is None:
+                socket = background_socket()
+            else:
+                socket = socket.absolute()
+                ends += f" --socket {shlex.quote(str(socket))}"
             tell = detached(socket.with_suffix(".log"), quiet=quiet)
         # Bound before the model is loaded, so that an address in use is reported at once.
         listening = [] if socket is None else [stack.enter_context(unix_socket(socket))]
@@ -113,18 +119,19 @@ def serve(
         app = make_app(server, own.routes(), authorization=expected, hosts=hosts)
         for one in listening:
             one.listen()  # from here on, clients are kept waiting instead of refused
-        tell(_greeting(server.model, [address_of(one) for one in listening], detach=detach))
+        tell(_greeting(server.model, [address_of(one) for one in listening], ends if detach else None))
         ending = partial(notes(quiet=quiet), "requests in progress may end; Ctrl-C again to stop at once")
         in_peace = run_server(app, listening, engine, idle_timeout, ending)
         if saved is not None and in_peace:
             saved.save(engine.kept)
 
 
-def _greeting(model: str, addresses: list[str], *, detach: bool) -> str:
+def _greeting(model: str, addresses: list[str], ends: str | None) -> str:
+    """Say where a model is served. ends: the command that ends a server in the background; None for another."""
     where = " and ".join(f"{one}/v1" if one.startswith("http") else one for one in addresses)
-    if not detach:
+    if ends is None:
         return f"serving {model} on {where}; Ctrl-C stops"
-    return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: kvgen serve --stop-running"
+    return f"serving {model} on {where}\nuse it: export KVGEN_SERVER={addresses[0]}\nend it: {ends}"
 
 
 def _name(reference: str, source: str) -> str:

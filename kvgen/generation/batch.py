@@ -184,7 +184,7 @@ class Batch:
         use_cache = self._use_cache and request.use_cache
         nbytes = model.cache_bytes(positions) if use_cache else 0
         if self._max_cache_bytes is not None and nbytes > self._max_cache_bytes:
-            sizes = f"{nbytes / 1e6:.0f} MB; the limit for all caches is {self._max_cache_bytes / 1e6:.0f} MB"
+            sizes = f"{nbytes / 1e6:.4g} MB; the limit for all caches is {self._max_cache_bytes / 1e6:.4g} MB"
             raise UsageError(f"the cache of this request may take {sizes}")
         if not self._fits(nbytes):
             return None

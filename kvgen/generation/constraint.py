@@ -31,7 +31,7 @@ def constrained(sampler: Sampler, constraint: Constraint, tokenizer: Tokenizer, 
     def sample(logits: Tensor, ids: Sequence[int], prompt_length: int) -> int:
         matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.nbytes)
         if matcher.is_error():
-            raise UsageError(f"{constraint.kind} cannot be followed: {_first_line(matcher.get_error())}")
+            raise UsageError(f"{constraint.kind} cannot be followed: {_reason(matcher.get_error())}")
         allowed = (words[:, None] >> bits & 1).flatten()[: len(logits)].bool()
         token = sampler(logits.masked_fill(~allowed, -torch.inf), ids, prompt_length)
         matcher.consume_token(token)
@@ -58,7 +58,7 @@ def _matcher(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int | Non
     except ValueError as error:
         raise UsageError(f"{constraint.kind} cannot be used: {in_one_line(error)}") from None
     if matcher.is_error():
-        raise UsageError(f"{constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
+        raise UsageError(f"{constraint.kind} cannot be used: {_reason(matcher.get_error())}")
     return matcher
 
 
@@ -80,6 +80,9 @@ def _make_llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> LLToken
         raise UsageError(f"constraints do not work with this tokenizer ({in_one_line(error)})") from None
 
 
-def _first_line(text: str) -> str:
-    line = text.strip().partition("\n")[0]
-    return "no text follows it" if line == "NoExtensionBias" else line
+def _reason(text: str) -> str:
+    """Return what llguidance says in one line: its first, and that of the error in a regular expression."""
+    first, *others = text.strip().split("\n")
+    if first == "NoExtensionBias":
+        return "no text follows it"
+    return " ".join([first, *(line.removeprefix("error: ") for line in others if line.startswith("error: "))])

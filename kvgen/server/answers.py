@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import accumulate
 from typing import Any
 
 from kvgen.errors import CheckpointError, ContextError, KvgenError, NotFoundError, UnsupportedError, UsageError
@@ -18,6 +19,7 @@ from kvgen.server.schema import Job
 from kvgen.server.tools import tool_calls
 from kvgen.tokenizer import Tokenizer
 
+_REPLACEMENT = "\ufffd"  # what bytes become that are no character
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
@@ -100,7 +102,7 @@ class Answer:
             self._opened.add(choice.index)
         if calls:
             delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
-        logprobs = self._logprobs([chunk])
+        logprobs = self._logprobs([chunk], choice)
         if not (text or calls or reason or logprobs or "role" in delta):
             return
         body = {"delta": delta} if self.job.chat else {"text": text}
@@ -117,7 +119,7 @@ class Answer:
         return {**self._head, "object": kind, "choices": choices, **usage}
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
-        logprobs, reason = self._logprobs(choice.chunks), choice.finish_reason
+        logprobs, reason = self._logprobs(choice.chunks, choice), choice.finish_reason
         if not self.job.chat:
             return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": reason}
         text, calls = tool_calls(choice.text) if self.job.tools else (choice.text, [])
@@ -126,7 +128,8 @@ class Answer:
             message["tool_calls"], reason = calls, "tool_calls"
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, chunks: Sequence[Chunk]) -> dict[str, Any] | None:
+    def _logprobs(self, chunks: Sequence[Chunk], choice: Choice) -> dict[str, Any] | None:
+        """Log-probabilities of chunks, which are the last ones of a choice."""
         steps = [chunk.step for chunk in chunks if chunk.step.logprob is not None]
         if not steps:
             return None
@@ -134,18 +137,21 @@ class Answer:
             best = [[self._token(*pair) for pair in step.top_logprobs] for step in steps]
             chosen = [self._token(step.token, step.logprob) for step in steps]
             return {"content": [{**one, "top_logprobs": top} for one, top in zip(chosen, best, strict=True)]}
-        tokens = [self._name(step.token) for step in steps]
+        lengths = [len(chunk.text) for chunk in chunks]
+        start = len(choice.text) - sum(lengths)
         return {
-            "tokens": tokens,
+            "tokens": [self._name(step.token) for step in steps],
             "token_logprobs": [_finite(step.logprob) for step in steps],
             "top_logprobs": [
                 {self._name(id_): _finite(logprob) for id_, logprob in step.top_logprobs} for step in steps
             ],
-            "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
+            "text_offset": list(accumulate(lengths[:-1], initial=start)),
         }
 
     def _name(self, id_: int) -> str:
-        return f"token_id:{id_}" if self.job.token_ids else self._tokenizer.token(id_)
+        """The text of a token, or its id where that is asked for, or the token is only a part of a character."""
+        text = self._tokenizer.token(id_)
+        return f"token_id:{id_}" if self.job.token_ids or _REPLACEMENT in text else text
 
     def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token(id_)

@@ -48,6 +48,11 @@ class Limits:
     max_body: int = 8 << 20
     timeout: float | None = None
 
+    def check_body(self, size: int) -> None:
+        """Raise HTTPException for a body of too many bytes."""
+        if size > self.max_body:
+            raise HTTPException(413, f"the body is larger than {self.max_body} bytes")
+
 
 @dataclass
 class Server:
@@ -160,12 +165,12 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page in a browser cannot send this type without asking first
             raise HTTPException(415, "the content type must be application/json")
-        data = bytearray()
+        data, announced = bytearray(), request.headers.get("content-length", "0")  # digits, says h11
         try:
+            self.limits.check_body(int(announced))  # before a client that expects "100 Continue" sends it
             async for part in request.stream():
                 data += part
-                if len(data) > self.limits.max_body:
-                    raise HTTPException(413, f"the body is larger than {self.limits.max_body} bytes")
+                self.limits.check_body(len(data))
         except ClientDisconnect:
             raise HTTPException(LEFT, "the client left before it had sent the body") from None
         body = await run_in_threadpool(parse_json, bytes(data))  # a large one takes seconds
@@ -192,9 +197,10 @@ class _Authorized:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._authorization):
-                response = JsonResponse(_error(401, "the API key is missing or wrong", "invalid_api_key"), 401)
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(scheme.title() + b" " + key, self._authorization):
+                error = _error(401, "the API key is missing or wrong", "invalid_api_key")
+                response = JsonResponse(error, 401, {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -33,7 +33,7 @@ class SavedCaches:
         self._model = identity_of(loaded)[:16]
         self._lock = FileLock(folder / ".lock")  # until this object ends
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # caches hold the texts of requests
             self._lock.acquire(blocking=False)
             for left in folder.glob(_LEFT_BEHIND):
                 shutil.rmtree(left)
@@ -78,7 +78,7 @@ class SavedCaches:
             os.utime(path, ns=(order, order))
 
     def _files(self) -> list[Path]:
-        return list(self._folder.glob(f"{self._model}-*.cache"))
+        return [path for path in self._folder.glob(f"{self._model}-*.cache") if path.is_file()]
 
     def _path(self, cache: KVCache) -> Path:
         tokens = hashlib.sha256(cache.tokens.cpu().numpy().tobytes()).hexdigest()

@@ -445,6 +445,31 @@ def test_uncached_logits_that_are_no_numbers_are_an_error() -> None:
         run(Broken())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(Tensor.long, "logits of int64 on cpu"), (lambda logits: logits.to("meta"), "logits of float32 on meta")],
+)
+def test_logits_that_cannot_be_compared_are_an_error(change: Callable[[Tensor], Tensor], message: str) -> None:
+    class Other(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            return change(logits), new
+
+    with pytest.raises(ModelError, match=message):
+        run(Other())
+
+
+def test_a_model_may_write_all_its_logits_into_one_buffer() -> None:
+    buffer = torch.empty(1, 1024, 256)
+
+    class Reusing(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            return buffer[: len(logits), : logits.shape[1], : logits.shape[2]].copy_(logits), new
+
+    assert run(Reusing()).rows[1].verdict is Verdict.EQUIVALENT
+
+
 def test_tokens_that_a_model_rules_out_are_no_difference() -> None:
     class Padded(SmallDecoder):
         def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:

@@ -16,6 +16,7 @@ from kvgen.comparison.engines import EngineOptions, load_engine
 from kvgen.comparison.engines.transformers import TransformersSubject
 from kvgen.comparison.engines.transformers_cache import cache_names
 from kvgen.comparison.engines.transformers_model import TransformersBackend
+from kvgen.comparison.rounding import LIMIT
 from kvgen.comparison.verdict import Verdict
 from kvgen.errors import UnsupportedError, UsageError
 from tests.program import run
@@ -79,6 +80,29 @@ def test_finds_the_other_faults_thoroughly(fault: str, monkeypatch: pytest.Monke
     verdict, findings = found(fault, monkeypatch, thorough=True)
     assert verdict is Verdict.DIFFERENT
     assert findings & FAULTS[fault].names
+
+
+def sharpened(name: str) -> TransformersBackend:
+    """A model with scores of attention so large that it makes much of a rounding."""
+    net = tiny_model(name)
+    with torch.no_grad():
+        for part, weight in net.named_parameters():
+            if part.endswith(("q_proj.weight", "k_proj.weight")):
+                weight *= 10
+    return TransformersBackend(net)
+
+
+@pytest.mark.parametrize("name", slow(["qwen2", "llama", "mistral"], ("qwen2",)))
+def test_roundings_that_a_model_enlarges_are_no_fault(name: str) -> None:
+    row = compare_ids(sharpened(name), PROMPT, patterns=["full-sequence"], steps=24).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT
+    assert row.ratio is not None and row.ratio > LIMIT  # in float32
+
+
+def test_faults_are_found_where_a_model_enlarges_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS["a layer reads another"].plant(monkeypatch)
+    row = compare_ids(sharpened("qwen2"), PROMPT, patterns=["full-sequence"], steps=24).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
 
 
 def test_the_last_token_alone_is_harmless_and_a_wrong_position_is_named() -> None:

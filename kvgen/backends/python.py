@@ -62,10 +62,13 @@ class PythonBackend(Backend):
         if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[0] == ids.shape[0]):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
             raise ModelError(f"the model returned logits of {found}; it must be a tensor (batch, positions, vocab)")
+        if not logits.is_floating_point() or logits.is_meta:
+            found = f"{logits.dtype} on {logits.device}".removeprefix("torch.")
+            raise ModelError(f"the model returned logits of {found}; they must be floating-point numbers in memory")
         self._width = self._width or logits.shape[-1]
         if self._width != logits.shape[-1]:
             raise ModelError(f"the model returned logits for {logits.shape[-1]} tokens, and for {self._width} before")
-        return logits.detach(), cache
+        return logits.detach().clone(), cache  # the model may write its next logits into the same memory
 
     def declared(self, name: str) -> str | None:
         """Return a reason that the model declares in an attribute, or None. Raises UsageError for other types."""

@@ -16,7 +16,7 @@ from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.comparison.probes import Probe, Progress, run_probes
 from kvgen.comparison.reference import Judgement, Reference
-from kvgen.comparison.rounding import BEYOND_DOUBT
+from kvgen.comparison.rounding import is_rounding
 from kvgen.comparison.run import Run, run_forced, run_free
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.thorough import not_tested as not_tested_thoroughly
@@ -261,20 +261,23 @@ def _no_probes(case: Case, right: bool) -> tuple[Probe, ...]:
 def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
     """Whether logits are further from uncached ones than rounding explains.
 
-    16 bits hide faults, so a 16-bit model is run in float32 as well. Results near the limit are decided in a wider
-    dtype, where rounding all but vanishes and a fault does not.
+    16 bits hide faults, so a 16-bit model is run in float32 as well. Results that rounding may reach are decided in a
+    wider dtype, where it all but vanishes and a fault does not.
     """
-    if judged.exact or judged.ratio > BEYOND_DOUBT:
-        return not judged.exact
     doubtful = judged.ratio > _DOUBTFUL or case.sharp is not case
-    if not doubtful or case.wider is None:
+    if judged.exact or not doubtful or not case.may_be_rounding(judged.ratio) or case.wider is None:
         return judged.wrong
     steps = max(_SHARP_STEPS, judged.length - case.start + 1)
     try:
         run = run_forced(pattern.call(case.wider.subject), case.ids[:, : case.start + steps], case.start)
     except CALL_ERRORS:
         return judged.wrong
-    return _is_wrong(case.wider, pattern, case.wider.judge(run.logits))
+    sharper = case.wider.judge(run.logits)
+    if (judged.wrong or case.sharp is case) and is_rounding(
+        judged.ratio, case.subject.dtype, sharper.ratio, case.wider.subject.dtype
+    ):
+        return False
+    return _is_wrong(case.wider, pattern, sharper)
 
 
 def _tokens_of(

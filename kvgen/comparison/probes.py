@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kvgen.comparison.case import CALL_ERRORS, Case
-from kvgen.comparison.rounding import BEYOND_DOUBT
+from kvgen.comparison.rounding import BEYOND_DOUBT, is_rounding
 from kvgen.comparison.uses import Check, Use
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 
@@ -83,17 +83,28 @@ def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
 
 
 def _run_surely(case: Case, use: Use) -> Probe:
-    """Run a use. If it is wrong, run it again: in a wider dtype, which decides if it is wrong by little, and as it
-    was, since a probe that is right then does not show what its use is named for."""
+    """Run a use. If it is wrong, run it again: in a wider dtype, which decides if it is wrong by so little that it may
+    be rounding, and as it was, since a probe that is right then does not show what its use is named for."""
     probe = _run(case, use)
     if not probe.wrong:
         return probe
-    sharp, wider = probe, case.wider
-    while sharp.wrong and sharp.ratio is not None and sharp.ratio <= BEYOND_DOUBT and wider is not None:
-        sharp, wider = _run(wider, use), wider.wider
-    if not sharp.wrong and sharp.ratio is not None:
+    repeats = _run(case, use).wrong
+    slight = probe.ratio is not None and probe.ratio <= BEYOND_DOUBT
+    if (repeats or slight) and _is_rounding(case, use, probe):
         return replace(probe, wrong=False, length=None, like="")
-    return replace(probe, repeats=_run(case, use).wrong)
+    return replace(probe, repeats=repeats)
+
+
+def _is_rounding(case: Case, use: Use, probe: Probe) -> bool:
+    """Whether what is wrong about a probe is rounding, as a wider dtype shows."""
+    if probe.ratio is None or not case.may_be_rounding(probe.ratio) or case.wider is None:
+        return False
+    sharper = _run(case.wider, use)
+    if sharper.ratio is None:
+        return False
+    if is_rounding(probe.ratio, case.subject.dtype, sharper.ratio, case.wider.subject.dtype):
+        return True
+    return _is_rounding(case.wider, use, sharper)
 
 
 def _run(case: Case, use: Use) -> Probe:

@@ -445,6 +445,15 @@ def test_uncached_logits_that_are_no_numbers_are_an_error() -> None:
         run(Broken())
 
 
+def test_a_model_that_reads_a_little_of_later_tokens_is_not_causal() -> None:
+    class Leaking(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            return logits + 1e-3 * logits.flip(1).cumsum(1).flip(1), new
+
+    assert names(run(Leaking()).rows[0]) == {"not causal"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [(Tensor.long, "logits of int64 on cpu"), (lambda logits: logits.to("meta"), "logits of float32 on meta")],

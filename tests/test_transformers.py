@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks.architectures import tiny_config, tiny_model
 from benchmarks.survey import agrees, examine
@@ -16,7 +18,6 @@ from kvgen.comparison.engines import EngineOptions, load_engine
 from kvgen.comparison.engines.transformers import TransformersSubject
 from kvgen.comparison.engines.transformers_cache import cache_names
 from kvgen.comparison.engines.transformers_model import TransformersBackend
-from kvgen.comparison.rounding import LIMIT
 from kvgen.comparison.verdict import Verdict
 from kvgen.errors import UnsupportedError, UsageError
 from tests.program import run
@@ -96,7 +97,33 @@ def sharpened(name: str) -> TransformersBackend:
 def test_roundings_that_a_model_enlarges_are_no_fault(name: str) -> None:
     row = compare_ids(sharpened(name), PROMPT, patterns=["full-sequence"], steps=24).rows[1]
     assert row.verdict is Verdict.EQUIVALENT
-    assert row.ratio is not None and row.ratio > LIMIT  # in float32
+
+
+def in_16_bits(name: str) -> TransformersBackend:
+    """A model that computes in bfloat16 and returns logits in float32."""
+    backend = TransformersBackend(tiny_model(name).to(torch.bfloat16))
+    backend.net.lm_head.register_forward_hook(lambda part, inputs, output: output.float())
+    backend.dtype = torch.float32
+    return backend
+
+
+def with_activations_of_8_bits(name: str) -> TransformersBackend:
+    def rounded(part: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return ((inputs[0] / scale).round() * scale,)
+
+    net = tiny_model(name)
+    for part in net.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(rounded)
+    return TransformersBackend(net)
+
+
+@pytest.mark.parametrize("make", [in_16_bits, with_activations_of_8_bits])
+@pytest.mark.parametrize("name", slow(["qwen3", "llama"], ("qwen3",)))
+def test_models_that_round_to_few_bits_raise_no_alarm(make: Callable[[str], TransformersBackend], name: str) -> None:
+    row = compare_ids(make(name), PROMPT, patterns=["full-sequence"], steps=24).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT, (row.reason, row.findings)
 
 
 def test_faults_are_found_where_a_model_enlarges_roundings(monkeypatch: pytest.MonkeyPatch) -> None:

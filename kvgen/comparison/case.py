@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvgen.comparison.reference import Judgement, Reference
-from kvgen.comparison.rounding import BEYOND_DOUBT, LIMIT, distance, typical_floor
 from kvgen.comparison.subjects import Subject
 from kvgen.errors import KvgenError
 
@@ -18,7 +17,6 @@ from kvgen.errors import KvgenError
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, KvgenError)
 
 NARROW = (torch.bfloat16, torch.float16)
-_LONG, _EVERY = 192, 8  # positions of a text that shows what becomes of roundings, and of a step of it
 
 
 @dataclass(frozen=True)
@@ -68,27 +66,12 @@ class Case:
 
     @cached_property
     def wider(self) -> Case | None:
-        """The same case in the next wider dtype, where rounding hides less; None if the model does not support it."""
-        if self.subject.dtype == torch.float64:
+        """The same case in the next wider dtype, where rounding hides less; None if the model does not support it, or
+        rounds to fewer bits whatever its dtype."""
+        if self.subject.dtype == torch.float64 or self.reference.least_floor:
             return None
         twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in NARROW else torch.float64)
         return None if twin is None else make_case(Reference(twin), self.ids, self.start, self.special_ids)
-
-    def may_be_rounding(self, ratio: float) -> bool:
-        """Whether a wider dtype has to decide if a distance, in noise floors, is rounding."""
-        return self.wider is not None and (ratio <= BEYOND_DOUBT or self._enlarges)
-
-    @cached_property
-    def _enlarges(self) -> bool:
-        """Whether the model makes more of a rounding than others do, as with large scores of attention, or activations
-        of few bits: seen without the cache, from the distance to logits in the wider dtype, after steps of a text."""
-        assert self.wider is not None
-        context = self.subject.context_length
-        ids = random_text(self, _LONG if context is None else min(_LONG, context))
-        lengths = range(_EVERY, ids.shape[1] + 1, _EVERY) or range(1, ids.shape[1] + 1)
-        ours, wider = (case.reference.step_logits(ids, lengths).double() for case in (self, self.wider))
-        apart = max(distance(*pair) for pair in zip(ours, wider, strict=True))
-        return apart > LIMIT * typical_floor(wider, self.subject.dtype)
 
     @property
     def sharp(self) -> Case:

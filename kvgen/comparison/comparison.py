@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +15,8 @@ from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.patterns import FULL_SEQUENCE, PATTERNS, UNCACHED, Pattern
 from kvgen.comparison.probes import Probe, Progress, run_probes
 from kvgen.comparison.reference import Judgement, Reference
-from kvgen.comparison.rounding import is_rounding
-from kvgen.comparison.run import Run, run_forced, run_free
+from kvgen.comparison.rounding import BEYOND_DOUBT, is_rounding
+from kvgen.comparison.run import Run, run_forced, run_free, time_uncached
 from kvgen.comparison.subjects import subject_of
 from kvgen.comparison.thorough import not_tested as not_tested_thoroughly
 from kvgen.comparison.thorough import thorough_uses
@@ -29,7 +28,6 @@ from kvgen.errors import UsageError, in_one_line
 
 _DOUBTFUL = 3.0  # noise floors; from there to `BEYOND_DOUBT`, a wider dtype decides
 _SHARP_STEPS = 12  # steps computed in a wider dtype, where each may take seconds
-_TIMED = 3  # number of uncached steps to time
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def compare_ids(
         ids = torch.cat((start, backend.ids_tensor(tuple(continuation)[:steps])), dim=1)
         case, cached = make_case(reference, ids, len(prompt)), None
     case = replace(case, special_ids=special_ids)
-    seconds, alone = _timed(case)
+    seconds, alone = time_uncached(case)
     reference_gap, findings = unreliable_reference(case, alone)
     rows = [_reference_row(case, greedy.tokens, seconds, findings)]
     floor = 0.0
@@ -172,15 +170,6 @@ def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Greedy
 def _case_of(reference: Reference, prompt: Tensor, tokens: tuple[int, ...]) -> Case:
     ids = torch.cat((prompt, prompt.new_tensor([tokens])), dim=1)
     return make_case(reference, ids, prompt.shape[1])
-
-
-def _timed(case: Case) -> tuple[float, dict[int, Tensor]]:
-    """Estimated seconds of uncached decoding, and the logits of the few steps that were timed, by length."""
-    lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})[:_TIMED]
-    logits, began = {}, time.perf_counter()
-    for length in lengths:
-        logits[length] = case.subject.uncached(case.ids[:, :length])[0, -1].cpu()
-    return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits
 
 
 def _steps_that_fit(backend: Backend, prompt: Sequence[int], steps: int) -> int:
@@ -264,8 +253,10 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
     16 bits hide faults, so a 16-bit model is run in float32 as well. Results that rounding may reach are decided in a
     wider dtype, where it all but vanishes and a fault does not.
     """
+    if judged.exact or judged.ratio > BEYOND_DOUBT:
+        return not judged.exact
     doubtful = judged.ratio > _DOUBTFUL or case.sharp is not case
-    if judged.exact or not doubtful or not case.may_be_rounding(judged.ratio) or case.wider is None:
+    if not doubtful or case.wider is None:
         return judged.wrong
     steps = max(_SHARP_STEPS, judged.length - case.start + 1)
     try:
@@ -273,9 +264,8 @@ def _is_wrong(case: Case, pattern: Pattern, judged: Judgement) -> bool:
     except CALL_ERRORS:
         return judged.wrong
     sharper = case.wider.judge(run.logits)
-    if (judged.wrong or case.sharp is case) and is_rounding(
-        judged.ratio, case.subject.dtype, sharper.ratio, case.wider.subject.dtype
-    ):
+    dtypes = case.subject.dtype, case.wider.subject.dtype
+    if (judged.wrong or case.sharp is case) and is_rounding(judged.ratio, sharper.ratio, *dtypes):
         return False
     return _is_wrong(case.wider, pattern, sharper)
 

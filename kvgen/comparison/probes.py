@@ -88,23 +88,20 @@ def _run_surely(case: Case, use: Use) -> Probe:
     probe = _run(case, use)
     if not probe.wrong:
         return probe
-    repeats = _run(case, use).wrong
-    slight = probe.ratio is not None and probe.ratio <= BEYOND_DOUBT
-    if (repeats or slight) and _is_rounding(case, use, probe):
+    if _is_rounding(case, use, probe):
         return replace(probe, wrong=False, length=None, like="")
-    return replace(probe, repeats=repeats)
+    return replace(probe, repeats=_run(case, use).wrong)
 
 
 def _is_rounding(case: Case, use: Use, probe: Probe) -> bool:
     """Whether what is wrong about a probe is rounding, as a wider dtype shows."""
-    if probe.ratio is None or not case.may_be_rounding(probe.ratio) or case.wider is None:
+    if probe.ratio is None or probe.ratio > BEYOND_DOUBT or case.wider is None:
         return False
     sharper = _run(case.wider, use)
     if sharper.ratio is None:
         return False
-    if is_rounding(probe.ratio, case.subject.dtype, sharper.ratio, case.wider.subject.dtype):
-        return True
-    return _is_rounding(case.wider, use, sharper)
+    dtypes = case.subject.dtype, case.wider.subject.dtype
+    return is_rounding(probe.ratio, sharper.ratio, *dtypes) or _is_rounding(case.wider, use, sharper)
 
 
 def _run(case: Case, use: Use) -> Probe:

@@ -15,6 +15,7 @@ from kvgen.comparison.subjects import Subject
 from kvgen.errors import ModelError
 
 _FAR = 100.0  # limits; beyond, no floor needs measuring: measured floors stay within 5 typical ones
+_SHAKEN, _TRIALS = 1e5, 8  # floors up to which random roundings may explain a distance, and how many are tried
 _LONGER = (2, 16)  # extra tokens in a pass: other matrix sizes, other roundings
 _MAX_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
 
@@ -52,13 +53,18 @@ class Reference:
 
     The floor is the largest difference, over a few steps of the text, between two uncached computations of the same
     logits: a pass that ends at the step, and a longer pass; if these are too close, another implementation too, if the
-    model has one. It is at least the size of a typical rounding error.
+    model has one. It is at least the size of a typical rounding error, and at least `least_floor`, which whoever finds
+    that the model rounds to fewer bits than its logits have may set.
     """
 
     def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+        self.subject, self.least_floor = subject, 0.0
         self._kept: dict[tuple[int, ...], Tensor] = {}
         self._floors: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+
+    def typical_floor(self, logits: Tensor) -> float:
+        """A lower bound of the noise floor of logits, (..., vocab)."""
+        return max(self.least_floor, typical_floor(logits, self.subject.dtype))
 
     def last_logits(self, ids: Tensor) -> Tensor:
         """Logits after `ids`, (1, n), from one uncached pass: (vocab,)."""
@@ -104,13 +110,25 @@ class Reference:
             if (otherwise := self.subject.rounded_otherwise(ids)) is not None:
                 others.append(otherwise.cpu())
             measured = (distance(expected, other) for other in others)
-            self._floors[key] = max(typical_floor(expected, self.subject.dtype), *measured)
+            self._floors[key] = max(self.typical_floor(expected), *measured)
+        return self._floors[key]
+
+    def shaken_floor(self, ids: Tensor) -> float:
+        """Largest distance of the logits after `ids`, (1, n), from such with random roundings; 0 if that is unknown.
+
+        Where the model rounds to a few bits, as with activations in integers, one rounding decides between two levels.
+        """
+        key = tuple(ids[0].tolist()), ()
+        if key not in self._floors:
+            expected = self.last_logits(ids)
+            others = (self.subject.shaken(ids, seed) for seed in range(_TRIALS))
+            self._floors[key] = max((distance(expected, one.cpu()) for one in others if one is not None), default=0.0)
         return self._floors[key]
 
     def close(self, a: Tensor, b: Tensor, ids: Tensor) -> bool:
         """Whether two results for the logits after `ids`, (vocab,) each, are equal within rounding error."""
         apart = distance(a.cpu(), b.cpu())
-        typical = LIMIT * typical_floor(b, self.subject.dtype)
+        typical = LIMIT * self.typical_floor(b)
         if apart <= typical or apart > _FAR * typical or not math.isfinite(apart):
             return apart <= typical
         return apart <= LIMIT * self.noise_floor(ids) or apart <= LIMIT * self.noise_floor(ids, _LONGER)
@@ -124,7 +142,7 @@ class Reference:
         if not any(distances):
             return Judgement(True, 0.0, tuple(distances), lengths[-1])
         worst = max(range(len(lengths)), key=distances.__getitem__)
-        floor = typical_floor(expected, self.subject.dtype)
+        floor = self.typical_floor(expected)
         if math.isfinite(distances[worst]):
             for step in {worst, 0, len(lengths) // 2, len(lengths) - 1}:
                 other = self.last_logits(ids[:, : lengths[step]])
@@ -133,6 +151,8 @@ class Reference:
             worst = max(range(len(lengths)), key=distances.__getitem__)
             if LIMIT * floor < distances[worst] <= _FAR * LIMIT * floor:
                 floor = max(floor, self.noise_floor(ids[:, : lengths[worst]], _LONGER))
+            if LIMIT * floor < distances[worst] <= _SHAKEN * floor:
+                floor = max(floor, self.shaken_floor(ids[:, : lengths[worst]]))
         return Judgement(not any(distances), floor, tuple(distances), lengths[worst])
 
     def judge_step(self, actual: Tensor, ids: Tensor) -> Judgement:

@@ -13,9 +13,9 @@ LIMIT = 6.0
 mildest seeded fault is above 500 (table in docs/kv-cache.md)."""
 
 BEYOND_DOUBT = 100.0
-"""Noise floors that no rounding reaches, unless the model enlarges it. Between `LIMIT` and this, a
-wider dtype decides: where a computation chooses, as a router chooses experts between nearly equal scores, one rounding
-can change a logit by more."""
+"""Noise floors that no rounding reaches, unless the model enlarges it (`Reference.shaken_floor`). Between `LIMIT` and
+this, a wider dtype decides: where a computation chooses, as a router chooses experts between nearly equal scores, one
+rounding can change a logit by more."""
 
 _MASK = 1e4  # below the largest logit; exp(-104) is 0 in float32
 _ROUNDINGS = 8  # rounding errors of a typical logit; measured: 5 to 24 in fp32, 2 to 12 in bf16
@@ -26,13 +26,13 @@ def eps(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
 
-def is_rounding(ratio: float, dtype: torch.dtype, wider_ratio: float, wider_dtype: torch.dtype) -> bool:
+def is_rounding(ratio: float, wider_ratio: float, dtype: torch.dtype, wider: torch.dtype) -> bool:
     """Whether a distance from uncached logits is rounding, given it in noise floors of a dtype and of a wider one.
 
     Rounding shrinks as its dtype gets wider, whatever the model makes of it. A fault stays, so that it grows in noise
     floors: in float64 instead of float32 by 5e8 times.
     """
-    finer = eps(dtype) / eps(wider_dtype)
+    finer = eps(dtype) / eps(wider)
     return wider_ratio <= LIMIT or (finer > 1 and wider_ratio <= ratio * math.sqrt(finer))
 
 

@@ -1,4 +1,4 @@
-"""Run a pattern along a given text, or let it decode freely."""
+"""Run a pattern along a given text, or let it decode freely; time uncached decoding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvgen.comparison.case import Case
 from kvgen.contract import Model, one_by_one
 from kvgen.generation.completion import Completion, Limits
 from kvgen.generation.counts import total
@@ -67,3 +68,12 @@ def run_free(model: Model, prompt: Tensor, steps: int) -> Run:
     row = Row(completion=Completion(prompt, make_sampler(_GREEDY), Limits(steps)))
     tokens = tuple(step.token for step in decode(one_by_one(recorded), row))
     return Run(tokens, torch.stack(rows), time.perf_counter() - began, computed, last)
+
+
+def time_uncached(case: Case) -> tuple[float, dict[int, Tensor]]:
+    """Estimated seconds of uncached decoding, and the logits of the few steps that were timed, by length."""
+    lengths = sorted({case.start, (case.start + case.ids.shape[1] - 1) // 2, case.ids.shape[1] - 1})
+    logits, began = {}, time.perf_counter()
+    for length in lengths:
+        logits[length] = case.subject.uncached(case.ids[:, :length])[0, -1].cpu()
+    return (time.perf_counter() - began) / len(lengths) * len(case.lengths), logits

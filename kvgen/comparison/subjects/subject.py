@@ -85,6 +85,28 @@ class Subject:
         """
         return None
 
+    def shaken(self, ids: Tensor, seed: int) -> Tensor | None:
+        """Uncached logits after `ids`, (1, n), if each part of the module rounds its results at random: (vocab,).
+
+        None without a module. This is Monte Carlo arithmetic (Parker, 1997): what it changes, roundings can change.
+        """
+        if self.module is None:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+
+        def shake(part: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return output
+            noise = (2 * torch.rand(output.shape, generator=generator) - 1) * torch.finfo(output.dtype).eps
+            return output * (1 + noise.to(output))
+
+        hooks = [part.register_forward_hook(shake) for part in self.module.modules() if not any(part.children())]
+        try:
+            return self.uncached(ids)[0, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def library_default(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Pass the whole sequence with the library's default arguments."""
         return self(ids, cache)

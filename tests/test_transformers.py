@@ -126,6 +126,11 @@ def test_models_that_round_to_few_bits_raise_no_alarm(make: Callable[[str], Tran
     assert row.verdict is Verdict.EQUIVALENT, (row.reason, row.findings)
 
 
+def test_a_model_in_float64_is_judged_by_what_the_library_computes_in_float32() -> None:
+    backend = TransformersBackend(tiny_model("gptj").double())
+    assert compare_ids(backend, PROMPT, patterns=["full-sequence"], steps=24).rows[1].verdict is Verdict.EQUIVALENT
+
+
 def test_faults_are_found_where_a_model_enlarges_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS["a layer reads another"].plant(monkeypatch)
     row = compare_ids(sharpened("qwen2"), PROMPT, patterns=["full-sequence"], steps=24).rows[1]

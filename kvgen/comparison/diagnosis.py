@@ -43,7 +43,7 @@ def unreliable_reference(case: Case, alone: Mapping[int, Tensor]) -> tuple[float
     if leak <= _LEAK * typical_floor(sharp.expected, sharp.subject.dtype):
         return largest, []
     if leak <= _SMALL * size(sharp.expected) and _FAR_LESS * _changed_later(sharp) <= leak:
-        sharp.reference.least_floor = leak  # it computes in 16 bits, and returns logits of more
+        sharp.reference.least_floor = leak  # it computes in fewer bits than its logits have
         return largest, []
     finding = Finding(
         "not causal",

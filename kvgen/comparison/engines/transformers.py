@@ -37,9 +37,9 @@ _CHUNKS = ("chunk_size", "mamba_chunk_size", "block_size")
 class TransformersSubject(Subject):
     """Calls the library without the care that the backend takes, with positions, and with padding."""
 
-    def __init__(self, backend: TransformersBackend, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, backend: TransformersBackend) -> None:
         super().__init__(backend)
-        self._backend, self.module, self._dtype = backend, backend.net, dtype or backend.dtype
+        self._backend, self.module = backend, backend.net
         self.cannot_cache = backend.cannot_cache
         self.changes_at, self.chunk_sizes = self._sizes(_WINDOWS), self._sizes(_CHUNKS)
         if backend.cache.startswith("quantized"):
@@ -51,7 +51,9 @@ class TransformersSubject(Subject):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        """The library computes norms, softmax and positions in float32 whatever the dtype, so the rounding of its
+        float64 is judged as that of float32."""
+        return torch.float32 if self._backend.dtype == torch.float64 else self._backend.dtype
 
     def uncached(self, ids: Tensor) -> Tensor:
         logits: Tensor = self._backend.forward(ids, None, None, use_cache=False, is_first_iteration=True).logits
@@ -84,15 +86,14 @@ class TransformersSubject(Subject):
         return logits, cache
 
     def in_dtype(self, dtype: torch.dtype) -> TransformersSubject | None:
-        """A copy of the model. The library computes norms and softmax in float32 whatever the dtype, so the rounding of
-        its float64 is judged as that of float32."""
+        """A copy of the model."""
         net = self._backend.net
         size = sum(weight.numel() for weight in net.parameters()) * dtype.itemsize
         if net.dtype == torch.float64 or size > available_memory():
             return None
         wide = copy.deepcopy(net).to(dtype)
         wide.set_experts_implementation("eager")  # others have no float64
-        twin = TransformersSubject(TransformersBackend(wide, self._backend.cache), torch.float32)
+        twin = TransformersSubject(TransformersBackend(wide, self._backend.cache))
         try:
             twin(torch.zeros(1, 2, dtype=torch.int64, device=net.device), None)
         except CALL_ERRORS:  # a part of it requires another dtype

@@ -13,6 +13,8 @@ from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, in_one_line
 from kvgen.generation.counts import total
 
+_ROUNDINGS = 4  # rounding errors of what a part returns, such as sums of products
+
 
 class Subject:
     """Wrap any backend; subclasses add what one kind of backend offers.
@@ -97,7 +99,7 @@ class Subject:
         def shake(part: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return output
-            noise = (2 * torch.rand(output.shape, generator=generator) - 1) * torch.finfo(output.dtype).eps
+            noise = (2 * torch.rand(output.shape, generator=generator) - 1) * _ROUNDINGS * torch.finfo(output.dtype).eps
             return output * (1 + noise.to(output))
 
         hooks = [part.register_forward_hook(shake) for part in self.module.modules() if not any(part.children())]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # like `python -m`, for `ben
 
 import torch
 import transformers
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from benchmarks.architectures import ARCHITECTURES, tiny_model
 from kvgen.comparison.comparison import PatternResult, compare_ids
@@ -59,9 +59,10 @@ def library_alone(net: Any, **cache: Any) -> str:
         return "fails: the library ignores the choice of a cache"
     made = decode(torch.tensor([_PROMPT]), _STEPS, **cache)
     stored = made.get("past_key_values")
-    if type(stored) in (DynamicCache, StaticCache) and all(
-        getattr(layer, "device", None) is None for layer in stored.layers
-    ):
+    if cache and stored is None:
+        return "fails: the library ignores the choice of a cache"
+    layers = stored.layers if type(stored) in (DynamicCache, StaticCache, QuantizedCache) else []
+    if layers and all(getattr(layer, "device", None) is None for layer in layers):
         return "fails: the model stores nothing in the cache"
     cached = torch.stack(made.logits, 1)[0]
     expected = torch.stack([uncached(len(_PROMPT) + step) for step in range(_STEPS)])

@@ -94,4 +94,5 @@ def _some_ids(backend: Backend) -> list[int]:
     import torch
 
     size = backend.vocab_size or backend(torch.zeros(1, 1, dtype=torch.int64, device=backend.device))[0].shape[-1]
-    return torch.randint(0, size, (12,), generator=torch.Generator().manual_seed(7)).tolist()
+    length = min(12, max(1, (backend.context_length or 24) // 2))
+    return torch.randint(0, size, (length,), generator=torch.Generator().manual_seed(7)).tolist()

@@ -146,7 +146,15 @@ def test_faults_of_few_calls_are_caught_and_located(fault: str) -> None:
     assert uses <= wrong_uses(row)
     assert names(row) == {finding}
     if fault == "five new tokens":
-        assert "first after 15 positions (5 new tokens)" in row.findings[0].evidence
+        assert "first after 15 positions (5 new tokens, after 4)" in row.findings[0].evidence
+
+
+@pytest.mark.slow
+def test_a_fault_at_the_end_of_the_context_is_found() -> None:
+    model = Slipping(lambda call: call.known >= 697)
+    model.context_length = 700  # type: ignore[attr-defined]
+    row = run(model, thorough=True).rows[1]
+    assert wrong_uses(row) == {"up to the end of the context"} and names(row) == {"longer texts"}
 
 
 @pytest.mark.slow

@@ -126,6 +126,13 @@ def test_models_that_round_to_few_bits_raise_no_alarm(make: Callable[[str], Tran
     assert row.verdict is Verdict.EQUIVALENT, (row.reason, row.findings)
 
 
+def test_faults_that_16_bits_hide_in_a_probe_are_found() -> None:
+    backend = TransformersBackend(tiny_model("mamba").to(torch.bfloat16))  # wrong with several new tokens
+    row = compare_ids(backend, PROMPT, patterns=["full-sequence"], steps=24).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert [probe.name for probe in row.probes if probe.wrong] == ["several new tokens at once"]
+
+
 def test_a_model_in_float64_is_judged_by_what_the_library_computes_in_float32() -> None:
     backend = TransformersBackend(tiny_model("gptj").double())
     assert compare_ids(backend, PROMPT, patterns=["full-sequence"], steps=24).rows[1].verdict is Verdict.EQUIVALENT

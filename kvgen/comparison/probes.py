@@ -84,10 +84,14 @@ def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
 
 def _run_surely(case: Case, use: Use) -> Probe:
     """Run a use. If it is wrong, run it again: in a wider dtype, which decides if it is wrong by so little that it may
-    be rounding, and as it was, since a probe that is right then does not show what its use is named for."""
+    be rounding, and as it was, since a probe that is right then does not show what its use is named for.
+
+    16 bits hide faults, so a 16-bit model that is right is run in float32 as well.
+    """
     probe = _run(case, use)
     if not probe.wrong:
-        return probe
+        sharp = probe if probe.ratio is None or case.sharp is case else _run_surely(case.sharp, use)
+        return sharp if sharp.wrong else probe
     if _is_rounding(case, use, probe):
         return replace(probe, wrong=False, length=None, like="")
     return replace(probe, repeats=_run(case, use).wrong)

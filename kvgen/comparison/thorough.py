@@ -33,12 +33,11 @@ _BEFORE = "the text computed before"
 def thorough_uses(case: Case) -> Iterator[Use]:
     """Yield the uses for a model. One that does not apply says so when it is run."""
     for length in LENGTHS:
-        yield _use(
-            f"past {length} positions",
-            _past,
-            ("longer texts", f"Some steps past {length} positions are wrong."),
-            length,
-        )
+        sentence = f"Some steps past {length} positions are wrong."
+        yield _use(f"past {length} positions", _past, ("longer texts", sentence), length)
+    if (context := case.subject.context_length) is not None and LENGTHS[0] < context < LENGTHS[-1]:
+        last = ("longer texts", "Some of the last steps in the context are wrong.")
+        yield _use("up to the end of the context", _past, last, context - _STEPS)
     for change in sorted({*(case.subject.changes_at or ())}):
         sentence = f"Some steps past {change} positions, where the model changes, are wrong."
         yield _use(f"past the change at {change}", _past_a_change, ("longer texts", sentence), change)
@@ -122,7 +121,7 @@ def _growing_chunks(case: Case) -> Iterator[Check]:
     ends = _growing_ends(case)
     lengths = [*ends, ends[-1] + 1]
     ids = random_text(case, lengths[-1])
-    words = [*(f"{size} new tokens" for size in range(1, len(lengths))), "a step after them"]
+    words = [*(f"{size} new tokens, after {size - 1}" for size in range(1, len(lengths))), "a step after them"]
     yield Check(ids, lengths, run_forced(case.subject, ids, 1, lengths).logits, words=words)
 
 

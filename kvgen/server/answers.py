@@ -19,6 +19,7 @@ from kvgen.server.schema import Job
 from kvgen.server.tools import tool_calls
 from kvgen.tokenizer import Tokenizer
 
+_FINGERPRINT = f"kvgen-{version('kvgen')}"  # once: it is read from files
 _REPLACEMENT = "\ufffd"  # what bytes become that are no character
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -65,7 +66,7 @@ class Answer:
             "object": "chat.completion" if job.chat else "text_completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": f"kvgen-{version('kvgen')}",
+            "system_fingerprint": _FINGERPRINT,
         }
         self._opened: set[int] = set()  # choices of a stream whose first piece was sent
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvgen.comparison.rounding import eps
 from kvgen.contract import Backend
 from kvgen.errors import UnsupportedError, in_one_line
 from kvgen.generation.counts import total
@@ -99,7 +100,7 @@ class Subject:
         def shake(part: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return output
-            noise = (2 * torch.rand(output.shape, generator=generator) - 1) * _ROUNDINGS * torch.finfo(output.dtype).eps
+            noise = (2 * torch.rand(output.shape, generator=generator) - 1) * _ROUNDINGS * eps(output.dtype)
             return output * (1 + noise.to(output))
 
         hooks = [part.register_forward_hook(shake) for part in self.module.modules() if not any(part.children())]

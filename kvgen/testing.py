@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvgen.comparison import Comparison
     from kvgen.contract import Backend
 
 
 def assert_cache_correct(
     model: Any,
-    prompt: Sequence[int] | None = None,
+    prompt: Sequence[int] | Tensor | None = None,
     *,
     steps: int = 32,
     patterns: Sequence[str] = ("full-sequence",),
@@ -29,15 +31,16 @@ def assert_cache_correct(
 
     model: with the contract's signature `model(ids, cache) -> logits, cache`, or a function without arguments that
         returns one; a `Loaded` or `Backend` of kvgen; or a causal language model of transformers, with its own cache.
-    prompt: token ids; None for twelve fixed ones. steps, patterns, thorough: as `kvgen.compare`.
+    prompt: token ids, also as a tensor, (n,) or (1, n); None for twelve fixed ones.
+    steps, patterns, thorough: as `kvgen.compare`.
 
     Returns the comparison. Raises AssertionError if a right pattern is different, unsupported or not comparable;
-    UsageError if the model is none of these.
+    UsageError if the model is none of these, or the prompt has several rows.
     """
     from kvgen.comparison.comparison import compare_ids
 
     backend = _backend(model)
-    ids = list(prompt) if prompt is not None else _some_ids(backend)
+    ids = _some_ids(backend) if prompt is None else _listed(prompt)
     comparison = compare_ids(backend, ids, patterns=patterns, steps=steps, thorough=thorough)
     if not comparison.acceptable:
         lines = [
@@ -88,6 +91,17 @@ def _is_factory(model: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _listed(prompt: Sequence[int] | Tensor) -> list[int]:
+    import torch
+
+    from kvgen.errors import UsageError
+
+    ids = torch.as_tensor(prompt)
+    if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
+        raise UsageError(f"the prompt has the shape {tuple(ids.shape)}; wanted the ids of one sequence")
+    return ids.flatten().tolist()
 
 
 def _some_ids(backend: Backend) -> list[int]:

@@ -220,8 +220,12 @@ def serving(toy: Toy, kind: str = "llama.cpp", reply: Any = answer) -> Iterator[
 
         def _respond(self, body: dict[str, Any]) -> None:
             found = reply(toy, kind, self.path, body)
-            status, data = found if isinstance(found, tuple) else (200 if found else 404, json.dumps(found).encode())
+            if not isinstance(found, tuple):
+                found = 200 if found else 404, json.dumps(found).encode()
+            status, data, *headers = found
             self.send_response(status)
+            for header in headers:
+                self.send_header(*header)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -222,6 +223,17 @@ def test_a_wrong_token_is_not_called_a_length() -> None:
     assert "beyond a length" not in names(run(flipped(lambda ids: bool((ids[:, :-1] == late).any()))).rows[1])
 
 
+@pytest.mark.parametrize("equal", [lambda ids: ids[:, 1:] == ids[:, :-1], lambda ids: ids[:, 1:8] == ids[:, :1]])
+def test_tokens_of_an_edited_text_or_a_row_are_not_called_edits_or_rows(equal: Callable[[Tensor], Tensor]) -> None:
+    def flip(logits: Tensor, ids: Tensor, call: int) -> Tensor:
+        return torch.where(equal(ids).any(1)[:, None, None], logits.flip(-1), logits) if call else logits
+
+    prompt = [3, 17, 42, 5, 30, 11, 26, 9, 51, 3]
+    row = compare_ids(PythonBackend(Changed(flip)), prompt, steps=24, continuation=list(range(20, 44))).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert names(row) == {"some tokens"}
+
+
 def test_uses_of_a_wrong_pattern_tell_no_cause_of_their_own() -> None:
     row = run(SmallDecoder("offset one too far")).rows[1]
     assert {probe.finding[0] for probe in row.probes if probe.wrong} == {"differs too"}
@@ -250,6 +262,24 @@ def test_a_model_that_exits_is_not_right() -> None:
         return logits
 
     assert run(Changed(leave)).rows[1].verdict is Verdict.UNSUPPORTED
+
+
+def test_a_model_that_fails_once_is_not_right() -> None:
+    calls = count()
+
+    def fail(logits: Tensor, ids: Tensor, call: int) -> Tensor:
+        if next(calls) == 9:
+            raise ValueError("the tenth call")
+        return logits
+
+    row = run(Changed(fail)).rows[1]
+    assert row.verdict is Verdict.UNSUPPORTED
+    assert row.reason.startswith("fails at times: the model failed with ValueError: the tenth call")
+
+
+def test_weights_without_values_are_an_error() -> None:
+    with pytest.raises(ModelError, match="on the device meta"):
+        PythonBackend(SmallDecoder().to("meta"))
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,18 @@ def test_failures_are_one_line(reply: Any, message: str) -> None:
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(status: int) -> None:
+    calls = count()
+
+    def reply(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        busy = next(calls) % 7 == 6
+        return (status, b"busy", ("Retry-After", "0")) if busy else answer(toy, kind, path, body)
+
+    assert compare(Toy(), reply=reply).verdict is Verdict.EQUIVALENT
+    assert next(calls) > 14
+
+
 def test_a_server_without_log_probabilities_is_not_comparable() -> None:
     def bare(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
         return {"choices": [{"text": " x"}]} if path == "/v1/completions" else answer(toy, kind, path, body)

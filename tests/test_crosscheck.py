@@ -110,8 +110,8 @@ def test_other_weights_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"kv_dtype": "bfloat16"}, "arithmetic", "cached keys and values rounded to 16 bits"),
-        ({"kv_dtype": "int8"}, "arithmetic", "cached keys and values rounded to 8 bits"),
+        ({"kv_dtype": "bfloat16"}, "arithmetic", "keys and values rounded to 16 bits"),
+        ({"kv_dtype": "int8"}, "arithmetic", "keys and values rounded to 8 bits"),
         ({"quantize": "int8", "kernels": "auto"}, "weights", "weights rounded to 8 bits"),
         ({"quantize": "int4", "kernels": "auto"}, "weights", "weights rounded to 4 bits"),
         ({"dtype": "bfloat16"}, "weights", "weights rounded to bfloat16"),
@@ -201,7 +201,7 @@ def test_the_command_reports_it_in_every_form(tmp_path: Path) -> None:
     assert check["logits"]["max_abs"] > 0
     for written in (page.read_text(), junit.read_text(), run(*command, "--reference", "native").stdout):
         assert "gainst native" in written
-    assert "cached keys and values rounded to 8 bits" in page.read_text()
+    assert "keys and values rounded to 8 bits" in page.read_text()
     assert json.loads(run(*command, "--json").stdout)["comparisons"][0]["cross_check"] is None
 
 

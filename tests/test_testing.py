@@ -49,6 +49,14 @@ def test_a_model_or_what_makes_one_is_given(make: Any) -> None:
     assert comparison.steps == 8 and comparison.acceptable
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6)])
+def test_a_prompt_may_be_a_tensor_of_one_row(shape: tuple[int, ...]) -> None:
+    ids = torch.tensor([5, 17, 3, 8, 40, 2])
+    assert assert_cache_correct(SmallDecoder, ids.reshape(shape), steps=4).ids[:6] == tuple(ids.tolist())
+    with pytest.raises(UsageError, match="shape"):
+        assert_cache_correct(SmallDecoder, ids.reshape(2, 3), steps=4)
+
+
 def test_a_model_that_is_not_deterministic_fails() -> None:
     class Random(SmallDecoder):
         def forward(self, *arguments: Any, **options: Any) -> Any:

@@ -31,7 +31,10 @@ class PythonBackend(Backend):
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
         self.module = model if isinstance(model, nn.Module) else None
-        parameter = next(self.module.parameters(), None) if self.module is not None else None
+        parameters = [] if self.module is None else list(self.module.parameters())
+        if any(parameter.is_meta for parameter in parameters):
+            raise ModelError("weights of the model are on the device meta, where they have no values: load them first")
+        parameter = next(iter(parameters), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.vocab_size = self._declared("vocab_size", int)

@@ -130,6 +130,8 @@ def compare_ids(
             continue
         probed = partial(run_probes, uses=uses, progress=progress) if pattern is FULL_SEQUENCE else _no_probes
         row, judged = _compare_pattern(case, pattern, greedy, cached if pattern is FULL_SEQUENCE else None, probed)
+        if pattern is FULL_SEQUENCE and greedy.failure and row.verdict in ACCEPTABLE:
+            row = replace(row, verdict=Verdict.UNSUPPORTED, reason=f"fails at times: {greedy.failure}")
         rows.append(row)
         floor = max(floor, judged.floor if judged else 0.0)
     text = tuple(case.ids[0].tolist())
@@ -140,11 +142,13 @@ def compare_ids(
 
 @dataclass(frozen=True)
 class _Greedy:
-    """What uncached decoding generates. cached: the run of the right pattern on that text, if there was one."""
+    """What uncached decoding generates. cached: the run of the right pattern on that text, if there was one.
+    failure: why there was none, if it failed."""
 
     case: Case
     tokens: tuple[int, ...]
     cached: Run | None
+    failure: str = ""
 
 
 def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Greedy:
@@ -153,18 +157,18 @@ def _reference_text(reference: Reference, prompt: Tensor, steps: int) -> _Greedy
     Decode with the cache, which is faster, and check with one uncached pass that uncached decoding chooses the same
     tokens. If not, or if the cache fails, decode without it.
     """
-    subject = reference.subject
+    subject, failure = reference.subject, ""
     if not subject.cannot_cache:
         try:
             run = run_free(FULL_SEQUENCE.call(subject), prompt, steps)
-        except CALL_ERRORS:
-            run = None
+        except CALL_ERRORS as error:
+            run, failure = None, in_one_line(error)
         if run is not None:
             case = _case_of(reference, prompt, run.tokens)
             if tuple(case.expected.argmax(-1).tolist()) == run.tokens:
                 return _Greedy(case, run.tokens, run)
     run = run_free(UNCACHED.call(subject), prompt, steps)
-    return _Greedy(_case_of(reference, prompt, run.tokens), run.tokens, None)
+    return _Greedy(_case_of(reference, prompt, run.tokens), run.tokens, None, failure)
 
 
 def _case_of(reference: Reference, prompt: Tensor, tokens: tuple[int, ...]) -> Case:

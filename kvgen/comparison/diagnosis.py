@@ -140,7 +140,8 @@ def _fewer_bits(case: Case, judged: Judgement) -> Finding:
     part = max(judged.distances) / size(case.expected)
     return Finding(
         "lower precision",
-        "Cached logits look rounded: the cache, or the arithmetic of cached calls, has fewer bits, or adds noise.",
+        "Cached logits are a little off at every step, as if rounded: the cache, or the arithmetic of cached calls, "
+        "has fewer bits, adds noise, or scales what it stores by almost 1.",
         f"every cached step differs a little, at most by {part:.1e} of the logits' size, all over the vocabulary, "
         f"without a scale, a shift or a pattern that repeats; {STAYS}",
     )

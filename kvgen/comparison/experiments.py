@@ -16,6 +16,7 @@ from kvgen.comparison.case import CALL_ERRORS
 from kvgen.comparison.lengths import MAX_LENGTH, token_by_token
 from kvgen.comparison.rounding import distance, size
 from kvgen.comparison.trial import Finding, Trial, nondeterministic
+from kvgen.comparison.uses import changed
 
 T = TypeVar("T")
 
@@ -47,12 +48,23 @@ def _is_of_text(trial: Trial, ids: Tensor) -> bool:
 
 
 def _context_lost(trial: Trial) -> Finding | None:
-    if not _is_of_text(trial, trial.ids[:, -1:]):
+    if _is_of_text(trial, trial.ids[:, -1:]):
+        evidence = "the logits are those of the last token alone"
+    elif _only_last_token_counts(trial):  # at its position, whose rounding alone may set it apart
+        evidence = "replacing all earlier tokens changes the reference but not this pattern"
+    else:
         return None
-    return Finding(
-        "context lost",
-        "The context is lost: the model sees only the last token.",
-        "the logits are those of the last token alone",
+    return Finding("context lost", "The context is lost: the model sees only the last token.", evidence)
+
+
+def _only_last_token_counts(trial: Trial) -> bool:
+    replaced = trial.ids.roll(1, 1)
+    replaced[0, -1] = trial.ids[0, -1]
+    expected, last = trial.case.last_logits(replaced), changed(trial.case, trial.ids, -1)
+    return (
+        not trial.case.close(expected, trial.case.last_logits(trial.ids), trial.ids)
+        and trial.is_like(trial.run(replaced), replaced)
+        and not trial.is_like(trial.run(last), last)
     )
 
 
@@ -161,15 +173,15 @@ def _without_influence(trial: Trial) -> Finding | None:
     stride = -(-last // _MAX_EDITS)
     unnoticed = []
     for position in range(last - 1, -1, -stride):
-        changed = trial.ids.clone()
-        changed[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
-        if torch.equal(changed, trial.ids):
+        other = trial.ids.clone()
+        other[0, position] = trial.ids[0, position - 1] if position else trial.ids[0, last]
+        if torch.equal(other, trial.ids):
             continue
-        if not trial.is_like(trial.run(changed), changed):
+        if not trial.is_like(trial.run(other), other):
             continue
-        expected = trial.case.last_logits(changed)
-        moves = not trial.case.close(expected, trial.case.last_logits(trial.ids), changed)
-        if moves and not trial.is_like(expected, changed):
+        expected = trial.case.last_logits(other)
+        moves = not trial.case.close(expected, trial.case.last_logits(trial.ids), other)
+        if moves and not trial.is_like(expected, other):
             unnoticed.append(position)
     if not unnoticed:
         return None

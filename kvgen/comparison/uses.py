@@ -46,13 +46,15 @@ class Check:
 class Use:
     """A use of the cache. name: in reports. finding: a short key and a sentence, if it is wrong. rewinds: whether it
     takes text back, which not every cache allows. simpler: given the positions of the first wrong step, a simpler use
-    of as many, which must be right for the finding to hold; else what is wrong is what that one is named for."""
+    of as many, which must be right for the finding to hold; else what is wrong is what that one is named for.
+    of_tokens: whether the finding is about the tokens of its texts."""
 
     name: str
     run: Callable[[Case], Iterator[Check]]
     finding: tuple[str, str]
     rewinds: bool = False
     simpler: Callable[[int], Use] | None = None
+    of_tokens: bool = False
 
 
 def _more_steps(case: Case) -> Iterator[Check]:
@@ -92,6 +94,13 @@ def _past_a_change(case: Case) -> Iterator[Check]:
     if last > change + 10:
         spans.append((last - 4, last))
     yield from crossed(case, spans)
+
+
+def steps_of(text: Tensor, case: Case) -> Iterator[Check]:
+    """Single steps over a text, (1, n), behind a prompt like that of the case."""
+    start = min(case.start, text.shape[1] - 1)
+    lengths = range(start, text.shape[1] + 1)
+    yield Check(text, lengths, run_forced(case.subject, text, start, lengths).logits)
 
 
 def crossed(case: Case, spans: Sequence[tuple[int, int]]) -> Iterator[Check]:
@@ -212,7 +221,12 @@ _USES = (
     Use("edits", _edited, (_EDITS, "The cache is wrong after the text was edited."), rewinds=True),
     Use("two sequences in turn", _in_turn, ("sequences mixed", "Two sequences in turn are wrong, one alone is right.")),
     Use("rows of a batch", _side_by_side, ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")),
-    Use("special tokens", _with_special_tokens, ("special tokens", "Texts that contain special tokens are wrong.")),
+    Use(
+        "special tokens",
+        _with_special_tokens,
+        ("special tokens", "Texts that contain special tokens are wrong."),
+        of_tokens=True,
+    ),
 )
 
 

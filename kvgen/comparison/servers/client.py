@@ -16,6 +16,7 @@ import httpx2
 from kvgen.errors import KvgenError, NotFoundError, UnsupportedError, UsageError, in_one_line
 
 _MAX_BYTES = 64_000_000  # of one answer
+_BUSY = (429, 503)  # statuses that say when to ask again
 _API_PATH = re.compile(r"/(v1(/.*)?)?$")
 
 
@@ -96,6 +97,18 @@ class Client:
             raise KvgenError(f"{self.url}{path}: unexpected answer ({type(error).__name__}: {error})") from error
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        """Send a request; again, if the server is busy and says when to, and that is within the limits."""
+        while True:
+            response, data = self._sent(method, path, body)
+            if response.status_code == 200:
+                return data
+            seconds = response.headers.get("retry-after", "")
+            busy = response.status_code in _BUSY and seconds.isdecimal()
+            if not busy or time.monotonic() + int(seconds) > self._ends:
+                raise _status_error(f"{self.url}{path}", response, data)
+            time.sleep(int(seconds))
+
+    def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
         where, ends = f"{self.url}{path}", time.monotonic() + self._timeout
         self._count()
         try:
@@ -115,9 +128,7 @@ class Client:
             raise UsageError(f"--url {self.url}: {in_one_line(error)}") from error
         except httpx2.HTTPError as error:
             raise KvgenError(f"{where}: the connection broke ({in_one_line(error)}); look at the server") from error
-        if response.status_code != 200:
-            raise _status_error(where, response, bytes(data))
-        return bytes(data)
+        return response, bytes(data)
 
     def _count(self) -> None:
         with self._lock:

@@ -295,6 +295,7 @@ def test_junit_has_a_test_for_each_use_and_the_reason_of_each_failure(
     assert (suite.get("failures"), suite.get("skipped")) == (str(len(failed)), str(len(skipped)))
     assert skipped == {f"full-sequence: {probe['name']}" for probe in pattern["probes"] if probe["note"]}
     assert failed - {"full-sequence"} == {f"full-sequence: {p['name']}" for p in pattern["probes"] if p["wrong"]}
+    assert all(len(p["ids"]) == p["length"] for p in pattern["probes"] if p["wrong"])
     if model == "wrong":
         assert pattern["findings"][0]["text"] in dict(cases["full-sequence"])["failure"]
     assert ("full-sequence" in failed) == (model == "wrong") == bool(result.returncode)

@@ -234,6 +234,44 @@ def test_tokens_of_an_edited_text_or_a_row_are_not_called_edits_or_rows(equal: C
     assert names(row) == {"some tokens"}
 
 
+def test_the_last_position_of_a_context_is_not_blamed_on_tokens() -> None:
+    def late(logits: Tensor, ids: Tensor, call: int) -> Tensor:
+        return logits.flip(-1) if call and ids.shape[1] == 36 else logits
+
+    row = run(Changed(late, context_length=36)).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert names(row) == {"longer texts"}
+
+
+def test_what_a_wider_dtype_shows_is_explained_there() -> None:
+    class Slightly(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            return (logits if cache is None else logits * (1 + 4e-6)), new
+
+    row = run(Slightly()).rows[1]
+    assert row.verdict is Verdict.DIFFERENT
+    assert row.ratio is not None and 3 < row.ratio < 6
+    assert "vanishes" not in row.findings[0].evidence
+
+
+@pytest.mark.parametrize(("fault", "verdict"), [(None, Verdict.EQUIVALENT), ("window of 8", Verdict.DIFFERENT)])
+def test_a_model_that_computes_longer_texts_otherwise_is_held_against_texts_of_each_length(
+    fault: str | None, verdict: Verdict
+) -> None:
+    class Dynamic(SmallDecoder):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            return logits.roll(ids.shape[1] // 16, -1), new
+
+    assert run(Dynamic(fault)).rows[1].verdict is verdict
+
+
+def test_huge_logits_are_compared() -> None:
+    assert run(Changed(lambda logits, ids, call: logits * 1e30)).rows[1].verdict is Verdict.EQUIVALENT
+    assert run(Changed(lambda logits, ids, call: logits * 1e30, "window of 8")).rows[1].verdict is Verdict.DIFFERENT
+
+
 def test_uses_of_a_wrong_pattern_tell_no_cause_of_their_own() -> None:
     row = run(SmallDecoder("offset one too far")).rows[1]
     assert {probe.finding[0] for probe in row.probes if probe.wrong} == {"differs too"}

@@ -84,6 +84,47 @@ def test_a_fault_of_some_hits_is_not_blamed_on_others_or_on_chunks(toy: Toy, cau
     assert names(result) == {cause}
 
 
+class Overwritten(Toy):
+    """A hit reads values that the last other prompt left in its place."""
+
+    def _rows(self, ids: list[int], reused: int, space: str | None) -> tuple[Any, Any, int]:
+        keys, values, further = super()._rows(ids, reused, space)
+        last = self.stored[-1][1] if self.stored else ids
+        if reused and last[:2] != ids[:2]:
+            values[reused // 2 : reused] *= 0.5
+        return keys, values, further
+
+
+def test_what_other_prompts_leave_is_not_blamed_on_rows_beside() -> None:
+    result = compare(Overwritten())
+    wrong = {probe.name for probe in result.probes if probe.wrong}
+    assert {"after other prompts", "beside others"} <= wrong
+    assert "another request's tokens" not in names(result)
+
+
+def test_hits_that_are_not_numbers_are_named() -> None:
+    def reply(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = answer(toy, kind, path, body)
+        if path == "/v1/completions" and found["usage"]["prompt_tokens_details"]["cached_tokens"]:
+            for step in found["choices"][0]["logprobs"]["top_logprobs"]:
+                step.update(dict.fromkeys(step, float("nan")))
+        return found
+
+    result = compare(Toy(), "openai", reply)
+    assert result.verdict is Verdict.DIFFERENT
+    assert names(result) == {"not a number"}
+
+
+def test_more_reused_positions_than_a_prompt_has_prove_nothing() -> None:
+    def reply(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
+        found = answer(toy, kind, path, body)
+        if path == "/v1/completions" and found["usage"]["prompt_tokens_details"]["cached_tokens"] > 8:
+            found["usage"]["prompt_tokens_details"]["cached_tokens"] *= 1000
+        return found
+
+    assert compare(Toy(), "openai", reply).verdict is Verdict.NOT_COMPARABLE
+
+
 def echoing(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
     """A server of OpenAI's API that gives log-probabilities of prompts, and computes all positions for them."""
     if path != "/v1/completions":
@@ -104,6 +145,26 @@ def echoing(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
 )
 def test_faults_of_a_server_with_echo_are_found(fault: str) -> None:
     assert compare(Toy(fault), "openai", echoing).verdict is Verdict.DIFFERENT
+
+
+def test_hits_of_other_lengths_are_not_called_not_deterministic() -> None:
+    class Uneven(Toy):
+        """Cached values are halved; hits reuse all or half of what is there in turn."""
+
+        calls = 0
+
+        def _generate(self, ids: list[int], steps: int, top: int, reused: int, space: str | None) -> Any:
+            self.calls += 1
+            return super()._generate(ids, steps, top, reused * (1 + self.calls % 2) // 2, space)
+
+        def _rows(self, ids: list[int], reused: int, space: str | None) -> tuple[Any, Any, int]:
+            keys, values, further = super()._rows(ids, reused, space)
+            values[:reused] *= 0.5
+            return keys, values, further
+
+    result = compare(Uneven(keeps=True), "openai")
+    assert result.verdict is Verdict.DIFFERENT
+    assert "not deterministic" not in names(result)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
@@ -316,13 +377,13 @@ def test_failures_are_one_line(reply: Any, message: str) -> None:
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again_when_it_says(status: int) -> None:
+@pytest.mark.parametrize(("status", "after"), [(429, "0"), (503, "Fri, 27 Nov 2020 07:00:00 GMT")])
+def test_a_busy_server_is_asked_again_when_it_says(status: int, after: str) -> None:
     calls = count()
 
     def reply(toy: Toy, kind: str, path: str, body: dict[str, Any]) -> Any:
         busy = next(calls) % 7 == 6
-        return (status, b"busy", ("Retry-After", "0")) if busy else answer(toy, kind, path, body)
+        return (status, b"busy", ("Retry-After", after)) if busy else answer(toy, kind, path, body)
 
     assert compare(Toy(), reply=reply).verdict is Verdict.EQUIVALENT
     assert next(calls) > 14

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from kvgen.comparison.reference import Judgement, Reference
+from kvgen.comparison.rounding import NARROW
 from kvgen.comparison.subjects import Subject
 from kvgen.errors import KvgenError
 
 # What a library may raise when it is called in an unexpected way, as wrong patterns do.
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, KvgenError)
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class Case:
         rounds to fewer bits whatever its dtype."""
         if self.subject.dtype == torch.float64 or self.reference.least_floor:
             return None
-        twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in NARROW else torch.float64)
-        return None if twin is None else make_case(Reference(twin), self.ids, self.start, self.special_ids)
+        wider = self.reference.wider
+        return None if wider is None else make_case(wider, self.ids, self.start, self.special_ids)
 
     @property
     def sharp(self) -> Case:
@@ -81,7 +80,7 @@ class Case:
 
 def make_case(reference: Reference, ids: Tensor, start: int, special_ids: frozenset[int] = frozenset()) -> Case:
     """Compute the uncached logits of a text. Raises ModelError if they are NaN."""
-    return Case(reference, ids, start, reference.step_logits(ids, range(start, ids.shape[1])), special_ids)
+    return Case(reference, ids, start, reference.text_logits(ids, start), special_ids)
 
 
 def random_text(case: Case, length: int) -> Tensor:

@@ -14,10 +14,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import NARROW, Case, random_text
+from kvgen.comparison.case import Case, random_text
 from kvgen.comparison.metrics import Gap, gap
 from kvgen.comparison.reference import Reference
-from kvgen.comparison.rounding import LIMIT, distance, size, typical_floor
+from kvgen.comparison.rounding import LIMIT, NARROW, distance, size, typical_floor
 from kvgen.comparison.roundings import Roundings, roundings
 from kvgen.comparison.subjects import Subject, subject_of
 from kvgen.comparison.trial import Finding

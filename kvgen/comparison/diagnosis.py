@@ -82,6 +82,8 @@ def diagnose(
     if any(broken):
         return [_not_numbers(case.lengths[broken.index(True)])]
     sharp = case.sharp
+    if judged.first_wrong is None and sharp is case and case.wider is not None:
+        sharp = case.wider  # which decided that it is wrong
     if sharp is not case:
         logits = run_forced(pattern.call(sharp.subject), sharp.ids, sharp.start).logits
         judged = sharp.judge(logits)
@@ -140,8 +142,8 @@ def _fewer_bits(case: Case, judged: Judgement) -> Finding:
     part = max(judged.distances) / size(case.expected)
     return Finding(
         "lower precision",
-        "Cached logits are a little off at every step, as if rounded: the cache, or the arithmetic of cached calls, "
-        "has fewer bits, adds noise, or scales what it stores by almost 1.",
+        "Cached logits are a little off at every step: the cache, or the arithmetic of cached calls, has fewer bits, "
+        "adds noise, scales by almost 1, or approximates.",
         f"every cached step differs a little, at most by {part:.1e} of the logits' size, all over the vocabulary, "
         f"without a scale, a shift or a pattern that repeats; {STAYS}",
     )

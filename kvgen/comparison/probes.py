@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -37,8 +37,8 @@ class Probe:
     length: positions of the first wrong step. exact: whether all logits equal uncached ones bit for bit.
     finding: what it means if it is wrong, as far as was found out: a short key and a sentence. like: which other text
     has the logits of the first wrong step, in words; "" if none of those tried. step: what that step tried, in words;
-    "" if its length says it. repeats: False if it was wrong and then right when it was run again. text: of that step,
-    (1, length).
+    "" if its length says it. repeats: False if it was wrong and then right when it was run again. ids: of that step's
+    text.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Probe:
     like: str = ""
     step: str = ""
     repeats: bool = True
-    text: Tensor | None = field(default=None, repr=False, compare=False)
+    ids: tuple[int, ...] = ()
 
 
 def run_probes(case: Case, right: bool, uses: Sequence[Use], progress: Progress | None = None) -> tuple[Probe, ...]:
@@ -77,7 +77,7 @@ def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
         return _UNREPEATED
     if not probe.wrong or probe.ratio is None or probe.length is None:
         return use.finding
-    if not probe.like and _is_wrong_alone(case, use, probe.text):
+    if not probe.like and _is_wrong_alone(case, use, probe):
         return _SOME_TOKENS
     if len(set(case.ids[0, :-1].tolist())) >= _TOKENS:
         familiar = _run(replace(case, familiar=True), use)
@@ -87,12 +87,12 @@ def _finding(case: Case, use: Use, probe: Probe) -> tuple[str, str]:
     return simpler.finding if simpler is not None and _run(case, simpler).wrong else use.finding
 
 
-def _is_wrong_alone(case: Case, use: Use, text: Tensor | None) -> bool:
-    """Whether the text of a wrong step, (1, n), is wrong by itself, with a cache of its own, though it is no longer
-    than that of the case."""
-    if use.of_tokens or text is None or not 1 < text.shape[1] <= case.ids.shape[1]:
+def _is_wrong_alone(case: Case, use: Use, probe: Probe) -> bool:
+    """Whether the text of the wrong step is wrong by itself, with a cache of its own, at a length where that of the
+    case is right."""
+    if use.of_tokens or not 1 < len(probe.ids) <= case.lengths[-1]:
         return False
-    return _run(case, Use("the text alone", partial(steps_of, text), _SOME_TOKENS)).wrong
+    return _run(case, Use("the text alone", partial(steps_of, case.ids.new_tensor([probe.ids])), _SOME_TOKENS)).wrong
 
 
 def _run_surely(case: Case, use: Use) -> Probe:
@@ -128,7 +128,7 @@ def _run(case: Case, use: Use) -> Probe:
             None,
             note="not checked: the model does not declare that its cache can be rewound (rewinds = True)",
         )
-    worst, exact, length, like, words, text = 0.0, True, None, "", "", None
+    worst, exact, length, like, words, ids = 0.0, True, None, "", "", ()
     before = case.subject.reused
     try:
         for check in use.run(case):
@@ -139,7 +139,7 @@ def _run(case: Case, use: Use) -> Probe:
             if length is None and (step := judged.first_wrong) is not None:
                 length, like = check.lengths[step], _like(case, check, step)
                 words = check.words[step] if check.words else ""
-                text = check.ids[:, :length]
+                ids = tuple(check.ids[0, :length].tolist())
     except UnsupportedError as reason:
         return Probe(use.name, None, note=f"not checked: {reason}")
     except CacheError as error:
@@ -148,7 +148,7 @@ def _run(case: Case, use: Use) -> Probe:
         return Probe(use.name, None, note=f"not checked: the model fails ({in_one_line(error)})")
     if length is None and before is not None and case.subject.reused == before:
         return Probe(use.name, None, note="not checked: the cache was not used; each call computed the whole text")
-    return Probe(use.name, worst, length is not None, exact, length, like=like, step=words, text=text)
+    return Probe(use.name, worst, length is not None, exact, length, like=like, step=words, ids=ids)
 
 
 def _like(case: Case, check: Check, step: int) -> str:

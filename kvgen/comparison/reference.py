@@ -6,16 +6,18 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kvgen.comparison.rounding import LIMIT, distance, typical_floor
+from kvgen.comparison.rounding import LIMIT, NARROW, distance, size, typical_floor
 from kvgen.comparison.subjects import Subject
 from kvgen.errors import ModelError
 
 _FAR = 100.0  # limits; beyond, no floor needs measuring: measured floors stay within 5 typical ones
 _SHAKEN, _TRIALS = 1e5, 8  # floors up to which random roundings may explain a distance, and how many are tried
+_FAR_APART = 2**-5  # of the size of the logits
 _LONGER = (2, 16)  # extra tokens in a pass: other matrix sizes, other roundings
 _MAX_KEPT = 64  # logits of single texts: with a large vocabulary a megabyte each
 
@@ -55,10 +57,12 @@ class Reference:
     logits: a pass that ends at the step, and a longer pass; if these are too close, another implementation too, if the
     model has one. It is at least the size of a typical rounding error, and at least `least_floor`, which whoever finds
     that the model rounds to fewer bits than its logits have may set.
+
+    each_length: whether logits of each length need a pass of their own, since longer passes compute them otherwise.
     """
 
     def __init__(self, subject: Subject) -> None:
-        self.subject, self.least_floor = subject, 0.0
+        self.subject, self.least_floor, self.each_length = subject, 0.0, False
         self._kept: dict[tuple[int, ...], Tensor] = {}
         self._floors: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
 
@@ -89,13 +93,47 @@ class Reference:
         longest = self.subject.context_length
         if longest is not None and end > longest:
             passed = passed[:, :longest]
-        found = self.subject.logits_at(passed, wanted)
+        found = None if self.each_length else self.subject.logits_at(passed, wanted)
         if found is None:
             found = torch.stack([self.last_logits(ids[:, :length]) for length in lengths])
         found = found.cpu()
         if found.isnan().any():
             raise ModelError("the model's uncached logits are NaN: there is nothing to compare with")
         return found
+
+    def text_logits(self, ids: Tensor, start: int) -> Tensor:
+        """Uncached logits after `start` to n - 1 positions of `ids`, (1, n): (n - start, vocab). See `step_logits`."""
+        lengths = range(start, ids.shape[1])
+        found = self.step_logits(ids, lengths)
+        return self.step_logits(ids, lengths) if self._needs_each_length(ids, start, found[0]) else found
+
+    def _needs_each_length(self, ids: Tensor, length: int, longer: Tensor) -> bool:
+        """Set `each_length` if these logits, (vocab,), of a pass over `ids` need it; return whether it was set now."""
+        if self.each_length or not self._far(self.last_logits(ids[:, :length]), longer):
+            return False
+        sharper = self if self.subject.dtype == torch.float64 else self.wider  # where rounding has shrunk
+        self.each_length = sharper is not None and sharper._depends_on_length(ids, length)
+        return self.each_length
+
+    def _depends_on_length(self, ids: Tensor, length: int) -> bool:
+        """Whether the logits after `length` positions depend on how long a pass over `ids`, (1, n), is, as with dynamic
+        RoPE scaling, and not on which tokens come later, as in a model that is not causal."""
+        other = ids.clone()
+        other[:, length:] = ids[:, :1]
+        one, two = (self.subject.logits_at(passed, [length - 1]) for passed in (ids, other))
+        if one is None or two is None:
+            return False
+        return self._far(self.last_logits(ids[:, :length]), one[0]) and not self._far(one[0], two[0])
+
+    @staticmethod
+    def _far(logits: Tensor, longer: Tensor) -> bool:
+        return distance(logits.cpu(), longer.cpu()) > _FAR_APART * size(longer)
+
+    @cached_property
+    def wider(self) -> Reference | None:
+        """The model in the next wider dtype; None if it does not support that."""
+        twin = self.subject.in_dtype(torch.float32 if self.subject.dtype in NARROW else torch.float64)
+        return None if twin is None else Reference(twin)
 
     def noise_floor(self, ids: Tensor, longer: tuple[int, ...] = (1,)) -> float:
         """Noise floor of the logits after `ids`, (1, n), from passes that are longer by these numbers of positions.
@@ -146,6 +184,8 @@ class Reference:
         if math.isfinite(distances[worst]):
             for step in {worst, 0, len(lengths) // 2, len(lengths) - 1}:
                 other = self.last_logits(ids[:, : lengths[step]])
+                if self._needs_each_length(ids, lengths[step], expected[step]):
+                    return self.judge(actual, self.step_logits(ids, lengths), ids, lengths)
                 distances[step] = min(distances[step], distance(actual[step], other))
                 floor = max(floor, distance(other, expected[step]))
             worst = max(range(len(lengths)), key=distances.__getitem__)

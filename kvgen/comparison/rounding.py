@@ -8,6 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
+NARROW = (torch.bfloat16, torch.float16)
+
 LIMIT = 6.0
 """Largest accepted distance from uncached logits, in noise floors. Correct caches stay below 3 in fp32 and bf16; the
 mildest seeded fault is above 500 (table in docs/kv-cache.md)."""
@@ -18,6 +20,7 @@ this, a wider dtype decides: where a computation chooses, as a router chooses ex
 rounding can change a logit by more."""
 
 _MASK = 1e4  # below the largest logit; exp(-104) is 0 in float32
+_SPREAD = 4.0  # times the largest logit: where that is huge, others that far below it are ordinary
 _ROUNDINGS = 8  # rounding errors of a typical logit; measured: 5 to 24 in fp32, 2 to 12 in bf16
 
 
@@ -62,7 +65,7 @@ def size(logits: Tensor) -> float:
 def _masked(logits: Tensor) -> Tensor:
     """Logits so far below the largest, (..., vocab), that they are a mask: its rounding would hide any fault."""
     largest = torch.where(logits.isfinite(), logits, -math.inf).max(-1, keepdim=True).values
-    return logits <= largest - _MASK
+    return logits <= largest - (_SPREAD * largest.abs()).clamp(min=_MASK)
 
 
 def typical_floor(logits: Tensor, dtype: torch.dtype) -> float:

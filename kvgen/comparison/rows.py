@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvgen.comparison.case import Case, random_text
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import IN_CHUNKS, Check, Use, row_checks, stepped_rows, within
+from kvgen.comparison.uses import EDITS, IN_CHUNKS, Check, Use, changed, row_checks, stepped_rows, within
 from kvgen.errors import UnsupportedError
 
 ROWS = 8
@@ -24,6 +24,8 @@ def row_uses() -> Iterator[Use]:
     rows = ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")
     yield Use(f"{ROWS} rows of a batch", _many_rows, rows)
     yield Use("rows in another order", _moved_rows, rows)
+    edited = (rows[0], "Rows of a batch are wrong after an edit, one sequence alone is right.")
+    yield Use("edits of rows", _edited_rows, edited, rewinds=True, simpler=lambda length: EDITS)
     yield Use("rows of different lengths", partial(_uneven_rows, _SINGLE), rows)
     several = (rows[0], "Rows of a batch are wrong with several new tokens each, one sequence alone is right.")
     yield Use("rows in chunks", _rows_in_chunks, several, simpler=_alone)
@@ -50,6 +52,18 @@ def _moved_rows(case: Case) -> Iterator[Check]:
     """Rows of one batch that change places before each step, as in beam search."""
     rows = _rows(case, min(case.ids.shape[1], case.start + _STEPS))
     yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1), turn=1)
+
+
+def _edited_rows(case: Case) -> Iterator[Check]:
+    """Rows of one batch with another token in the middle of each, then without their last tokens."""
+    rows = _rows(case, min(case.ids.shape[1], case.start + _STEPS))
+    length = rows.shape[1]
+    _, cache = case.subject(rows, None)
+    middle = torch.cat([changed(case, row[None], length // 2) for row in rows])
+    shorter = torch.cat([changed(case, row[None, : length - 2], length - 3) for row in middle])
+    for edited in (middle, shorter):
+        logits, cache = case.subject(edited, cache)
+        yield from row_checks(edited[:, None], [[edited.shape[1]]] * len(edited), logits[:, -1:].cpu())
 
 
 def _rows_in_chunks(case: Case) -> Iterator[Check]:

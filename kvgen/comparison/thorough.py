@@ -13,13 +13,12 @@ from torch import Tensor
 from kvgen.comparison.case import Case, random_text
 from kvgen.comparison.rows import ROWS, row_uses
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import BEFORE, IN_CHUNKS, LONG_TEXTS, Check, Use, another, changed, crossed, within
+from kvgen.comparison.uses import BEFORE, IN_CHUNKS, Check, Use, another, changed, crossed, steps_to, within
 from kvgen.errors import UnsupportedError
 
 LENGTHS = (128, 512, 2048)
 CHUNKS = (1, 2, 3, 7, 64, 512)
 _LONGEST_CHANGE = 1 << 14
-_MOST_STEPS = 64  # single steps instead of a chunk
 _FEW = 256  # chunk sizes from here on are tried twice in a text instead of three times
 _LONG = 300  # positions of a text that is edited
 _REWINDS = (1, 2, 16, 64, 100)
@@ -42,12 +41,12 @@ def thorough_uses(case: Case) -> Iterator[Use]:
         sentence = f"Some steps past {change} positions, where the model changes, are wrong."
         yield _use(f"past the change at {change}", _past_a_change, ("longer texts", sentence), change)
     every = len(_growing_ends(case))
-    yield Use(f"chunks of 1 to {every}", _growing_chunks, IN_CHUNKS, simpler=partial(_steps_to, every))
+    yield Use(f"chunks of 1 to {every}", _growing_chunks, IN_CHUNKS, simpler=partial(steps_to, every))
     for size in sorted({*CHUNKS, *case.subject.chunk_sizes, *(size + 1 for size in case.subject.chunk_sizes)}):
         sentence = f"Texts in chunks of {size} are wrong."
         yield _use(f"chunks of {size}", _in_chunks, ("chunk boundary", sentence), size)
     many = ("many calls", "The cache is wrong after many calls; as long a text is right in few.")
-    yield Use("many calls", _many_calls, many, simpler=partial(_steps_to, 0))
+    yield Use("many calls", _many_calls, many, simpler=partial(steps_to, 0))
     edited = ("edits not noticed", "The cache is wrong after an edit far from its end.")
     yield Use("edits of a long text", _long_edits, edited, rewinds=True)
     rewound = ("edits not noticed", "The cache is wrong after many tokens were removed.")
@@ -71,14 +70,8 @@ def not_tested(case: Case) -> str:
 
 
 def _use(name: str, run: Callable[[int, Case], Iterator[Check]], finding: tuple[str, str], number: int) -> Use:
-    simpler = partial(_steps_to, number) if run is _in_chunks else None
+    simpler = partial(steps_to, number) if run is _in_chunks else None
     return Use(name, partial(run, number), finding, simpler=simpler)
-
-
-def _steps_to(count: int, length: int) -> Use:
-    """Single steps over the last positions of a text, `count` or a few, behind a prompt of all before them."""
-    begin = max(1, length - min(count, _MOST_STEPS) - 3)
-    return Use(f"steps up to {length} positions", partial(crossed, spans=[(begin, length)]), LONG_TEXTS)
 
 
 def _past(number: int, case: Case) -> Iterator[Check]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -102,11 +103,10 @@ class Client:
             response, data = self._sent(method, path, body)
             if response.status_code == 200:
                 return data
-            seconds = response.headers.get("retry-after", "")
-            busy = response.status_code in _BUSY and seconds.isdecimal()
-            if not busy or time.monotonic() + int(seconds) > self._ends:
+            seconds = _retry_after(response) if response.status_code in _BUSY else None
+            if seconds is None or time.monotonic() + seconds > self._ends:
                 raise _status_error(f"{self.url}{path}", response, data)
-            time.sleep(int(seconds))
+            time.sleep(seconds)
 
     def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
         where, ends = f"{self.url}{path}", time.monotonic() + self._timeout
@@ -153,6 +153,17 @@ def _headers(key_variable: str | None) -> dict[str, str]:
     if not key.isascii() or not key.isprintable():
         raise UsageError(f"--api-key-env {key_variable}: the key has characters that no header can have")
     return {"Authorization": f"Bearer {key}"}
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds until a busy server wants to be asked again: a number of them, or a date (RFC 9110, 10.2.3)."""
+    value = response.headers.get("retry-after", "")
+    if value.isascii() and value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 def _status_error(where: str, response: httpx2.Response, data: bytes) -> KvgenError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 from kvgen.comparison.servers.client import LimitError
 from kvgen.comparison.servers.distance import distance
 from kvgen.comparison.servers.probes import ServerProbe, Session, Trial
-from kvgen.comparison.servers.server import Prompt
+from kvgen.comparison.servers.server import Answer, Prompt
 from kvgen.comparison.trial import Finding
 
 _CLOSER = 3.0  # times closer to the answer predicted than to the right one
@@ -53,6 +54,10 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     trial = probe.worst
     assert trial is not None
     beside = bool(trial.beside)
+    if any(math.isnan(value) for step in trial.answer.steps for value in step.values()):
+        return Finding(
+            "not a number", "Log-probabilities are NaN where those without the cache are numbers.", probe.name
+        )
     for name, text, prompt in _predictions(session, trial):
         if not session.server.repeats and not session.reference.knows(prompt):
             continue
@@ -64,7 +69,7 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     wrong, finding = _repeated(session, probe)
     if finding:
         return finding
-    if beside and alone and wrong is False:
+    if beside and alone and wrong is False and not _wrong_after_others(session, trial):
         evidence = f"{probe.name}: right alone, {_AGAIN} times, {probe.distance:.2g} nats off here"
         return Finding("another request's tokens", _LEAK, evidence)
     if finding := _lengths(session, probe):
@@ -144,12 +149,26 @@ def _repeated(session: Session, probe: ServerProbe) -> tuple[bool | None, Findin
         return None, None
     apart = [distance(session.reference.answer(trial.prompt), answer) for answer in answers]
     limit = session.reference.explaining(trial.prompt, max(apart)).limit
-    wrong, between = sum(one > limit for one in apart), max(distance(answers[0], answer) for answer in answers)
+    wrong, between = sum(one > limit for one in apart), max(map(partial(_from_like, answers), answers))
     if not wrong or between <= limit:
         return bool(wrong), None
     evidence = f"{probe.name}: alone, {len(apart)} times, wrong in {wrong}; up to {between:.2g} nats from the first"
     kind = "hits" if trial.reads_cache else "answers"
     return True, Finding("not deterministic", f"Not deterministic: equal {kind} differ from each other.", evidence)
+
+
+def _wrong_after_others(session: Session, trial: Trial) -> bool:
+    """Whether the prompt is wrong after those beside it as well, one at a time."""
+    if not trial.reads_cache:
+        return False
+    again = session.hit(trial.prompt, trial.prompt, *trial.beside)
+    apart = distance(session.reference.answer(trial.prompt), again.answer)
+    return apart > session.reference.explaining(trial.prompt, apart).limit
+
+
+def _from_like(answers: Sequence[Answer], answer: Answer) -> float:
+    """Distance of an answer from the first that reused as many positions."""
+    return distance(next(one for one in answers if one.reused == answer.reused), answer)
 
 
 def _lengths(session: Session, probe: ServerProbe) -> Finding | None:

@@ -21,14 +21,13 @@ def step_distance(a: Step, b: Step) -> float:
 
     A token that one side does not name has at most the smallest log-probability that it names.
     """
-    if not a or not b:
+    if not a or not b or any(map(math.isnan, (*a.values(), *b.values()))):
         return math.inf
     least_a, least_b = min(a.values()), min(b.values())
     differences = [_cut(a[token], a) - _cut(b[token], b) for token in a.keys() & b.keys()]
     differences += [max(0.0, _cut(a[token], a) - _cut(least_b, b)) for token in a.keys() - b.keys()]
     differences += [max(0.0, _cut(b[token], b) - _cut(least_a, a)) for token in b.keys() - a.keys()]
-    found = math.sqrt(sum(difference**2 for difference in differences) / len(differences))
-    return math.inf if math.isnan(found) else found
+    return math.sqrt(sum(difference**2 for difference in differences) / len(differences))
 
 
 def _cut(value: float, step: Step) -> float:

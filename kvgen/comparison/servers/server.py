@@ -44,8 +44,8 @@ class Answer:
 
     @property
     def hit(self) -> bool:
-        """Whether more was reused than the beginning that all prompts share."""
-        return self.reused is not None and self.reused > _COMMON
+        """Whether more was reused than the beginning that all prompts share, and no more than there is."""
+        return self.reused is not None and _COMMON < self.reused <= (self.length or self.reused)
 
     @property
     def whole(self) -> bool:

@@ -272,6 +272,33 @@ def test_huge_logits_are_compared() -> None:
     assert run(Changed(lambda logits, ids, call: logits * 1e30, "window of 8")).rows[1].verdict is Verdict.DIFFERENT
 
 
+class Careless(SmallDecoder):
+    """Takes texts for known that are not: a beginning of the last one, or one with the same tokens in another order."""
+
+    def __init__(self, takes: Callable[[Tensor, Tensor], bool]) -> None:
+        super().__init__()
+        self.takes = takes
+
+    def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+        if cache is not None and self.takes(cache[0], ids):
+            return cache[1][:, -1:], cache
+        logits, inner = super().forward(ids, cache and cache[2], positions)
+        return logits, (ids, logits, inner)
+
+
+@pytest.mark.parametrize(
+    ("takes", "finding"),
+    [
+        (lambda old, ids: old.shape[1] > ids.shape[1] and torch.equal(old[:, : ids.shape[1]], ids), "rewinds"),
+        (lambda old, ids: not torch.equal(old, ids) and torch.equal(old.sort().values, ids.sort().values), "edits"),
+    ],
+)
+def test_beginnings_and_swapped_tokens_are_tried(takes: Callable[[Tensor, Tensor], bool], finding: str) -> None:
+    row = run(Careless(takes)).rows[1]
+    assert {probe.name for probe in row.probes if probe.wrong} == {finding}
+    assert names(row) == {"edits not noticed"}
+
+
 def test_uses_of_a_wrong_pattern_tell_no_cause_of_their_own() -> None:
     row = run(SmallDecoder("offset one too far")).rows[1]
     assert {probe.finding[0] for probe in row.probes if probe.wrong} == {"differs too"}

@@ -94,3 +94,23 @@ def random_text(case: Case, length: int) -> Tensor:
     ordinary = [id_ for id_ in ordinary if id_ not in case.special_ids][: max(0, length - present)]
     more = torch.tensor([ordinary], dtype=case.ids.dtype, device=case.ids.device)
     return torch.cat((case.ids, more), dim=1)[:, :length]
+
+
+def another(case: Case, id_: int) -> int:
+    """A different token of the text."""
+    return next((other for other in case.ids[0].tolist() if other != id_), (id_ + 1) % case.expected.shape[1])
+
+
+def changed(case: Case, ids: Tensor, place: int) -> Tensor:
+    """A copy of `ids`, (1, n), with a different token at one place."""
+    ids = ids.clone()
+    ids[0, place] = another(case, int(ids[0, place]))
+    return ids
+
+
+def swapped(text: Tensor) -> Tensor:
+    """A text, (1, n), with two neighbours swapped that differ, if there are any."""
+    ids = text[0].tolist()
+    place = next((place for place in range(1, len(ids) - 1) if ids[place] != ids[place - 1]), 0)
+    ids[place - 1 : place + 1] = reversed(ids[place - 1 : place + 1])
+    return text.new_tensor([ids])

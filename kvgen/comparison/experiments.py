@@ -12,11 +12,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import CALL_ERRORS
+from kvgen.comparison.case import CALL_ERRORS, changed
 from kvgen.comparison.lengths import MAX_LENGTH, token_by_token
 from kvgen.comparison.rounding import distance, size
 from kvgen.comparison.trial import Finding, Trial, nondeterministic
-from kvgen.comparison.uses import changed
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import Case, random_text
+from kvgen.comparison.case import Case, changed, random_text
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import EDITS, IN_CHUNKS, Check, Use, changed, row_checks, stepped_rows, within
+from kvgen.comparison.uses import EDITS, IN_CHUNKS, Check, Use, row_checks, stepped_rows, within
 from kvgen.errors import UnsupportedError
 
 ROWS = 8

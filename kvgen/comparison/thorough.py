@@ -10,10 +10,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import Case, random_text
+from kvgen.comparison.case import Case, another, changed, random_text
 from kvgen.comparison.rows import ROWS, row_uses
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import BEFORE, IN_CHUNKS, Check, Use, another, changed, crossed, steps_to, within
+from kvgen.comparison.uses import BEFORE, IN_CHUNKS, Check, Use, crossed, steps_to, within
 from kvgen.errors import UnsupportedError
 
 LENGTHS = (128, 512, 2048)

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kvgen.comparison.case import CALL_ERRORS, Case, random_text
+from kvgen.comparison.case import CALL_ERRORS, Case, changed, random_text, swapped
 from kvgen.comparison.run import run_forced
 from kvgen.errors import CacheError, UnsupportedError, in_one_line
 
@@ -119,11 +119,11 @@ def _in_chunks(case: Case) -> Iterator[Check]:
 
 
 def _rewound(case: Case) -> Iterator[Check]:
-    """Remove the last tokens and append a different one: 1, then 2, and so on up to 8."""
+    """Remove the last tokens and append a different one: 1, then 2, and so on up to 8. Remove some, append nothing."""
     text, cache, end = _short_text(case), None, 0
     for count in _REWINDS:
         if count >= text.shape[1]:
-            return
+            break
         if cache is None or end <= count:
             _, cache = case.subject(text, None)
             end = text.shape[1]
@@ -131,13 +131,18 @@ def _rewound(case: Case) -> Iterator[Check]:
         edited = changed(case, text[:, :end], end - 1)
         logits, cache = case.subject(edited, cache)
         yield Check(edited, [end], logits[:, -1].cpu())
+    _, cache = case.subject(text, None)
+    for shorter in (text[:, :-1], text[:, :-4]):
+        if shorter.shape[1]:
+            logits, cache = case.subject(shorter, cache)
+            yield Check(shorter, [shorter.shape[1]], logits[:, -1].cpu())
 
 
 def _edited(case: Case) -> Iterator[Check]:
     """Replace the last token of the text, the first token after the prompt, and a token inside the prompt.
 
-    Each leaves one position to compute, so calls with several new tokens are not tested here. The last edit keeps the
-    length and changes a token in the middle.
+    Each leaves one position to compute, so calls with several new tokens are not tested here. The last edits keep the
+    length: they change a token in the middle, and swap two.
     """
     text = _short_text(case)
     _, cache = case.subject(text, None)
@@ -145,10 +150,10 @@ def _edited(case: Case) -> Iterator[Check]:
         edited = changed(case, text[:, :length], -1)
         logits, cache = case.subject(edited, cache)
         yield Check(edited, [length], logits[:, -1].cpu(), {BEFORE: text})
-    _, cache = case.subject(text, None)
-    edited = changed(case, text, text.shape[1] // 2)
-    logits, _ = case.subject(edited, cache)
-    yield Check(edited, [text.shape[1]], logits[:, -1].cpu(), {BEFORE: text})
+    for edited in (changed(case, text, text.shape[1] // 2), swapped(text)):
+        _, cache = case.subject(text, None)
+        logits, _ = case.subject(edited, cache)
+        yield Check(edited, [text.shape[1]], logits[:, -1].cpu(), {BEFORE: text})
 
 
 def _short_text(case: Case) -> Tensor:
@@ -274,15 +279,3 @@ def within(case: Case, length: int) -> int:
     """`length`, limited to the context."""
     context = case.subject.context_length
     return length if context is None else min(length, context)
-
-
-def another(case: Case, id_: int) -> int:
-    """A different token of the text."""
-    return next((other for other in case.ids[0].tolist() if other != id_), (id_ + 1) % case.expected.shape[1])
-
-
-def changed(case: Case, ids: Tensor, place: int) -> Tensor:
-    """A copy of `ids`, (1, n), with a different token at one place."""
-    ids = ids.clone()
-    ids[0, place] = another(case, int(ids[0, place]))
-    return ids

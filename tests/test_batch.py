@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from kvgen.generation.events import ends, in_order
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
+from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM
 from tests.families import make_checkpoint
 from tests.sizes import examples
@@ -138,6 +140,18 @@ def test_the_donor_that_has_the_most_is_taken() -> None:
     donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
     cache = model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors)
     assert cache.length == 11
+
+
+def test_only_donors_that_may_have_the_most_are_asked_how_far_they_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = MODELS["plain"], []
+    donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
+    for donor in donors:
+        reach = partial(lambda donor, length: asked.append(donor) or KVCache.reach(donor, length), donor)
+        monkeypatch.setattr(donor, "reach", reach, raising=False)
+    assert model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors).length == 11
+    assert asked and all(one is donors[1] for one in asked)
+    monkeypatch.setattr(donors[1], "reach", lambda length: 2)  # it cannot go back to where the texts part
+    assert model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors).length == 8
 
 
 # --- Continuous batching ------------------------------------------------------------------------------------------

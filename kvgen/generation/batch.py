@@ -127,6 +127,13 @@ class Batch:
         earlier rows have ended.
         admit: called before each new request. Once it returns False, the rows in progress finish and `run` returns.
         """
+        for events in self.passes(requests, admit):
+            yield from events
+
+    def passes(
+        self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = lambda: True
+    ) -> Iterator[Iterable[tuple[int, Chunk | KvgenError]]]:
+        """Do as `run`, but yield the events of each pass together: an iterable to read to its end before the next."""
         self._abandon()
         try:
             with closing(Prefetcher(requests, self._batch_size)) as source:
@@ -136,7 +143,7 @@ class Batch:
 
     def _run(
         self, source: Prefetcher[Request | KvgenError], admit: Callable[[], bool]
-    ) -> Iterator[tuple[int, Chunk | KvgenError]]:
+    ) -> Iterator[Iterable[tuple[int, Chunk | KvgenError]]]:
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:
@@ -152,16 +159,16 @@ class Batch:
                 try:
                     row = self._begin(number, waiting, begun)
                 except Exception as error:  # noqa: BLE001 (an invalid request must not stop the others)
-                    yield number, as_kvgen_error(error)
+                    yield [(number, as_kvgen_error(error))]
                 else:
                     if row is None:
                         break
                     begun.append(row)
                     self._rows.append(row)
                 number, waiting = number + 1, None
-            yield from self._drop_cancelled()
+            yield self._drop_cancelled()
             if self._rows:
-                yield from self._pass()
+                yield self._pass()
             elif failure is not None:
                 raise failure
             elif not admit() or (waiting is None and source.ended):

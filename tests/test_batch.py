@@ -412,6 +412,32 @@ def test_a_completion_that_is_given_up_leaves_its_cache(small: dict[str, Loaded]
     assert (again.step.reused, again.step.computed) == (6, 2)
 
 
+def test_a_run_that_is_interrupted_in_a_pass_leaves_its_cache(
+    small: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(small["llama"])
+    events = batch.run([Request([5, 6, 7], GREEDY, 20)])
+    next(events)
+
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small["llama"].model, "forward_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    assert batch.cache.tokens[0].tolist() == [5, 6, 7]
+
+
+def test_the_events_of_a_pass_come_together(small: dict[str, Loaded]) -> None:
+    batch, came = Batch(small["llama"]), dict[float, list[int]]()
+    for events in batch.passes(Request([3, 4, 5 + n], GREEDY, 9) for n in range(3)):
+        if numbers := [number for number, _ in events]:
+            assert batch.pass_began not in came
+            came[batch.pass_began] = numbers
+    assert sorted(number for numbers in came.values() for number in numbers) == [0] * 9 + [1] * 9 + [2] * 9
+    assert all(len(set(numbers)) == len(numbers) for numbers in came.values())
+
+
 # --- Caches of finished rows, and rows that are cancelled ----------------------------------------------------------
 
 

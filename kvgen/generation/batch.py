@@ -127,12 +127,13 @@ class Batch:
         earlier rows have ended.
         admit: called before each new request. Once it returns False, the rows in progress finish and `run` returns.
         """
-        for events in self.passes(requests, admit):
-            yield from events
+        with closing(self.passes(requests, admit)) as passes:
+            for events in passes:
+                yield from events
 
     def passes(
         self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = lambda: True
-    ) -> Iterator[Iterable[tuple[int, Chunk | KvgenError]]]:
+    ) -> Generator[Iterable[tuple[int, Chunk | KvgenError]], None, None]:
         """Do as `run`, but yield the events of each pass together: an iterable to read to its end before the next."""
         self._abandon()
         try:

@@ -116,7 +116,8 @@ class CausalLM(ABC):
         """
         variant = self._variant(ids.shape[1])
         known = [donor for donor in (*donors, *ended) if donor is not None]
-        same = [donor.shared(ids.cpu(), variant) for donor in known]
+        prompt = ids.cpu()
+        same = [donor.shared(prompt, variant) for donor in known]
         shared, donor = 0, None
         for length, one in sorted(zip(same, known, strict=True), key=lambda pair: pair[0], reverse=True):
             if length <= shared:  # `reach` asks every layer, and a server has hundreds of donors

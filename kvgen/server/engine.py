@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -154,10 +155,11 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            for events in self._batch.passes(self._requests()):
-                for number, event in events:
-                    self._emit(number, event)
-                self.on_pass()
+            with closing(self._batch.passes(self._requests())) as passes:
+                for events in passes:
+                    for number, event in events:
+                        self._emit(number, event)
+                    self.on_pass()
         except Exception as error:  # noqa: BLE001 (whoever waits must hear of it)
             for number in list(self._pending):
                 self._emit(number, as_kvgen_error(error))

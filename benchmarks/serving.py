@@ -131,10 +131,9 @@ class Client:
         return self._rest.endswith(b"\r\n0\r\n\r\n")  # the last chunk: JSON has no line ends
 
     def tokens(self) -> int:
-        """The number of tokens of a complete answer, in its last event, which has no token."""
+        """The number of tokens of a complete answer, which its last event has."""
         last = json.loads(self._last[self._last.index(b"{") : self._last.rindex(b"}") + 1])
-        if len(self.times) > 1:
-            assert not last["choices"]
+        if not last["choices"]:  # it came behind the tokens
             self.times.pop()
         return int(last["usage"]["completion_tokens"])
 

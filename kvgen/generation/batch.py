@@ -217,13 +217,7 @@ class Batch:
             self._kept.drop_first()
         text = CompletionText(tokenizer, request.stop)
         return RequestRow(
-            completion=completion,
-            cache=cache,
-            use_cache=use_cache,
-            number=number,
-            text=text,
-            new=new,
-            nbytes=nbytes,
+            completion=completion, cache=cache, use_cache=use_cache, number=number, text=text, new=new, nbytes=nbytes
         )
 
     def _waits(self, prompt: Sequence[int], shared: int, begun: list[RequestRow]) -> bool:

@@ -160,9 +160,8 @@ class Server:
                 return
             finally:
                 done()
-            if answer.job.include_usage:
-                yield _event(answer.last_piece())
-            yield b"data: [DONE]\n\n"
+            usage = _event(answer.last_piece()) if answer.job.include_usage else b""
+            yield usage + b"data: [DONE]\n\n"
 
     def _done(self, path: str, answer: Answer, began: float) -> None:
         usage = answer.usage()

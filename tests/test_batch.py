@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from kvgen.generation.events import ends, in_order
 from kvgen.generation.prefetch import Prefetcher
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
+from kvgen.model.cache import KVCache
 from kvgen.model.causal_lm import CausalLM
 from tests.families import make_checkpoint
 from tests.sizes import examples
@@ -138,6 +140,18 @@ def test_the_donor_that_has_the_most_is_taken() -> None:
     donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
     cache = model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors)
     assert cache.length == 11
+
+
+def test_only_donors_that_may_have_the_most_are_asked_how_far_they_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = MODELS["plain"], []
+    donors = [model.forward(torch.tensor([[1, 2, *range(10, 10 + n)]]))[1] for n in (3, 9, 6)]
+    for donor in donors:
+        reach = partial(lambda donor, length: asked.append(donor) or KVCache.reach(donor, length), donor)
+        monkeypatch.setattr(donor, "reach", reach, raising=False)
+    assert model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors).length == 11
+    assert asked and all(one is donors[1] for one in asked)
+    monkeypatch.setattr(donors[1], "reach", lambda length: 2)  # it cannot go back to where the texts part
+    assert model.cache_for(torch.tensor([[1, 2, *range(10, 25)]]), 64, donors).length == 8
 
 
 # --- Continuous batching ------------------------------------------------------------------------------------------
@@ -396,6 +410,32 @@ def test_a_completion_that_is_given_up_leaves_its_cache(small: dict[str, Loaded]
     assert batch.cache.tokens[0].tolist() == [5, 6, 7, *told[:3]]
     again = next(batch.complete(Request([5, 6, 7, *told, 9], GREEDY, 20)))
     assert (again.step.reused, again.step.computed) == (6, 2)
+
+
+def test_a_run_that_is_interrupted_in_a_pass_leaves_its_cache(
+    small: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(small["llama"])
+    events = batch.run([Request([5, 6, 7], GREEDY, 20)])
+    next(events)
+
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small["llama"].model, "forward_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    assert batch.cache.tokens[0].tolist() == [5, 6, 7]
+
+
+def test_the_events_of_a_pass_come_together(small: dict[str, Loaded]) -> None:
+    batch, came = Batch(small["llama"]), dict[float, list[int]]()
+    for events in batch.passes(Request([3, 4, 5 + n], GREEDY, 9) for n in range(3)):
+        if numbers := [number for number, _ in events]:
+            assert batch.pass_began not in came
+            came[batch.pass_began] = numbers
+    assert sorted(number for numbers in came.values() for number in numbers) == [0] * 9 + [1] * 9 + [2] * 9
+    assert all(len(set(numbers)) == len(numbers) for numbers in came.values())
 
 
 # --- Caches of finished rows, and rows that are cancelled ----------------------------------------------------------

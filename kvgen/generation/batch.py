@@ -127,6 +127,14 @@ class Batch:
         earlier rows have ended.
         admit: called before each new request. Once it returns False, the rows in progress finish and `run` returns.
         """
+        with closing(self.passes(requests, admit)) as passes:
+            for events in passes:
+                yield from events
+
+    def passes(
+        self, requests: Iterable[Request | KvgenError], admit: Callable[[], bool] = lambda: True
+    ) -> Generator[Iterable[tuple[int, Chunk | KvgenError]], None, None]:
+        """Do as `run`, but yield the events of each pass together: an iterable to read to its end before the next."""
         self._abandon()
         try:
             with closing(Prefetcher(requests, self._batch_size)) as source:
@@ -136,7 +144,7 @@ class Batch:
 
     def _run(
         self, source: Prefetcher[Request | KvgenError], admit: Callable[[], bool]
-    ) -> Iterator[tuple[int, Chunk | KvgenError]]:
+    ) -> Iterator[Iterable[tuple[int, Chunk | KvgenError]]]:
         failure: BaseException | None = None
         number, waiting = 0, None
         while True:
@@ -152,16 +160,16 @@ class Batch:
                 try:
                     row = self._begin(number, waiting, begun)
                 except Exception as error:  # noqa: BLE001 (an invalid request must not stop the others)
-                    yield number, as_kvgen_error(error)
+                    yield [(number, as_kvgen_error(error))]
                 else:
                     if row is None:
                         break
                     begun.append(row)
                     self._rows.append(row)
                 number, waiting = number + 1, None
-            yield from self._drop_cancelled()
+            yield self._drop_cancelled()
             if self._rows:
-                yield from self._pass()
+                yield self._pass()
             elif failure is not None:
                 raise failure
             elif not admit() or (waiting is None and source.ended):
@@ -209,13 +217,7 @@ class Batch:
             self._kept.drop_first()
         text = CompletionText(tokenizer, request.stop)
         return RequestRow(
-            completion=completion,
-            cache=cache,
-            use_cache=use_cache,
-            number=number,
-            text=text,
-            new=new,
-            nbytes=nbytes,
+            completion=completion, cache=cache, use_cache=use_cache, number=number, text=text, new=new, nbytes=nbytes
         )
 
     def _waits(self, prompt: Sequence[int], shared: int, begun: list[RequestRow]) -> bool:

@@ -277,5 +277,6 @@ def snapshot_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
 def _common_prefix(a: Tensor, b: Tensor, limit: int) -> int:
     """Length of the longest prefix of at most `limit` that two (B, n) tensors share in every row."""
     # By numpy, whose calls cost a fifth of torch's: a server compares each prompt with hundreds of caches.
-    differ = a.cpu().numpy()[:, :limit] != b.cpu().numpy()[:, :limit]
-    return int(differ.any(axis=0).argmax()) if differ.any() else limit
+    differ = (a.cpu().numpy()[:, :limit] != b.cpu().numpy()[:, :limit]).any(axis=0)
+    first = int(differ.argmax()) if limit else 0  # 0 if none differs
+    return first if limit and differ[first] else limit

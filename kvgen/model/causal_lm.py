@@ -116,9 +116,14 @@ class CausalLM(ABC):
         """
         variant = self._variant(ids.shape[1])
         known = [donor for donor in (*donors, *ended) if donor is not None]
-        same = [donor.shared(ids.cpu(), variant) for donor in known]
-        counts = [(donor.reach(length), donor) for donor, length in zip(known, same, strict=True)]
-        shared, donor = max(counts, key=lambda pair: pair[0], default=(0, None))
+        prompt = ids.cpu()
+        same = [donor.shared(prompt, variant) for donor in known]
+        shared, donor = 0, None
+        for length, one in sorted(zip(same, known, strict=True), key=lambda pair: pair[0], reverse=True):
+            if length <= shared:  # `reach` asks every layer, and a server has hundreds of donors
+                break
+            if (reached := one.reach(length)) > shared:
+                shared, donor = reached, one
         capacity = min(max_length, _MAX_INITIAL_CAPACITY)
         if donor is not None and any(donor is one for one in ended) and 2 * shared > donor.length:
             donor.max_length = max_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import accumulate
@@ -24,9 +24,12 @@ _REPLACEMENT = "\ufffd"  # what bytes become that are no character
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps makes one for each call
+
+
 def as_json(value: Any) -> bytes:
     """Return JSON in UTF-8. Lone surrogates, which UTF-8 does not have and JSON texts may, stay escapes."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+    return _JSON.encode(value).encode(errors="backslashreplace")
 
 
 class TimeLimitError(KvgenError):
@@ -69,6 +72,10 @@ class Answer:
             "system_fingerprint": _FINGERPRINT,
         }
         self._opened: set[int] = set()  # choices of a stream whose first piece was sent
+        if job.stream:
+            kind = "chat.completion.chunk" if job.chat else "text_completion"
+            self._before = as_json({**self._head, "object": kind})[:-1] + b',"choices":'  # the same in all pieces
+            self._after = b',"usage":null}' if job.include_usage else b"}"
 
     def whole(self) -> dict[str, Any]:
         """The answer, when all choices have ended."""
@@ -88,11 +95,13 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def pieces(self, choice: Choice, chunk: Chunk) -> Iterator[dict[str, Any]]:
-        """The pieces of a stream for a chunk, which has been added to the choice.
+    def piece(self, index: int, chunk: Chunk) -> bytes:
+        """Add a chunk to a choice; return the piece of the stream for it, in JSON, empty if there is nothing to send.
 
         With tools, text is sent at the end, when it is clear what of it are calls.
         """
+        choice = self.choices[index]
+        choice.chunks.append(chunk)
         reason, text, calls = choice.finish_reason, chunk.text, list[Any]()
         if self.job.tools:
             text, calls = tool_calls(choice.text) if reason else ("", [])
@@ -105,19 +114,14 @@ class Answer:
             delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
         logprobs = self._logprobs([chunk], choice)
         if not (text or calls or reason or logprobs or "role" in delta):
-            return
+            return b""
         body = {"delta": delta} if self.job.chat else {"text": text}
         piece = {"index": choice.index, **body, "logprobs": logprobs, "finish_reason": reason}
-        yield self._piece([piece])
+        return self._before + as_json([piece]) + self._after
 
-    def last_piece(self) -> dict[str, Any]:
+    def last_piece(self) -> bytes:
         """The piece with the usage, which comes after all choices have ended."""
-        return {**self._piece([]), "usage": self.usage()}
-
-    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.job.include_usage else {}
-        kind = "chat.completion.chunk" if self.job.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, **usage}
+        return self._before + b'[],"usage":' + as_json(self.usage()) + b"}"
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
         logprobs, reason = self._logprobs(choice.chunks, choice), choice.finish_reason

@@ -25,9 +25,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvgen.errors import KvgenError, NotFoundError, UsageError
 from kvgen.generation.text import Chunk
 from kvgen.pipeline.rows import parse_json
-from kvgen.server.answers import Answer, Choice, as_json, error_body, openai_error
+from kvgen.server.answers import Answer, as_json, error_body, openai_error
 from kvgen.server.engine import Engine
-from kvgen.server.events import LEFT, Events, watched
+from kvgen.server.events import LEFT, Dispatcher, Events, watched
 from kvgen.server.metrics import Metrics
 from kvgen.server.schema import Job, check_length, parse_chat, parse_completion
 
@@ -53,6 +53,21 @@ class Limits:
         if size > self.max_body:
             raise HTTPException(413, f"the body is larger than {self.max_body} bytes")
 
+    async def read(self, request: Request) -> bytes:
+        """Read the body. Raises HTTPException if it is too large or not JSON by its type, or if the client leaves."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page in a browser cannot send this type without asking first
+            raise HTTPException(415, "the content type must be application/json")
+        data, announced = bytearray(), request.headers.get("content-length", "0")  # digits, says h11
+        try:
+            self.check_body(int(announced))  # before a client that expects "100 Continue" sends it
+            async for part in request.stream():
+                data += part
+                self.check_body(len(data))
+        except ClientDisconnect:
+            raise HTTPException(LEFT, "the client left before it had sent the body") from None
+        return bytes(data)
+
 
 @dataclass
 class Server:
@@ -65,7 +80,7 @@ class Server:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.engine)
+        self.metrics, self.dispatcher = Metrics(self.engine), Dispatcher(self.engine)
         self.created = int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -108,42 +123,45 @@ class Server:
     async def complete(self, request: Request, parse: Callable[[Mapping[str, Any], Any], Job]) -> Response:
         """Answer /v1/completions or /v1/chat/completions."""
         began = time.monotonic()
-        body = await self.body(request)
-        self._check_model(body)
-        job = await run_in_threadpool(parse, body, self.engine.loaded)
+        body, job = await run_in_threadpool(self._parse, await self.limits.read(request), parse)
         if self.log_prompts:
             self.log(json.dumps({"prompt": body.get("prompt", body.get("messages"))}))
         answer = Answer(job, self.model, self.engine.loaded.tokenizer)
-        events = Events(self.engine, job, began, self.limits.timeout)
+        events = Events(self.dispatcher, job, began, self.limits.timeout)
         done = partial(self._done, request.url.path, answer, began)
         if job.stream:
             async with watched(request):
                 first = await events.first()  # so that an error has its status
             return StreamingResponse(self._stream(answer, first, events, done), media_type="text/event-stream")
         async with aclosing(events), watched(request):
-            async for index, chunk in events:
-                answer.choices[index].chunks.append(chunk)
+            async for chunks in events:
+                for index, chunk in chunks:
+                    answer.choices[index].chunks.append(chunk)
         done()
         return JsonResponse(answer.whole())
 
+    def _parse(self, data: bytes, parse: Callable[[Mapping[str, Any], Any], Job]) -> tuple[dict[str, Any], Job]:
+        """Return the decoded body of a request, and what it asks for. Takes seconds for a large one."""
+        body = _parse_object(data)
+        self._check_model(body)
+        return body, parse(body, self.engine.loaded)
+
     async def _stream(
-        self, answer: Answer, first: tuple[int, Chunk], events: Events, done: Callable[[], None]
+        self, answer: Answer, first: list[tuple[int, Chunk]], events: Events, done: Callable[[], None]
     ) -> AsyncIterator[bytes]:
         async with aclosing(events):
             try:
-                for piece in _pieces(answer, *first):
-                    yield piece
-                async for index, chunk in events:
-                    for piece in _pieces(answer, index, chunk):
-                        yield piece
+                yield _pieces(answer, first)
+                async for chunks in events:
+                    if data := _pieces(answer, chunks):
+                        yield data
             except KvgenError as error:
-                yield _event(error_body(error)[1])
+                yield _event(as_json(error_body(error)[1]))
                 return
             finally:
                 done()
-            if answer.job.include_usage:
-                yield _event(answer.last_piece())
-            yield b"data: [DONE]\n\n"
+            usage = _event(answer.last_piece()) if answer.job.include_usage else b""
+            yield usage + b"data: [DONE]\n\n"
 
     def _done(self, path: str, answer: Answer, began: float) -> None:
         usage = answer.usage()
@@ -161,32 +179,24 @@ class Server:
         return JsonResponse(body, status, {"Retry-After": _RETRY_AFTER} if status == 429 else None)
 
     async def body(self, request: Request) -> dict[str, Any]:
-        """Read the body. Raises HTTPException if it is too large or not JSON by its type, UsageError if it is not."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # a page in a browser cannot send this type without asking first
-            raise HTTPException(415, "the content type must be application/json")
-        data, announced = bytearray(), request.headers.get("content-length", "0")  # digits, says h11
-        try:
-            self.limits.check_body(int(announced))  # before a client that expects "100 Continue" sends it
-            async for part in request.stream():
-                data += part
-                self.limits.check_body(len(data))
-        except ClientDisconnect:
-            raise HTTPException(LEFT, "the client left before it had sent the body") from None
-        body = await run_in_threadpool(parse_json, bytes(data))  # a large one takes seconds
-        if not isinstance(body, dict):
-            raise UsageError("the body must be a JSON object")
-        return body
+        """Read and decode the body. Raises HTTPException as `Limits.read`, UsageError if it is not a JSON object."""
+        return await run_in_threadpool(_parse_object, await self.limits.read(request))  # a large one takes seconds
 
 
-def _pieces(answer: Answer, index: int, chunk: Chunk) -> list[bytes]:
-    choice: Choice = answer.choices[index]
-    choice.chunks.append(chunk)
-    return [_event(piece) for piece in answer.pieces(choice, chunk)]
+def _parse_object(data: bytes) -> dict[str, Any]:
+    body = parse_json(data)
+    if not isinstance(body, dict):
+        raise UsageError("the body must be a JSON object")
+    return body
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % as_json(data)
+def _pieces(answer: Answer, chunks: list[tuple[int, Chunk]]) -> bytes:
+    """The events of a stream for the chunks of a pass."""
+    return b"".join(_event(piece) for index, chunk in chunks if (piece := answer.piece(index, chunk)))
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
 
 
 class _Authorized:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,7 +55,8 @@ class Engine:
 
     Attributes: `counts`; `running` and `waiting`, requests with and without a first token; `last_active`, when the last
     request ended, in seconds of `time.monotonic`; `on_token`, called on the engine's thread for each token, with the
-    seconds since the request or its last token, and whether it is the first.
+    seconds since the request or its last token, and whether it is the first; `on_pass`, called there when the events of
+    a pass have been emitted.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
     ) -> None:
         self.loaded, self.counts = loaded, Counts()
         self.on_token: Callable[[float, bool], None] = lambda seconds, first: None
+        self.on_pass: Callable[[], None] = lambda: None
         self.last_active = time.monotonic()
         self._max_waiting = max_waiting + batch_size
         self._batch = Batch(
@@ -152,11 +155,15 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            for number, event in self._batch.run(self._requests()):
-                self._emit(number, event)
+            with closing(self._batch.passes(self._requests())) as passes:
+                for events in passes:
+                    for number, event in events:
+                        self._emit(number, event)
+                    self.on_pass()
         except Exception as error:  # noqa: BLE001 (whoever waits must hear of it)
             for number in list(self._pending):
                 self._emit(number, as_kvgen_error(error))
+            self.on_pass()
 
     def _emit(self, number: int, event: Chunk | KvgenError) -> None:
         pending, now = self._pending[number], time.monotonic()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
+from collections import deque
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from kvgen.errors import KvgenError
+from kvgen.generation.events import ends
+from kvgen.generation.settings import Request as Asked
 from kvgen.generation.text import Chunk
 from kvgen.server.answers import TimeLimitError
 from kvgen.server.engine import Engine
@@ -18,32 +20,70 @@ from kvgen.server.schema import Job
 LEFT = 499  # status of a client that left, as in nginx; only the log has it
 
 
-class Events:
-    """The events of all requests of a job, (index, chunk), as they come. Closing it cancels what has not ended."""
+class Dispatcher:
+    """Brings the events of a pass to the event loop in one call, since each call costs the thread that computes."""
 
-    def __init__(self, engine: Engine, job: Job, began: float, timeout: float | None) -> None:
-        self._engine, self._timeout, self._deadline = engine, timeout, None if timeout is None else began + timeout
-        self._queue: asyncio.Queue[tuple[int, Chunk | KvgenError]] = asyncio.Queue()
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: list[tuple[Events, int, Chunk | KvgenError]] = []  # only the engine's thread changes it
+        self._loop: asyncio.AbstractEventLoop | None = None
+        engine.on_pass = self._deliver
+
+    def submit(self, request: Asked, events: Events, index: int) -> int:
+        """Queue a request of a job, whose events go to `events`; return its number, for `cancel`."""
+        self._loop = asyncio.get_running_loop()
+        return self._engine.submit(request, lambda event: self._held.append((events, index, event)))
+
+    def cancel(self, number: int) -> None:
+        self._engine.cancel(number)
+
+    def _deliver(self) -> None:
+        held, self._held = self._held, []
+        if held and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_put, held)
+
+
+def _put(held: list[tuple[Events, int, Chunk | KvgenError]]) -> None:
+    for events, index, event in held:
+        events.put(index, event)
+
+
+class Events:
+    """The events of all requests of a job, as they come: for each pass a list of (index, chunk).
+
+    If the job is not a stream, they come when a request ends. Closing it cancels what has not ended.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, job: Job, began: float, timeout: float | None) -> None:
+        self._dispatcher, self._stream = dispatcher, job.stream
+        self._arrived: deque[tuple[int, Chunk | KvgenError]] = deque()
+        self._wake = asyncio.Event()
         self._open: dict[int, int] = {}
-        loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         try:
             for index, request in enumerate(job.requests):
-                put = partial(self._put, loop, index)
-                self._open[index] = engine.submit(request, put)
+                self._open[index] = dispatcher.submit(request, self, index)
         except KvgenError:
             self.cancel()
             raise
+        if timeout is not None:
+            error = TimeLimitError(f"the request took longer than {timeout:g} s")
+            left = began + timeout - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(left, self.put, 0, error)
 
-    def _put(self, loop: asyncio.AbstractEventLoop, index: int, event: Chunk | KvgenError) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+    def put(self, index: int, event: Chunk | KvgenError) -> None:
+        self._arrived.append((index, event))
+        if self._stream or ends(event):
+            self._wake.set()
 
     def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for number in self._open.values():
-            self._engine.cancel(number)
+            self._dispatcher.cancel(number)
         self._open.clear()
 
-    async def first(self) -> tuple[int, Chunk]:
+    async def first(self) -> list[tuple[int, Chunk]]:
         try:
             return await anext(self)
         except BaseException:
@@ -53,20 +93,24 @@ class Events:
     def __aiter__(self) -> Events:
         return self
 
-    async def __anext__(self) -> tuple[int, Chunk]:
+    async def __anext__(self) -> list[tuple[int, Chunk]]:
         if not self._open:
             raise StopAsyncIteration
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        try:
-            index, event = await asyncio.wait_for(self._queue.get(), left)
-        except TimeoutError:
-            raise TimeLimitError(f"the request took longer than {self._timeout:g} s") from None
-        if isinstance(event, KvgenError):
-            del self._open[index]
-            raise event
-        if event.finish_reason is not None:
-            del self._open[index]
-        return index, event
+        await self._wake.wait()
+        chunks: list[tuple[int, Chunk]] = []
+        while self._arrived:
+            index, event = self._arrived[0]
+            if isinstance(event, KvgenError):
+                if chunks:  # they go first
+                    return chunks
+                self._open.pop(index, None)
+                raise event
+            self._arrived.popleft()
+            chunks.append((index, event))
+            if event.finish_reason is not None:
+                del self._open[index]
+        self._wake.clear()
+        return chunks
 
     async def aclose(self) -> None:
         self.cancel()

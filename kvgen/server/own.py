@@ -132,7 +132,9 @@ class OwnRoutes:
         """Complete a request; a line for each chunk, or the error."""
         began = time.monotonic()
         asked = await run_in_threadpool(self._read, await self.server.body(request))
-        events = Events(self.server.engine, Job((asked,), chat=False), began, self.server.limits.timeout)
+        events = Events(
+            self.server.dispatcher, Job((asked,), chat=False, stream=True), began, self.server.limits.timeout
+        )
         return await _lines(request, self._run(events, partial(self._done, request, len(asked.prompt), began)))
 
     def _read(self, body: Mapping[str, Any]) -> Asked:
@@ -144,9 +146,10 @@ class OwnRoutes:
         chunks: list[Chunk] = []
         async with aclosing(events):
             try:
-                async for _, chunk in events:
-                    chunks.append(chunk)
-                    yield event_as_json(chunk)
+                async for arrived in events:
+                    for _, chunk in arrived:
+                        chunks.append(chunk)
+                        yield event_as_json(chunk)
             finally:
                 if chunks:
                     done(chunks)

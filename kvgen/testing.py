@@ -35,7 +35,7 @@ def assert_cache_correct(
     steps, patterns, thorough: as `kvgen.compare`.
 
     Returns the comparison. Raises AssertionError if a right pattern is different, unsupported or not comparable;
-    UsageError if the model is none of these, or the prompt has several rows.
+    UsageError if the model is none of these, or the prompt is not the ids of one sequence.
     """
     from kvgen.comparison.comparison import compare_ids
 
@@ -98,7 +98,10 @@ def _listed(prompt: Sequence[int] | Tensor) -> list[int]:
 
     from kvgen.errors import UsageError
 
-    ids = torch.as_tensor(prompt)
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the prompt must be token ids: {error}") from None
     if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
         raise UsageError(f"the prompt has the shape {tuple(ids.shape)}; wanted the ids of one sequence")
     return ids.flatten().tolist()

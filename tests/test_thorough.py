@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvgen.backends.native import NativeBackend
 from kvgen.comparison.comparison import PatternResult
@@ -220,6 +220,35 @@ def test_mechanisms_of_the_native_decoder_raise_no_alarm(name: str) -> None:
     row = run(NativeBackend(make_decoder(CONFIGS[name])), thorough=True).rows[1]
     assert row.verdict is Verdict.EQUIVALENT
     assert not wrong_uses(row)
+
+
+def test_rows_are_not_moved_under_a_cache_that_cannot_be_rewound() -> None:
+    class Appending(nn.Module):
+        """A recurrent network whose cache is a state: it does not notice what was before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.mix, self.head = nn.Embedding(61, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 61)
+
+        def forward(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+            known, state = cache or (0, None)
+            mixed, state = self.mix(self.embed(ids[:, known:]), state)
+            return self.head(mixed), (ids.shape[1], state)
+
+    row = run(Appending().eval(), steps=8, thorough=True).rows[1]
+    assert row.verdict is Verdict.EQUIVALENT
+
+
+def test_rows_that_share_a_state_after_an_edit_are_caught() -> None:
+    class Sharing(LongFault):
+        def forward(self, ids: Tensor, cache: Any = None, positions: Any = None) -> tuple[Tensor, Any]:
+            logits, new = super().forward(ids, cache, positions)
+            edited = cache is not None and not torch.equal(ids[:, : cache.ids.shape[1]], cache.ids[:, : ids.shape[1]])
+            return (logits[:1].expand_as(logits) if edited else logits), new
+
+    row = run(Sharing(None), steps=8, thorough=True).rows[1]
+    assert {probe.name for probe in row.probes if probe.wrong} == {"rows in another order", "edits of rows"}
 
 
 def test_progress_names_every_use_in_turn() -> None:

@@ -144,6 +144,25 @@ def test_faults_are_found_where_a_model_enlarges_roundings(monkeypatch: pytest.M
     assert row.verdict is Verdict.DIFFERENT
 
 
+ROPE = {"rope_theta": 10000.0}
+
+
+def test_scaling_that_depends_on_length_is_held_against_texts_of_each_length() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+    long = {"rope_type": "longrope", "partial_rotary_factor": 1.0, **factors, **ROPE}
+    right = TransformersBackend(
+        tiny_model("phi3", rope_parameters=long, max_position_embeddings=256, original_max_position_embeddings=32)
+    )
+    assert right.rope_changes_at == (32,)
+    assert compare_ids(right, PROMPT, steps=32).rows[1].verdict is Verdict.EQUIVALENT
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, **ROPE}
+    wrong = TransformersBackend(tiny_model("llama", rope_parameters=dynamic, max_position_embeddings=32))
+    assert (wrong.rope_changes_at, wrong.context_length) == ((32,), 64)
+    row = compare_ids(wrong, PROMPT, steps=16).rows[1]  # its cache keeps keys that were scaled for shorter texts
+    assert row.verdict is Verdict.DIFFERENT
+    assert {"longer texts", "stale context"} & {finding.name for finding in row.findings}
+
+
 def test_the_last_token_alone_is_harmless_and_a_wrong_position_is_named() -> None:
     _, last_token, wrong_offset = compare("llama", "auto", "last-token", "wrong-offset").rows
     assert last_token.verdict is Verdict.EQUIVALENT

@@ -23,7 +23,7 @@ def row_uses() -> Iterator[Use]:
     """Yield the uses. One that does not apply says so when it is run."""
     rows = ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")
     yield Use(f"{ROWS} rows of a batch", _many_rows, rows)
-    yield Use("rows in another order", _moved_rows, rows)
+    yield Use("rows in another order", _moved_rows, rows, rewinds=True)
     edited = (rows[0], "Rows of a batch are wrong after an edit, one sequence alone is right.")
     yield Use("edits of rows", _edited_rows, edited, rewinds=True, simpler=lambda length: EDITS)
     yield Use("rows of different lengths", partial(_uneven_rows, _SINGLE), rows)
@@ -49,7 +49,7 @@ def _many_rows(case: Case) -> Iterator[Check]:
 
 
 def _moved_rows(case: Case) -> Iterator[Check]:
-    """Rows of one batch that change places before each step, as in beam search."""
+    """Rows of one batch that change places before each step, as in beam search. Each then has another text."""
     rows = _rows(case, min(case.ids.shape[1], case.start + _STEPS))
     yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1), turn=1)
 

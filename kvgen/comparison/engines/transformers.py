@@ -41,7 +41,8 @@ class TransformersSubject(Subject):
         super().__init__(backend)
         self._backend, self.module = backend, backend.net
         self.cannot_cache = backend.cannot_cache
-        self.changes_at, self.chunk_sizes = self._sizes(_WINDOWS), self._sizes(_CHUNKS)
+        self.changes_at = (*self._sizes(_WINDOWS), *backend.rope_changes_at)
+        self.chunk_sizes = self._sizes(_CHUNKS)
         if backend.cache.startswith("quantized"):
             self.lossy = f"the cache of transformers is {backend.cache}"
 

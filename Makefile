@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run side by side, a process for each processor. Bytecode is kept, for the processes that they start.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# pip compiles on one processor, and everything: what is not compiled here, Python compiles when it is imported.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --no-warn-conflicts --disable-pip-version-check -c constraints.txt
+UNUSED := /tests?/|/testing/|/transformers/models/|/(_inductor|fontTools|matplotlib|mypyc?|networkx|openai|pip|setuptools)/
+COMPILE := $(BIN)/python -m compileall -qq -x '$(UNUSED)'
+KERNELS := $(BIN)/python -c "from kvgen.kernels.build import library; library()"
 PROMPT_FILE ?= prompts/story.txt
 INPUTS ?= 10000
 
@@ -41,17 +46,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -e .
 	@touch $@
 
-# pip compiles on one processor, and everything. What is left out, Python compiles when it is imported.
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	-@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/testing/|/transformers/models/' $(VENV)/lib
-	@touch $@ $(VENV)/.run
+# While pip installs what only tests need, another processor compiles what is there already, and the kernels.
+$(VENV)/.dev: $(VENV)/.run
+	{ $(COMPILE) $(VENV)/lib/python*/site-packages/*/; $(KERNELS); } 2>/dev/null & \
+		$(PIP) -e ".[dev]"; ended=$$?; $(COMPILE) -j 0 $(VENV)/lib; wait; exit $$ended
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev benchmarks/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	$(PIP) -r benchmarks/requirements.txt
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

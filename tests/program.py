@@ -1,7 +1,8 @@
 """kvgen as a user runs it: in processes of its own, with pipes or a terminal.
 
-`run`, `start` and `run_on_terminal` fork them from a server that has imported kvgen and torch already, since a short
-command spends most of its time on that. Tests of how a process starts (signals at once, closed streams) run `KVGEN`.
+`run`, `start`, `run_on_terminal` and `run_python` fork them from a server that has imported kvgen and torch already,
+since a short command spends most of its time on that. Tests of how a process starts (signals at once, what is imported,
+stdout or stderr closed) run `KVGEN`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import pkgutil
 import pty
+import resource
 import select
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from typing import Any, TextIO
 import kvgen
 
 KVGEN = [sys.executable, "-m", "kvgen"]
+CLOSED = -1  # in place of a file descriptor
 _TIMEOUT = 300
 _LOST = 10  # seconds of silence after which a Ctrl-C is pressed again
 
@@ -36,7 +39,7 @@ _server = multiprocessing.get_context("forkserver")
 # Typer imports Pydantic with `_adapters`, when it first reads a command line. Libraries of engines take seconds, and
 # huggingface_hub, which comes with one, keeps the cache folder of its import.
 _modules = [module.name for module in pkgutil.walk_packages(kvgen.__path__, "kvgen.") if ".engines" not in module.name]
-_server.set_forkserver_preload(["torch", "typer._adapters", *_modules])
+_server.set_forkserver_preload(["torch", "typer._adapters", "tests.program", *_modules])
 
 
 def run(
@@ -46,11 +49,14 @@ def run(
     stdout: int | None = None,
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
+    limits: Mapping[int, int] | None = None,
+    code: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run kvgen to its end; it is killed after some minutes.
 
-    stdin: a file descriptor, where there is no `input`; None for an empty one. stdout, stderr: file descriptors to
-    write to; None for pipes, whose contents are returned.
+    stdin: a file descriptor or `CLOSED`, where there is no `input`; None for an empty one. stdout, stderr: file
+    descriptors to write to; None for pipes, whose contents are returned. limits: of its resources, as for
+    `resource.setrlimit`. code: see `run_python`.
     """
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         streams = [os.pipe() for _ in range(3)]
@@ -59,7 +65,7 @@ def run(
         theirs = [
             ours if fd is None else fd for fd, ours in zip(given, (read_input, write_out, write_err), strict=True)
         ]
-        process = _started(arguments, os.environ if env is None else env, theirs)
+        process = _started(arguments, os.environ if env is None else env, theirs, limits, code)
         for fd in (read_input, write_out, write_err):
             os.close(fd)
         outputs = [stack.enter_context(os.fdopen(fd)) for fd in (read_out, read_err)]
@@ -71,6 +77,11 @@ def run(
         hung.cancel()
     assert process.exitcode is not None
     return subprocess.CompletedProcess(list(arguments), process.exitcode, out, errors)
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program with `sys.argv[1:]` where kvgen and torch are imported already."""
+    return run(*arguments, code=code)
 
 
 @contextlib.contextmanager
@@ -142,35 +153,58 @@ def run_on_terminal(
     return process.exitcode, output.decode()
 
 
-def _started(arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]) -> ForkServerProcess:
-    process = _Kvgen(arguments, dict(environment), streams)
+def _started(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    streams: Sequence[int],
+    limits: Mapping[int, int] | None = None,
+    code: str | None = None,
+) -> ForkServerProcess:
+    process = _Kvgen(arguments, dict(environment), streams, dict(limits or {}), code)
     process.start()
     return process
 
 
 class _Kvgen(ForkServerProcess):
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str], streams: Sequence[int]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        streams: Sequence[int],
+        limits: dict[int, int],
+        code: str | None,
+    ) -> None:
         super().__init__()
         self.arguments, self.environment, self.streams = arguments, environment, list(streams)
+        self.limits, self.code = limits, code
         self.folder = Path.cwd()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "streams": [DupFd(stream) for stream in self.streams]}
+        return {**self.__dict__, "streams": [None if fd == CLOSED else DupFd(fd) for fd in self.streams]}
 
     def run(self) -> None:
-        """In the new process: become what `python -m kvgen` is."""
+        """In the new process: become what `python -m kvgen`, or `python -c`, is."""
         for number, stream in enumerate(self.streams):
-            os.dup2(stream.detach(), number)  # type: ignore[attr-defined]
-        if os.isatty(0):
+            if stream is None:
+                os.close(number)
+            else:
+                os.dup2(stream.detach(), number)  # type: ignore[attr-defined]
+        if self.streams[0] is not None and os.isatty(0):
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
-        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+        sys.stdin = None if self.streams[0] is None else os.fdopen(0, closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         sys.argv = ["kvgen", *self.arguments]
         gc.freeze()  # else each collection would touch, and so copy, what the server has imported
+        for limit, value in self.limits.items():
+            resource.setrlimit(limit, (value, value))
+        if self.code is not None:
+            exec(compile(self.code, "<string>", "exec"), {"__name__": "__main__"})
+            return
 
         from kvgen.__main__ import main
 

@@ -181,7 +181,6 @@ def make_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
 MODELS = {name: make_decoder(config) for name, config in CONFIGS.items()}
 MODELS["delta-nets"].double()  # it divides by numbers near 0: rounding in fp32 would look like a fault
 MODEL = MODELS["plain"]
-any_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 # One of each kind of state, and of each way to choose positions.
 _STATES = (
     *("plain", "windows", "long-rope", "experts", "short-convolutions-and-windows", "mamba", "mamba-2", "delta-nets"),
@@ -213,7 +212,7 @@ def edited_sequences(draw: st.DrawFn) -> list[list[int]]:
     return sequences
 
 
-@any_model
+@any_state
 @given(sequences=edited_sequences())
 def test_cached_logits_equal_uncached_for_any_edits(model: Decoder, sequences: list[list[int]]) -> None:
     cache = None

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -235,10 +236,11 @@ def test_blank_lines_are_no_prompts_and_a_bad_one_does_not_end_the_others(tiny, 
 
 @pytest.mark.parametrize("arguments", first(1, ["", "--lines", "-p x", "-f -"]))
 def test_a_prompt_that_no_context_holds_is_refused_before_memory_ends(tiny, arguments: str) -> None:
-    command = " ".join([*KVGEN, *tiny, arguments])
     endless = "head -c 70000000 /dev/zero | tr '\\0' a" if arguments == "--lines" else "yes ''"
-    shell = f"ulimit -v 8000000; {endless} | {command}"
-    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    with subprocess.Popen(["sh", "-c", endless], stdout=subprocess.PIPE) as source:
+        assert source.stdout is not None
+        limits = {resource.RLIMIT_AS: 8_000_000 * 1024}
+        result = run(*tiny, *arguments.split(), stdin=source.stdout.fileno(), limits=limits)
     assert result.stdout == ""
     assert result.returncode == (1 if arguments == "--lines" else 2)
     first = result.stderr.splitlines()[0]

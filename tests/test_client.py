@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from typer.main import get_command
 
 import kvgen
@@ -21,6 +22,7 @@ from kvgen.client.connection import ServerAddress
 from kvgen.client.remote import connect
 from kvgen.errors import KvgenError
 from kvgen.system import runtime_dir
+from tests.families import make_model
 from tests.program import KVGEN, run
 from tests.sizes import first
 from tests.test_server import Served, serving
@@ -31,6 +33,7 @@ ROWS = """"The capital of France is"
 {"prompt": "x", "temperature": "hot"}
 {"messages": [{"role": "user", "content": "Hi"}]}
 """
+TEMPLATE = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}<s>assistant: "
 TIMES = ("first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 COUNTS = ("positions_reused", "positions_computed")  # a server has caches of earlier requests
 
@@ -38,6 +41,23 @@ COUNTS = ("positions_reused", "positions_computed")  # a server has caches of ea
 @pytest.fixture(scope="module")
 def server(smollm2_path: Path) -> Iterator[Served]:
     with serving("-m", str(smollm2_path)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: tokenizers.Tokenizer) -> Path:
+    """A folder with a random model that can chat."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model("llama", {"vocab_size": 384, "max_position_embeddings": 8192}).save_pretrained(folder)
+    tiny_tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny: Path) -> Iterator[Served]:
+    with serving("-m", str(tiny)) as served:
         yield served
 
 
@@ -63,7 +83,7 @@ def comparable(text: str) -> list[Any]:
         [
             (("generate", PROMPT, "--seed", "3", "-n", "8", "--json", "--logprobs", "2"), None),
             (("generate", "--lines", "--json", "--seed", "1", *GREEDY), "Hi\n" + "word " * 9000 + "\n"),
-            (("generate", "--chat", "--system", "Be brief.", "-p", "Hi <|im_end|>", *GREEDY), None),
+            (("generate", "--chat", "--system", "Be brief.", "-p", "Hi </s>", *GREEDY), None),
             (("generate", "word " * 9000), None),
             (("batch", "--seed", "1", "-n", "6"), ROWS),
             (("score", "-p", "The capital of France is Paris. \u65e5\u672c", "--tokens"), None),
@@ -82,11 +102,11 @@ def comparable(text: str) -> list[Any]:
     ),
 )
 def test_output_errors_and_exit_codes_are_those_of_a_model_that_is_loaded_here(
-    server: Served, smollm2_path: Path, case: tuple[tuple[str, ...], str | None]
+    tiny_server: Served, tiny: Path, case: tuple[tuple[str, ...], str | None]
 ) -> None:
     arguments, given = case
-    there = run(*arguments, "--server", address(server), input=given)
-    here = run(*arguments, "-m", str(smollm2_path), input=given)
+    there = run(*arguments, "--server", address(tiny_server), input=given)
+    here = run(*arguments, "-m", str(tiny), input=given)
     assert (there.returncode, comparable(there.stdout)) == (here.returncode, comparable(here.stdout))
     assert there.stderr == here.stderr
 

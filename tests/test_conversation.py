@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from kvgen.generation.conversation import Conversation
 from kvgen.generation.settings import Request
 from kvgen.loading.load import Loaded
 from kvgen.system import cache_dir
-from tests.program import KVGEN, run, run_on_terminal
+from tests.program import CLOSED, run, run_on_terminal
 from tests.sizes import first
 
 GREEDY = Sampling(temperature=0)
@@ -126,8 +125,7 @@ def test_it_does_not_start_in_a_pipe(smollm2_path: Path) -> None:
     for found in (run("chat"), run("chat", input="hello\n")):
         assert (found.returncode, found.stdout) == (2, "")
         assert "chat needs a terminal" in found.stderr
-    closed = subprocess.run(["bash", "-c", f"{' '.join(KVGEN)} chat <&-"], capture_output=True, text=True)
-    assert closed.returncode == 2
+    assert run("chat", stdin=CLOSED).returncode == 2
 
 
 def test_a_prompt_cache_carries_a_conversation_over(smollm2_path: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvgen.families import base, experts
 from kvgen.families.family import GGUF_NAMES
 from tests.families import make_checkpoint
 from tests.gguf_files import write_gguf
-from tests.program import run
+from tests.program import run, run_python
 from tests.sizes import first
 
 ROOT = Path(__file__).parent.parent
@@ -52,11 +52,14 @@ def test_documents_show_what_is_printed(
 
 
 @pytest.mark.parametrize("page", first(1, ["README.md", "docs/python.md"]))
-def test_python_examples_print_what_is_shown(smollm2_path: Path, tmp_path: Path, page: str) -> None:
+def test_python_examples_print_what_is_shown(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
     """The ```python blocks of a page are one program; a ```text block after one is what it prints."""
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
     code, shown = ("".join(parts) for parts in zip(*blocks, strict=True))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout == shown
 

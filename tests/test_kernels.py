@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +31,7 @@ from kvgen.model.cache import KVCache
 from kvgen.model.decoder import Decoder
 from tests.conftest import CORPUS
 from tests.families import make_checkpoint
-from tests.program import run, run_on_terminal
+from tests.program import run, run_on_terminal, run_python
 from tests.sizes import examples
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
@@ -307,7 +306,7 @@ if child == 0:
     os._exit(0 if torch.equal(model.all_logits(ids), expected) else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_python(script)
     assert done.returncode == 0, done.stderr
 
 

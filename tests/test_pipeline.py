@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import time
 from dataclasses import fields, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kvgen import Batch, KvgenError, Request, Sampling, UsageError
 from kvgen.pipeline.results import InOrder, ResultsFile
 from kvgen.pipeline.rows import SAMPLING_FIELDS, InputRow, read_row, read_rows
 from tests.odd_rows import odd_rows
-from tests.program import KVGEN, run, run_on_terminal
+from tests.program import KVGEN, run, run_on_terminal, start
 from tests.sizes import examples
 
 WORDS = ("red", "green", "blue", "stone", "river", "cloud")
@@ -357,20 +358,19 @@ def test_a_tokenizer_without_its_own_files_has_no_digest(smollm2_path: Path, tin
 def test_two_runs_do_not_write_to_one_file(tiny: list[str], tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows", 4), tmp_path / "out"
     command = [*tiny, "-o", str(out), "--resume", "--seed", "1"]
-    first = started(command, stdin=subprocess.PIPE)
-    assert first.stdin is not None
-    first.stdin.write(rows.read_text())
-    first.stdin.flush()
-    lines_in(out, 4, first)
-    (tmp_path / "link").symlink_to(out)
-    for path in (out, tmp_path / "link"):
-        second = run(*tiny, str(rows), "-o", str(path), "--resume", "--seed", "1")
-        assert (second.returncode, second.stderr) == (
-            2,
-            f"kvgen: error: {path}: another kvgen batch is writing to it\n",
-        )
-    first.communicate(timeout=60)
-    assert first.returncode == 0
+    with start(*command) as (stdin, _, first):
+        stdin.write(rows.read_text())
+        lines_in(out, 4, first)
+        (tmp_path / "link").symlink_to(out)
+        for path in (out, tmp_path / "link"):
+            second = run(*tiny, str(rows), "-o", str(path), "--resume", "--seed", "1")
+            assert (second.returncode, second.stderr) == (
+                2,
+                f"kvgen: error: {path}: another kvgen batch is writing to it\n",
+            )
+        stdin.close()
+        first.join(60)
+        assert first.exitcode == 0
     assert [value["index"] for value in results_of(out.read_text())] == list(range(4))
 
 
@@ -400,14 +400,10 @@ def test_rows_that_failed_are_reported_on_resume_and_completed_again_when_asked(
     assert run(*command, "--retry-errors").returncode == 2
 
 
-def started(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([*KVGEN, *arguments], stderr=subprocess.PIPE, text=True, **options)
-
-
-def lines_in(path: Path, least: int, process: subprocess.Popen[str]) -> None:
+def lines_in(path: Path, least: int, process: ForkServerProcess) -> None:
     """Wait until so many results are there, or the process has ended."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if path.exists() and path.read_bytes().count(b"\n") >= least:
             return
         time.sleep(0.002)
@@ -422,16 +418,13 @@ def test_a_killed_run_is_resumed_without_a_lost_doubled_or_torn_row(
     command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1", "--batch-size", "4"]
     chance, killed = random.Random(0), 0
     for number in range(kills):
-        process = started(command)
-        if number % 2:  # at any time, while it starts too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0, 2))
-        else:  # while it writes
-            there = out.read_bytes().count(b"\n") if out.exists() else 0
-            lines_in(out, there + chance.randint(1, 50), process)
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        with start(*command) as (_, _, process):
+            if number % 2:  # at any time, while it starts too
+                process.join(chance.uniform(0, 0.5))
+            else:  # while it writes
+                there = out.read_bytes().count(b"\n") if out.exists() else 0
+                lines_in(out, there + chance.randint(1, 50), process)
+        killed += process.exitcode == -signal.SIGKILL
     assert killed == kills
     assert run(*command).returncode == 0
     values = results_of(out.read_text())
@@ -446,18 +439,20 @@ def test_one_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny_llama, t
     rows, out = tmp_path / "rows", tmp_path / "out"
     counts = [10, 10, 10, *[most] * 400]
     rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": n_}) + "\n" for n, n_ in enumerate(counts)))
-    process = started(
-        ["batch", "-m", str(folder), "-t", "0", str(rows), "-o", str(out), "--batch-size", "4", "--stats"]
-    )
-    lines_in(out, 3, process)
-    process.send_signal(signal.SIGINT)
-    if most == 8000:
-        assert process.stderr is not None
-        while "again to stop" not in process.stderr.readline():
-            pass
-        process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    command = ["batch", "-m", str(folder), "-t", "0", str(rows), "-o", str(out), "--batch-size", "4", "--stats"]
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as stderr, start(*command, stderr=write_end) as (_, _, process):
+        os.close(write_end)
+        assert process.pid is not None
+        lines_in(out, 3, process)
+        os.kill(process.pid, signal.SIGINT)
+        if most == 8000:
+            while "again to stop" not in stderr.readline():
+                pass
+            os.kill(process.pid, signal.SIGINT)
+        errors = stderr.read()
+        process.join(120)
+    assert process.exitcode == 130
     assert "Traceback" not in errors
     assert (" 0 failed" in errors) == (most == 400)  # the second one is not for saying goodbye
     found = results_of(out.read_text())
@@ -469,13 +464,13 @@ def test_one_ctrl_c_lets_rows_under_way_end_and_a_second_one_stops(tiny_llama, t
 
 def test_a_full_disk_loses_nothing(tiny: list[str], tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows", 30), tmp_path / "out"
-    command = " ".join([*KVGEN, *tiny, str(rows), "-o", str(out), "--resume", "--seed", "1"])
-    limited = subprocess.run(["bash", "-c", f"ulimit -f 2; trap '' XFSZ; {command}"], capture_output=True, text=True)
+    command = [*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1"]
+    limited = run(*command, limits={resource.RLIMIT_FSIZE: 2048})
     assert limited.returncode == 1
     assert limited.stderr.startswith(f"kvgen: error: {out}: cannot be written (File too large)")
     assert len(limited.stderr.splitlines()) == 1
     assert 1 <= len(results_of(out.read_text())) < 30
-    assert run(*tiny, str(rows), "-o", str(out), "--resume", "--seed", "1").returncode == 0
+    assert run(*command).returncode == 0
     assert [value["index"] for value in results_of(out.read_text())] == list(range(30))
 
 
@@ -518,12 +513,12 @@ def test_a_dash_is_stdout(tiny: list[str], tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_told_of_in_a_line(tiny: list[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.write_text("".join(json.dumps({"prompt": f"go {n}", "max_tokens": 60}) + "\n" for n in range(300)))
-    command = " ".join([*KVGEN, *tiny, str(rows), "--batch-size", "4"])
-    left = subprocess.run(
-        ["bash", "-c", f"{command} | head -2; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=300
-    )
+    with subprocess.Popen(["head", "-2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdin is not None
+        left = run(*tiny, str(rows), "--batch-size", "4", stdout=head.stdin.fileno())
+        shown, _ = head.communicate()
     assert left.returncode == 0
-    assert len(results_of(left.stdout)) == 2
+    assert len(results_of(shown)) == 2
     assert len(left.stderr.splitlines()) == 1
     assert left.stderr.startswith("stdout was closed after ")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import kvgen
 from kvgen.families import FAMILIES
+from tests.program import run_python
 
 ROOT = Path(kvgen.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -141,7 +140,7 @@ def test_the_library_keeps_off_the_terminal() -> None:
 
 def test_the_package_shows_what_it_has() -> None:
     code = "import pydoc, kvgen; shown = pydoc.plain(pydoc.render_doc(kvgen)); print(shown, *dir(kvgen))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    shown = run_python(code).stdout
     assert set(kvgen.__all__) <= set(dir(kvgen))
     for name in ("compare", "generate", "load", "score", "stream"):
         assert f"\n    {name}(" in shown

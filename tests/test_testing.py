@@ -13,6 +13,7 @@ import torch
 from kvgen import UsageError
 from kvgen.testing import assert_cache_correct
 from tests.faults import SmallDecoder
+from tests.program import run_python
 
 TESTS = f"""
 import sys
@@ -27,10 +28,12 @@ def test_wrong(assert_cache_correct):
 """
 
 
-def test_the_fixture_passes_a_right_cache_and_explains_a_wrong_one(tmp_path: Path) -> None:
+def test_the_fixture_passes_a_right_cache_and_explains_a_wrong_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "test_mine.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    result = run_python("import pytest; pytest.console_main()", "-q", "-p", "no:cacheprovider", "test_mine.py")
     assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr
     assert "full-sequence: different" in result.stdout
     assert "The position offset is lost: the new token is computed at position 0" in result.stdout

@@ -16,6 +16,7 @@ from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped, quantized, stacked
 from kvgen.errors import CheckpointError, UnsupportedError, in_one_line
 from kvgen.families.family import OfColumns, parts_of, split_fused, transform_of
+from kvgen.kernels.memory import WeightMemory
 from kvgen.kernels.packed import PackedMatrix
 from kvgen.model.layers import Linear
 from kvgen.model.moe import RouterModule, StackedLinear
@@ -37,6 +38,7 @@ class WeightReader:
         modules = list(blueprint.decoder.named_modules())
         linear = (name for name, module in modules if isinstance(module, Linear | StackedLinear))
         self.matrices = {f"{name}.weight" for name in (*linear, "token_embd")}
+        self.memory = WeightMemory()
         self.routers = {f"{name}.weight" for name, module in modules if isinstance(module, RouterModule)}  # stay floats
 
     def check_memory(self) -> None:
@@ -162,7 +164,7 @@ class WeightReader:
         if bits is not None and is_matrix and isinstance(piece, Tensor) and piece.shape[-1] % 32 == 0:  # whole groups
             piece = quantized(piece, bits)
         if options.kernels and (is_matrix or name in self.routers):
-            return PackedMatrix(piece, release)
+            return PackedMatrix(piece, release, self.memory)
         assert not isinstance(piece, StoredBlocks)
         floats = piece.dequantized() if isinstance(piece, Grouped) else piece
         floats = floats.to(device=options.device, dtype=options.dtype)

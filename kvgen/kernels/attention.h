@@ -7,9 +7,8 @@ namespace {
 
 // Attention of a task's queries to the chunk from position `start`. Rows of `to` are ordered by token, then head.
 template <class T>
-void attend_chunk(const Op &op, const Run &run, Shared &shared, const Task &task, int64_t start,
-                  const Chunk<T> &next, Partial to) {
-    if (run.activation_bits == 8) return attend_rounded<T>(op, run, shared, task, start, next, to);
+void attend_chunk(const Op &op, const Run &run, Shared &shared, const Task &task, int64_t start, Partial to) {
+    if (run.activation_bits == 8) return attend_rounded<T>(op, run, shared, task, start, to);
     const Sequence &sequence = run.sequences[task.sequence];
     const Layer &layer = sequence.layers[op.layer];
     int dims = op.width, padded = padded_width(op), width = run.widths[op.src];
@@ -17,7 +16,7 @@ void attend_chunk(const Op &op, const Run &run, Shared &shared, const Task &task
     resize(panel_buffer, size_t(KEYS) * (dims + padded) + size_t(rows) * KEYS);
     float *keys = panel_buffer.data(), *copied = keys + KEYS * dims, *scores = copied + KEYS * padded;
     Chunk<T> chunk = chunk_of<T>(op, run, task, start);
-    chunk.pack_keys(keys, next);
+    chunk.pack_keys(keys);
     int stride;
     const float *values = chunk.unpack_values(copied, &stride);
     const float *queries = run.slots[op.src] + size_t(sequence.row + task.t0) * width + task.kv_head * group * dims;
@@ -110,18 +109,15 @@ template <class T> void attend(const Op &op, const Run &run, Shared &shared) {
         Partial sum(tile_buffer.data(), rows), next(tile_buffer.data() + size, rows);
         std::fill(sum.max, sum.max + rows, -INFINITY);
         for (int64_t c = 0; c < task.chunks; c++) {
-            Chunk<T> coming = chunk_of<T>(op, run, task, (task.from + std::min(c + 1, task.chunks - 1)) * KEYS);
-            attend_chunk(op, run, shared, task, (task.from + c) * KEYS, coming, next);
+            attend_chunk<T>(op, run, shared, task, (task.from + c) * KEYS, next);
             for (size_t r = 0; r < rows; r++) merge_row(sum, next, r);
         }
         for (size_t r = 0; r < rows; r++) finish(task, sum, r);
     });
     shared.threads->each(chunks, max_rows * chunk_cost, [&](int i) {
         auto [t, c] = shared.chunks[i];
-        auto [next_t, next_c] = shared.chunks[std::min(i + 1, chunks - 1)];
-        const Task &task = shared.split[t], &next = shared.split[next_t];
-        Chunk<T> coming = chunk_of<T>(op, run, next, (next.from + next_c) * KEYS);
-        attend_chunk(op, run, shared, task, (task.from + c) * KEYS, coming, partial_of(task, c));
+        const Task &task = shared.split[t];
+        attend_chunk<T>(op, run, shared, task, (task.from + c) * KEYS, partial_of(task, c));
     });
     int rows = int(shared.split.size()) * max_rows;
     int64_t merges = rows ? chunks / int(shared.split.size()) : 0; // per row

@@ -38,6 +38,7 @@ template <class T> struct Chunk {
 
     // 16 numbers of a row from dimension d, with zeros after its end
     f32x16 part(const T *at, int d) const {
+        if (d * sizeof(T) % 64 == 0) fetch_ahead(at + d);
         if (d + 16 <= dims) return read_row(at, d, dims);
         T padded[32] = {}; // includes the scale after the numbers
         std::memcpy(padded, at + d, (row - d) * sizeof(T));
@@ -45,20 +46,15 @@ template <class T> struct Chunk {
         return load_some((const float *)&v, dims - d);
     }
 
-    // Transposes keys into a panel [D][32] for each 32 of them, skipping empty blocks of 16, and prefetches `next`.
-    void pack_keys(float *to, const Chunk &next) const {
+    // Transposes keys into a panel [D][32] for each 32 of them, skipping empty blocks of 16.
+    void pack_keys(float *to) const {
         for (int j = low / 16 * 16; j < end; j += 16) {
             const T *key = keys + j * row;
             bool whole = j >= low && j + 16 <= end;
             for (int d = 0; d < dims; d += 16) {
                 f32x16 m[16];
-                for (int i = 0; i < 16; i++) {
-                    if (d * sizeof(T) % 64 == 0 && j + i < next.end) {
-                        __builtin_prefetch(next.keys + (j + i) * row + d, 0, 2);
-                        __builtin_prefetch(next.values + (j + i) * row + d, 0, 2);
-                    }
+                for (int i = 0; i < 16; i++)
                     m[i] = whole || (j + i >= low && j + i < end) ? part(key + i * row, d) : f32x16{};
-                }
                 transpose(m);
                 float *panel = to + (j / PANEL * dims + d) * PANEL + j % PANEL;
                 for (int i = 0; i < 16 && d + i < dims; i++) store(panel + i * PANEL, m[i]);

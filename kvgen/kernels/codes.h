@@ -22,18 +22,23 @@ struct Codes4 { // [word][row]: bytes whose halves are the sides
     INLINED i32x16 quad(size_t w, int side, int half) const {
         return load<i32x16>(at + w * PANEL + half * 16) >> 4 * side & 0x0f0f0f0f;
     }
+    INLINED void fetch(size_t w) const { fetch_ahead(at + w * PANEL), fetch_ahead(at + w * PANEL + 16); }
 };
 struct Coded4 { // as Codes4, of a table
     static constexpr int ZERO = 128;
     Codes4 codes;
     const uint8_t *table;
     INLINED i32x16 quad(size_t w, int side, int half) const { return look_up(table, codes.quad(w, side, half)); }
+    INLINED void fetch(size_t w) const { codes.fetch(w); }
 };
 struct Codes8 { // [word][side][row]
     static constexpr int ZERO = 128;
     const int32_t *at;
     INLINED i32x16 quad(size_t w, int side, int half) const {
         return load<i32x16>(at + (w * 2 + side) * PANEL + half * 16);
+    }
+    INLINED void fetch(size_t w) const {
+        UNROLL for (int i = 0; i < 2 * PANEL; i += 16) fetch_ahead(at + w * 2 * PANEL + i);
     }
 };
 
@@ -45,6 +50,7 @@ void widen_codes(const Weight &w, const int32_t *from, int32_t *to) {
     for (int g = 0; g < w.cols / 32; g++, from += 5 * PANEL, to += 8 * PANEL)
         for (int at = 0; at < PANEL; at += 16) {
             i32x16 high = load<i32x16>(from + 4 * PANEL + at);
+            UNROLL for (int word = 0; word < 5; word++) fetch_ahead(from + word * PANEL + at);
             UNROLL for (int bit = 0; bit < 8; bit++) {
                 int word = bit % 4, side = bit / 4;
                 i32x16 low = load<i32x16>(from + word * PANEL + at) >> 4 * side & 0x0f0f0f0f;
@@ -74,7 +80,8 @@ INLINED inline void sum_words(C codes, size_t begin, size_t end, size_t all, int
     constexpr int NUMBERS = BYTES ? 2 : 4; // of a word
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int h = 0; h < HALVES; h++) whole[n][h] = i32x16{};
-    NO_UNROLL for (size_t first = begin; first < end; first += 2)
+    NO_UNROLL for (size_t first = begin; first < end; first += 2) {
+        if (HALVES == 2) codes.fetch(first), codes.fetch(first + 1);
         UNROLL for (int i = 0; i < 2 * NUMBERS; i++) {
             size_t w = first + i / NUMBERS;
             i32x16 w_codes[HALVES];
@@ -91,6 +98,7 @@ INLINED inline void sum_words(C codes, size_t begin, size_t end, size_t all, int
                     }
             }
         }
+    }
     if (BYTES)
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int h = 0; h < HALVES; h++)

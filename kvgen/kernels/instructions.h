@@ -13,6 +13,11 @@
 
 namespace {
 
+// Asks for what a step reads next, to have it in the second cache in time. Processors do so on their own, but only to
+// the end of a page of 4 KB, so that they wait at the start of each.
+constexpr int AHEAD = 8192; // bytes
+INLINED inline void fetch_ahead(const void *at) { __builtin_prefetch((const char *)at + AHEAD, 0, 2); }
+
 // a * b + c, rounded once
 INLINED inline f32_lanes fma(f32_lanes a, f32_lanes b, f32_lanes c) {
 #if defined(__AVX512BW__)

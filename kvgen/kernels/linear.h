@@ -12,7 +12,10 @@ void multiply(const float *const *x, const float *panel, int stride, int cols, f
         f32x16 acc[N][HALVES] = {};
         for (int k = 0; k < cols; k++) {
             f32x16 w[HALVES];
-            UNROLL for (int h = 0; h < HALVES; h++) w[h] = load<f32x16>(panel + k * stride + (half + h) * 16);
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                w[h] = load<f32x16>(panel + k * stride + (half + h) * 16);
+                if (HALVES == 2) fetch_ahead(panel + k * stride + h * 16);
+            }
             UNROLL for (int n = 0; n < N; n++)
                 UNROLL for (int h = 0; h < HALVES; h++) acc[n][h] = fma(w[h], x[n][k], acc[n][h]);
         }
@@ -37,8 +40,10 @@ const float *unpack_panel(const Weight &w, int panel) {
     if (w.kind == F32) return (const float *)w.codes + start;
     resize(panel_buffer, size_t(w.cols) * PANEL);
     const uint16_t *from = (const uint16_t *)w.codes + start;
-    for (size_t i = 0; i < size_t(w.cols) * PANEL; i += 16)
+    for (size_t i = 0; i < size_t(w.cols) * PANEL; i += 16) {
+        fetch_ahead(from + i);
         store(&panel_buffer[i], w.kind == BF16 ? load_bfloat(from + i) : load_half(from + i));
+    }
     return panel_buffer.data();
 }
 

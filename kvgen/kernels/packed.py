@@ -16,6 +16,7 @@ from torch import Tensor
 from kvgen.checkpoint.gguf_blocks import StoredBlocks
 from kvgen.checkpoint.grouped import Grouped
 from kvgen.kernels.build import library
+from kvgen.kernels.memory import WeightMemory
 from kvgen.kernels.structs import Weight
 
 PANEL = 32
@@ -29,19 +30,25 @@ _UNITS = {2: torch.int16, 4: torch.int32}  # by size: numpy has no bfloat16
 class PackedMatrix:
     """A matrix of R rows and K columns, or one for each of E experts. `tensors` own the memory of `weight`."""
 
-    def __init__(self, matrix: Tensor | Grouped | StoredBlocks, release: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        matrix: Tensor | Grouped | StoredBlocks,
+        release: Callable[[], None] = lambda: None,
+        memory: WeightMemory | None = None,
+    ) -> None:
         """matrix: (R, K) or (E, R, K). fp32, bf16, fp16 and grouped integers keep their type; fp64 becomes fp32.
 
-        release: drop the file's pages from memory; called from time to time.
+        release: drop the file's pages from memory; called from time to time. memory: that of the other weights.
         """
+        memory = memory or WeightMemory()
         self.shape = tuple(matrix.shape)
         values = None
         if isinstance(matrix, Tensor):
-            self.tensors = [_pack_floats(matrix if matrix.dtype in _FLOATS else matrix.float(), release)]
+            self.tensors = [_pack_floats(matrix if matrix.dtype in _FLOATS else matrix.float(), release, memory)]
             kind, group, wide = _FLOATS[self.tensors[0].dtype], 0, False
         else:
             sample = matrix.piece(0, 1)
-            self.tensors, group, values = _pack_groups(matrix, release), sample.group, sample.values
+            self.tensors, group, values = _pack_groups(matrix, release, memory), sample.group, sample.values
             kind, wide = _INT4 if sample.bits == 4 else _INT8, self.tensors[1].itemsize == 4
             if values is not None:
                 kind = _CODED4
@@ -93,10 +100,10 @@ def _panels(rows: int) -> int:
     return -(-rows // PANEL)
 
 
-def _new_panels(shape: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+def _new_panels(shape: Sequence[int], width: int, dtype: torch.dtype, memory: WeightMemory) -> Tensor:
     """Return memory for `width` numbers of each row of (R, K) or (E, R, K): (P, width, 32)."""
     *experts, rows, _ = shape
-    panels = torch.empty(*experts, _panels(rows), width, PANEL, dtype=dtype)
+    panels = memory.empty((*experts, _panels(rows), width, PANEL), dtype)
     if rows % PANEL:
         panels[..., -1, :, rows % PANEL :] = 0
     return panels.flatten(0, -3)
@@ -113,9 +120,9 @@ def _write(rows: Tensor, panels: Tensor) -> None:
         target[whole, ..., : len(source) % PANEL] = np.moveaxis(source[whole * PANEL :], 0, -1)
 
 
-def _pack_floats(matrix: Tensor, release: Callable[[], None]) -> Tensor:
+def _pack_floats(matrix: Tensor, release: Callable[[], None], memory: WeightMemory) -> Tensor:
     *experts, rows, columns = matrix.shape
-    panels = _new_panels(matrix.shape, columns, matrix.dtype)
+    panels = _new_panels(matrix.shape, columns, matrix.dtype, memory)
     matrices = matrix.unbind() if experts else [matrix]
     for panel, first, last in _pieces(matrix.shape, release):
         expert, start = divmod(first, rows)
@@ -147,14 +154,14 @@ def _words_of_5_bits(codes: NDArray[np.int8]) -> Tensor:
     return torch.from_numpy(words.view(np.int32).reshape(5, len(codes), -1).transpose(1, 2, 0))
 
 
-def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None]) -> list[Tensor]:
+def _pack_groups(matrix: Grouped | StoredBlocks, release: Callable[[], None], memory: WeightMemory) -> list[Tensor]:
     """Interleave units of four bytes of codes, and then scales and minimums."""
     tensors: list[Tensor] = []
     for panel, first, last in _pieces(matrix.shape, release):
         piece = matrix.piece(first, last)
         parts = [_words(piece), piece.scales, *([] if piece.mins is None else [piece.mins])]
         if not tensors:
-            tensors = [_new_panels(matrix.shape, part[0].numel(), part.dtype) for part in parts]
+            tensors = [_new_panels(matrix.shape, part[0].numel(), part.dtype, memory) for part in parts]
         if any(part.dtype != torch.float16 for part in (*parts[1:], *tensors[1:])):  # all fp32, if any is
             tensors[1:], parts[1:] = ([part.float() for part in some[1:]] for some in (tensors, parts))
         for part, panels in zip(parts, tensors, strict=True):

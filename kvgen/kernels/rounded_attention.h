@@ -140,8 +140,7 @@ void round_queries(const Op &op, const Run &run, Shared &shared) {
 
 // `attend_chunk` with integers.
 template <class T>
-void attend_rounded(const Op &op, const Run &run, Shared &shared, const Task &task, int64_t start,
-                    const Chunk<T> &next, Partial to) {
+void attend_rounded(const Op &op, const Run &run, Shared &shared, const Task &task, int64_t start, Partial to) {
     const Sequence &sequence = run.sequences[task.sequence];
     const Layer &layer = sequence.layers[op.layer];
     int dims = op.width, padded = padded_width(op), pairs = (dims + 1) / 2, group = op.heads / op.kv_heads;
@@ -150,7 +149,7 @@ void attend_rounded(const Op &op, const Run &run, Shared &shared, const Task &ta
     int32_t *integers = (int32_t *)panels + KEYS * dims;
     RoundedChunk rounded{integers, integers + KEYS * pairs, scales, scales + KEYS};
     Chunk<T> chunk = chunk_of<T>(op, run, task, start);
-    chunk.pack_keys(panels, next);
+    chunk.pack_keys(panels);
     round_keys(panels, dims, chunk.low, chunk.end, rounded);
     round_values(chunk, padded, rounded);
     size_t first_query = (size_t(task.kv_head) * run.rows + sequence.row + task.t0) * group;

@@ -40,24 +40,11 @@ class TransformersBackend(Backend):
         self.config = net.config.get_text_config(decoder=True)
         self.vocab_size = getattr(self.config, "vocab_size", None)
         longest = getattr(self.config, "max_position_embeddings", None)
-        self.context_length = longest if isinstance(longest, int) and longest > 0 else None
-        self.rope_changes_at: tuple[int, ...] = ()  # lengths from which rotary positions are scaled otherwise
-        self._read_rope()
+        longest = longest if isinstance(longest, int) and longest > 0 else None
+        self.context_length, self.rope_changes_at = _scaled(self.config, longest)
         attention = getattr(net.config, "_attn_implementation", None) or "attention"
         self.engine = f"transformers {transformers.__version__}, {attention}, cache {cache}"
         self.cannot_cache = self._refusal()
-
-    def _read_rope(self) -> None:
-        """Dynamic scaling goes on beyond `max_position_embeddings`; with `longrope`, other factors apply from there."""
-        given = getattr(self.config, "rope_parameters", None) or {}
-        for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
-            kind, first = rope.get("rope_type", ""), rope.get("original_max_position_embeddings")
-            if "dynamic" in kind and self.context_length:
-                self.rope_changes_at = (self.context_length,)
-                self.context_length = int(self.context_length * rope.get("factor", 1))
-                return
-            if kind == "longrope" and isinstance(first, int):
-                self.rope_changes_at = (first,)
 
     def _refusal(self) -> str | None:
         """Why the library cannot use this cache for this model, in its words; None if it can."""
@@ -182,3 +169,19 @@ class TransformersBackend(Backend):
         if self._chooses:
             return iter([logits[0]])
         return iter([logits[0, kept]]) if logits.shape[1] == ids.shape[1] > 1 else None
+
+
+def _scaled(config: Any, longest: int | None) -> tuple[int | None, tuple[int, ...]]:
+    """The context length, and lengths from which rotary positions are scaled otherwise.
+
+    Dynamic scaling goes on beyond `max_position_embeddings`; with `longrope`, other factors apply from some length on.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    changes: tuple[int, ...] = ()
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        kind, first = rope.get("rope_type", ""), rope.get("original_max_position_embeddings")
+        if "dynamic" in kind and longest:
+            return int(longest * rope.get("factor", 1)), (longest,)
+        if kind == "longrope" and isinstance(first, int):
+            changes = (first,)
+    return longest, changes

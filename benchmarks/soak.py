@@ -258,8 +258,8 @@ def main() -> None:
     command = [sys.executable, "-m", "kvgen", "serve", "-m", str(resolve(MODEL)), "--port", "0", "--max-body", "2MB"]
     command += ["--max-cache-memory", given.max_cache_memory]
     command += ["--threads", str(given.threads)] if given.threads else []
-    with started(command, r"^serving .* on http://(\S+)/v1") as address, ThreadPoolExecutor(given.clients) as pool:
-        process = psutil.Process(json.loads(asked(address, "/kvgen/v1/model"))["pid"])
+    with started(command, r"^serving .* on http://(\S+)/v1") as server, ThreadPoolExecutor(given.clients) as pool:
+        address, process = server
         end = time.monotonic() + given.seconds
         clients = [Client(address, made, seed) for seed in range(given.clients)]
         running = [pool.submit(client.run, end) for client in clients]

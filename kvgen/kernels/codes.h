@@ -148,23 +148,32 @@ template <class C> void unpack_pairs(C codes, size_t words, int half, int32_t *t
     }
 }
 
+// Codes are unpacked once for many tiles where a tile has few rows. With 16 numbers in a register it has twice as many,
+// and reading unpacked codes takes longer than unpacking them.
+constexpr bool UNPACKS = LANES == 8;
+
+template <class C>
+void multiply_unpacked(const Weight &w, C codes, Scales scales, Scales mins, Shared &shared, int first, int count,
+                       float *out) {
+    int groups = w.cols / w.group, words = w.group / 8;
+    resize(panel_buffer, size_t(w.cols) * 8);
+    int32_t *pairs = (int32_t *)panel_buffer.data();
+    for (int half = 0; half < 2; half++) { // half a panel at once: more of it stays in the first cache
+        unpack_pairs(codes, w.cols / 8, half, pairs);
+        each_tile(count, [&](int t, auto n) {
+            Rounded x = shared.rounded.row(first + t, groups, 4 * words);
+            multiply_half<n, 1, false>(Pairs{pairs}, scales, mins, half, groups, words, x, out + t * PANEL);
+        });
+    }
+}
+
 // A panel for `count` input rows from `first`: out is (count, PANEL).
 template <bool BYTES, class C>
 void multiply_codes(const Weight &w, C codes, int panel, Shared &shared, int first, int count, float *out) {
     int groups = w.cols / w.group, words = w.group / 8;
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
-    if constexpr (!BYTES) if (count >= 2 * TILE) { // unpack once for all tiles
-        resize(panel_buffer, size_t(w.cols) * 8);
-        int32_t *pairs = (int32_t *)panel_buffer.data();
-        for (int half = 0; half < 2; half++) {
-            unpack_pairs(codes, w.cols / 8, half, pairs);
-            each_tile(count, [&](int t, auto n) {
-                Rounded x = shared.rounded.row(first + t, groups, 4 * words);
-                multiply_half<n, 1, false>(Pairs{pairs}, scales, mins, half, groups, words, x, out + t * PANEL);
-            });
-        }
-        return;
-    }
+    if constexpr (UNPACKS && !BYTES)
+        if (count >= 4 * TILE) return multiply_unpacked(w, codes, scales, mins, shared, first, count, out);
     each_tile(count, [&](int t, auto n) {
         constexpr int HALVES = halves_of(n);
         Rounded x = shared.rounded.row(first + t, groups, BYTES ? 2 * words : 4 * words);

@@ -41,7 +41,17 @@ struct Codes8 { // [word][side][row]
         UNROLL for (int i = 0; i < 2 * PANEL; i += 16) fetch_ahead(at + w * 2 * PANEL + i);
     }
 };
-
+// Pair i of a word, in the order of the activations.
+template <class C> INLINED inline i32x16 pairs_of(C codes, size_t w, int i, int half) {
+    i32x16 quad = codes.quad(w, i % 2, half);
+    return i / 2 ? high_bytes(quad) : low_bytes(quad);
+}
+struct Pairs { // [word][pair][16 rows] of half a panel: the numbers that codes stand for
+    static constexpr int ZERO = 0;
+    const int32_t *at;
+    INLINED void fetch(size_t) const {}
+};
+INLINED inline i32x16 pairs_of(Pairs codes, size_t w, int i, int) { return load<i32x16>(codes.at + (w * 4 + i) * 16); }
 
 // Writes the codes of a panel of INT5 as those of INT8. A group has the words of INT4, and one more: bit 4 s + w of its
 // byte b is the highest bit of column b of word w and side s.
@@ -86,8 +96,8 @@ INLINED inline void sum_words(C codes, size_t begin, size_t end, size_t all, int
             size_t w = first + i / NUMBERS;
             i32x16 w_codes[HALVES];
             UNROLL for (int h = 0; h < HALVES; h++) {
-                i32x16 quad = codes.quad(w, i % 2, first_half + h);
-                w_codes[h] = BYTES ? quad : i / 2 % 2 ? high_bytes(quad) : low_bytes(quad);
+                if constexpr (BYTES) w_codes[h] = codes.quad(w, i % 2, first_half + h);
+                else w_codes[h] = pairs_of(codes, w, i % 4, first_half + h);
             }
             UNROLL for (int n = 0; n < N; n++) {
                 int32_t number = numbers[(n * all + first) * NUMBERS + i];
@@ -126,11 +136,44 @@ void multiply_half(C codes, Scales scales, Scales mins, int first_half, size_t g
         for (int h = 0; h < HALVES; h++) store(out + n * PANEL + (first_half + h) * 16, acc[n][h]);
 }
 
+// Writes half a panel as `Pairs`.
+template <class C> void unpack_pairs(C codes, size_t words, int half, int32_t *to) {
+    for (size_t w = 0; w < words; w++) {
+        codes.fetch(w);
+        UNROLL for (int i = 0; i < 4; i++, to += 16) {
+            i32x16 pairs = pairs_of(codes, w, i, half);
+            EACH_PART pairs.part[p] = (i32_lanes)((i16_pairs)pairs.part[p] - int16_t(C::ZERO));
+            store(to, pairs);
+        }
+    }
+}
+
+// Codes are unpacked once for many tiles where a tile has few rows. With 16 numbers in a register it has twice as many,
+// and reading unpacked codes takes longer than unpacking them.
+constexpr bool UNPACKS = LANES == 8;
+
+template <class C>
+void multiply_unpacked(const Weight &w, C codes, Scales scales, Scales mins, Shared &shared, int first, int count,
+                       float *out) {
+    int groups = w.cols / w.group, words = w.group / 8;
+    resize(panel_buffer, size_t(w.cols) * 8);
+    int32_t *pairs = (int32_t *)panel_buffer.data();
+    for (int half = 0; half < 2; half++) { // half a panel at once: more of it stays in the first cache
+        unpack_pairs(codes, w.cols / 8, half, pairs);
+        each_tile(count, [&](int t, auto n) {
+            Rounded x = shared.rounded.row(first + t, groups, 4 * words);
+            multiply_half<n, 1, false>(Pairs{pairs}, scales, mins, half, groups, words, x, out + t * PANEL);
+        });
+    }
+}
+
 // A panel for `count` input rows from `first`: out is (count, PANEL).
 template <bool BYTES, class C>
 void multiply_codes(const Weight &w, C codes, int panel, Shared &shared, int first, int count, float *out) {
     int groups = w.cols / w.group, words = w.group / 8;
     Scales scales(w.scales, w, panel), mins(w.mins, w, panel);
+    if constexpr (UNPACKS && !BYTES)
+        if (count >= 4 * TILE) return multiply_unpacked(w, codes, scales, mins, shared, first, count, out);
     each_tile(count, [&](int t, auto n) {
         constexpr int HALVES = halves_of(n);
         Rounded x = shared.rounded.row(first + t, groups, BYTES ? 2 * words : 4 * words);

@@ -82,6 +82,7 @@ INLINED inline f32x16 load_bfloat(const uint16_t *at) { return from_bits(load_u1
 
 // The low and the high byte of each pair, as 16-bit integers.
 typedef uint16_t u16_lanes __attribute__((vector_size(4 * LANES)));
+typedef int16_t i16_pairs __attribute__((vector_size(4 * LANES)));
 INLINED inline i32x16 low_bytes(i32x16 v) { return v & 0x00ff00ff; }
 INLINED inline i32x16 high_bytes(i32x16 v) {
     EACH_PART v.part[p] = (i32_lanes)((u16_lanes)v.part[p] >> 8);

@@ -115,11 +115,13 @@ def batch(
     else:
         complete = run.complete_on_ray(todo, None if ray == "here" else ray, ray_workers)
     write = file.write if file else write_json if sys.stdout.isatty() else Lines(sys.stdout.fileno()).write
+    if strict:
+        write = partial(_write_strictly, write)
     expected = None if rows is None else _count_rows(rows, len(done))
     with ending_softly(quiet=quiet) as going_on:
         put = write if unordered else InOrder(write, done)
         with row_progress(expected, model, quiet=quiet) as show:
-            totals = _write_results(complete(going_on), put, show, strict=strict, quiet=quiet)
+            totals = _write_results(complete(going_on), put, show, quiet=quiet)
         interrupted = not going_on()
     if file is not None:
         file.close()
@@ -220,7 +222,6 @@ def _write_results(
     put: Callable[[dict[str, Any]], None],
     show: Callable[[int], None],
     *,
-    strict: bool,
     quiet: bool,
 ) -> Totals:
     totals = Totals()
@@ -231,11 +232,16 @@ def _write_results(
             if not quiet:
                 print_note(f"stdout was closed after {totals.rows} rows")
             raise
-        if result.failed and strict:
-            raise KvgenError(f"row {result.row.id!r}: {result.value['error']}")
         totals.add(result)
         show(result.tokens)
     return totals
+
+
+def _write_strictly(write: Callable[[dict[str, Any]], None], value: dict[str, Any]) -> None:
+    """Write a result. Raises KvgenError if its row failed."""
+    write(value)
+    if "error" in value:
+        raise KvgenError(f"row {value['id']!r}: {value['error']}")
 
 
 def _count_rows(file: Path, done: int) -> int | None:

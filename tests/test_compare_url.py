@@ -57,7 +57,9 @@ def test_faults_are_found_and_explained(fault: str) -> None:
 class Unsteady(Toy):
     """One hit in `every` reads halved values."""
 
-    every, hits = 5, 0
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every, self.hits = every, 0
 
     def _rows(self, ids: list[int], reused: int, space: str | None) -> tuple[Any, Any, int]:
         keys, values, further = super()._rows(ids, reused, space)
@@ -77,7 +79,10 @@ class Limited(Toy):
         return keys, values, further
 
 
-@pytest.mark.parametrize(("toy", "cause"), [(Unsteady(), "not deterministic"), (Limited(), "beyond a length")])
+AT_TIMES = [(Unsteady(every), "not deterministic") for every in (4, 5, 13)]
+
+
+@pytest.mark.parametrize(("toy", "cause"), [*AT_TIMES, (Limited(), "beyond a length")])
 def test_a_fault_of_some_hits_is_not_blamed_on_others_or_on_chunks(toy: Toy, cause: str) -> None:
     result = compare(toy)
     assert result.verdict is Verdict.DIFFERENT

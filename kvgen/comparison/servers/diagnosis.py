@@ -21,7 +21,7 @@ _VAGUE = {"small difference", "unexplained", "not diagnosed"}  # left out where 
 _SHORT = 40  # tokens of a prompt in which all hits are short
 _SPACED = 4  # smallest chunk
 _MULTIPLES = 3  # of a chunk that must be wrong, with right continuations on both sides
-_AGAIN = 6  # times that a hit is repeated alone
+_AGAIN, _BESIDE = 6, 3  # times that a request is repeated alone, and beside others
 
 _STALE = "Stale state: the answer is that of an earlier prompt; an edit is not noticed."
 _FOREIGN = "Another request's state: the answer continues a different prompt."
@@ -37,7 +37,8 @@ def diagnose(session: Session, probes: Sequence[ServerProbe]) -> list[Finding]:
     alone = any(not probe.wrong and not (probe.worst and probe.worst.beside) for probe in probes)
     for probe in wrong[:_EXPLAINED]:
         try:
-            finding = _explain(session, probe, alone=alone and probe.worst is not None)
+            right_alone = alone and "not deterministic" not in found
+            finding = _explain(session, probe, alone=right_alone)
         except LimitError as error:
             finding = Finding("not diagnosed", "The cause was not looked for.", str(error))
         found.setdefault(finding.name, finding)
@@ -70,8 +71,7 @@ def _explain(session: Session, probe: ServerProbe, *, alone: bool) -> Finding:
     if finding:
         return finding
     if beside and alone and wrong is False and not _wrong_after_others(session, trial):
-        evidence = f"{probe.name}: right alone, {_AGAIN} times, {probe.distance:.2g} nats off here"
-        return Finding("another request's tokens", _LEAK, evidence)
+        return _beside_again(session, probe)
     if finding := _lengths(session, probe):
         return finding
     control = session.reference.of(trial.prompt)
@@ -164,6 +164,25 @@ def _wrong_after_others(session: Session, trial: Trial) -> bool:
     again = session.hit(trial.prompt, trial.prompt, *trial.beside)
     apart = distance(session.reference.answer(trial.prompt), again.answer)
     return apart > session.reference.explaining(trial.prompt, apart).limit
+
+
+def _beside_again(session: Session, probe: ServerProbe) -> Finding:
+    """Repeat a request that is right alone beside the same others: whether it is wrong because of them."""
+    trial, wrong = probe.worst, 0
+    assert trial is not None
+    for _ in range(_BESIDE):
+        space = session.space() if trial.reads_cache else None
+        for prompt in (trial.prompt, *trial.beside) if space and session.server.repeats else ():
+            session.server.ask(prompt, 1, space)
+        again = session.at_once((trial.prompt, *trial.beside), space)[0].answer
+        apart = distance(session.reference.answer(trial.prompt), again)
+        wrong += apart > session.reference.explaining(trial.prompt, apart).limit
+    evidence = (
+        f"{probe.name}: {probe.distance:.2g} nats off, wrong again in {wrong} of {_BESIDE}; alone, right in {_AGAIN}"
+    )
+    if 2 * wrong > _BESIDE:
+        return Finding("another request's tokens", _LEAK, evidence)
+    return Finding("not deterministic", "Not deterministic: equal requests beside equal others differ.", evidence)
 
 
 def _from_like(answers: Sequence[Answer], answer: Answer) -> float:

@@ -22,7 +22,7 @@ _SINGLE, _SEVERAL = (1,) * (_STEPS - 1), (2, 3, 1, 5)  # new tokens of a row in 
 def row_uses() -> Iterator[Use]:
     """Yield the uses. One that does not apply says so when it is run."""
     rows = ("rows mixed", "Rows of a batch are wrong, one sequence alone is right.")
-    yield Use(f"{ROWS} rows of a batch", _many_rows, rows)
+    yield Use(f"2 to {ROWS} rows of a batch", _many_rows, rows)
     yield Use("rows in another order", _moved_rows, rows, rewinds=True)
     edited = (rows[0], "Rows of a batch are wrong after an edit, one sequence alone is right.")
     yield Use("edits of rows", _edited_rows, edited, rewinds=True, simpler=lambda length: EDITS)
@@ -43,9 +43,10 @@ def _rows(case: Case, length: int) -> Tensor:
 
 
 def _many_rows(case: Case) -> Iterator[Check]:
-    """Rows of one batch, all of one length."""
+    """Rows of one batch, all of one length: two of them, three, and so on."""
     rows = _rows(case, min(case.ids.shape[1], case.start + _STEPS))
-    yield from stepped_rows(case, rows, range(case.start, rows.shape[1] + 1))
+    for count in range(2, ROWS + 1):
+        yield from stepped_rows(case, rows[:count], range(case.start, rows.shape[1] + 1))
 
 
 def _moved_rows(case: Case) -> Iterator[Check]:

@@ -263,7 +263,7 @@ def not_tested(case: Case) -> str:
         longest = max(longest, within(case, change + _BEYOND_CHANGE))
     parts = [] if context is not None and longest >= context else [f"texts beyond {longest} positions"]
     parts += [f"changes at {length} positions" for length in case.subject.changes_at or () if length >= longest]
-    return ", ".join([*parts, f"batches of more than {_ROWS} rows", f"chunk sizes other than {_in_words(_CHUNKS)}"])
+    return ", ".join([*parts, f"batches of other than {_ROWS} rows", f"chunk sizes other than {_in_words(_CHUNKS)}"])
 
 
 def _in_words(numbers: Sequence[int]) -> str:

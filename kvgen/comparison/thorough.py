@@ -13,7 +13,7 @@ from torch import Tensor
 from kvgen.comparison.case import Case, another, changed, random_text
 from kvgen.comparison.rows import ROWS, row_uses
 from kvgen.comparison.run import run_forced
-from kvgen.comparison.uses import BEFORE, IN_CHUNKS, Check, Use, crossed, steps_to, within
+from kvgen.comparison.uses import BEFORE, IN_CHUNKS, Check, Use, crossed, in_turn, steps_to, within
 from kvgen.errors import UnsupportedError
 
 LENGTHS = (128, 512, 2048)
@@ -57,6 +57,9 @@ def thorough_uses(case: Case) -> Iterator[Use]:
     yield Use("the same text twice", _twice, again, rewinds=True)
     yield Use("the same text in new caches", _twice_anew, again)
     yield Use("after other sequences", _beside_others, ("sequences mixed", stale[1]))
+    yield Use(
+        "sequences that begin alike", _alike, ("sequences mixed", "Two sequences that begin alike are wrong in turn.")
+    )
     yield Use("saved and loaded", _saved, ("saved caches", "A cache is wrong after it was saved and loaded."))
     yield from row_uses()
 
@@ -203,6 +206,12 @@ def _twice_anew(case: Case) -> Iterator[Check]:
         start = max(1, ids.shape[1] - _LATE + 2)
         lengths = range(start, ids.shape[1] + 1)
         yield Check(ids, lengths, run_forced(case.subject, ids, start, lengths).logits, {_BEFORE: before})
+
+
+def _alike(case: Case) -> Iterator[Check]:
+    """The text, and one of the same prompt that goes on otherwise, one step of each in turn."""
+    other = random_text(case, case.ids.shape[1] - case.start)
+    yield from in_turn(case, torch.cat((case.ids[:, : case.start], other), dim=1))
 
 
 def _beside_others(case: Case) -> Iterator[Check]:

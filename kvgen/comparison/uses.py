@@ -163,7 +163,12 @@ def _short_text(case: Case) -> Tensor:
 
 def _in_turn(case: Case) -> Iterator[Check]:
     """Two sequences with a cache each, one step of each in turn."""
-    texts = [case.ids, case.ids.flip(1)]
+    yield from in_turn(case, case.ids.flip(1))
+
+
+def in_turn(case: Case, other: Tensor) -> Iterator[Check]:
+    """The text and another, (1, n), with a cache each, one step of each in turn."""
+    texts = [case.ids, other]
     lengths = range(case.start, min(case.start + _STEPS_IN_TURN, case.ids.shape[1]))
     caches, rows = [None, None], [[], []]  # type: ignore[var-annotated]
     for length in lengths:

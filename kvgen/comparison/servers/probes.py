@@ -215,10 +215,8 @@ def run_probe(name: str, trials: ProbeTrials, session: Session) -> ServerProbe:
     except LimitError:
         if not any(probe.wrong for probe in judged):
             raise
-    worst = max(judged, key=lambda probe: (probe.wrong, probe.distance / probe.noise))
-    unused = [probe for probe in judged if probe.verdict is Verdict.NOT_COMPARABLE]
-    if unused and not worst.wrong and len(unused) == len(judged):
-        worst = unused[0]
+    compared = [probe for probe in judged if probe.verdict is not Verdict.NOT_COMPARABLE]
+    worst = max(compared or judged[:1], key=lambda probe: (probe.wrong, probe.distance / probe.noise))
     return ServerProbe(**{**vars(worst), "name": name})
 
 

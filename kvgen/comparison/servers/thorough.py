@@ -52,6 +52,13 @@ def rewinds(session: Session) -> Iterator[Trial]:
         yield session.hit(session.text[:-back], session.text)
 
 
+def edited_again(session: Session) -> Iterator[Trial]:
+    """A prompt that differs in the middle from one that is cached, asked for twice."""
+    text, half = session.text, len(session.text) // 2
+    edited = text[:half] + session.others[0][half : half + 2] + text[half + 2 :]
+    yield session.hit(edited, text, edited)
+
+
 def many_orders(session: Session) -> Iterator[Trial]:
     """Several prompts at once, some of them in the cache, in several orders."""
     source = random.Random(0)
@@ -75,6 +82,7 @@ PROBES: dict[str, ProbeTrials] = {
     "short prompts": short_prompts,
     "chunk borders": chunk_borders,
     "rewinds": rewinds,
+    "edited prompt again": edited_again,
     "many orders at once": many_orders,
     "after many prompts": after_many,
 }

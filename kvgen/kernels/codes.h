@@ -41,6 +41,7 @@ struct Codes8 { // [word][side][row]
         UNROLL for (int i = 0; i < 2 * PANEL; i += 16) fetch_ahead(at + w * 2 * PANEL + i);
     }
 };
+
 // Pair i of a word, in the order of the activations.
 template <class C> INLINED inline i32x16 pairs_of(C codes, size_t w, int i, int half) {
     i32x16 quad = codes.quad(w, i % 2, half);

@@ -37,8 +37,7 @@ def diagnose(session: Session, probes: Sequence[ServerProbe]) -> list[Finding]:
     alone = any(not probe.wrong and not (probe.worst and probe.worst.beside) for probe in probes)
     for probe in wrong[:_EXPLAINED]:
         try:
-            right_alone = alone and "not deterministic" not in found
-            finding = _explain(session, probe, alone=right_alone)
+            finding = _explain(session, probe, alone=alone and "not deterministic" not in found)
         except LimitError as error:
             finding = Finding("not diagnosed", "The cause was not looked for.", str(error))
         found.setdefault(finding.name, finding)
@@ -161,28 +160,31 @@ def _wrong_after_others(session: Session, trial: Trial) -> bool:
     """Whether the prompt is wrong after those beside it as well, one at a time."""
     if not trial.reads_cache:
         return False
-    again = session.hit(trial.prompt, trial.prompt, *trial.beside)
-    apart = distance(session.reference.answer(trial.prompt), again.answer)
-    return apart > session.reference.explaining(trial.prompt, apart).limit
+    return _is_wrong(session, session.hit(trial.prompt, trial.prompt, *trial.beside))
 
 
 def _beside_again(session: Session, probe: ServerProbe) -> Finding:
     """Repeat a request that is right alone beside the same others: whether it is wrong because of them."""
     trial, wrong = probe.worst, 0
     assert trial is not None
+    prompts = (trial.prompt, *trial.beside)
     for _ in range(_BESIDE):
         space = session.space() if trial.reads_cache else None
-        for prompt in (trial.prompt, *trial.beside) if space and session.server.repeats else ():
-            session.server.ask(prompt, 1, space)
-        again = session.at_once((trial.prompt, *trial.beside), space)[0].answer
-        apart = distance(session.reference.answer(trial.prompt), again)
-        wrong += apart > session.reference.explaining(trial.prompt, apart).limit
+        if trial.reads_cache and session.server.repeats:
+            for prompt in prompts:
+                session.server.ask(prompt, 1, space)
+        wrong += _is_wrong(session, session.at_once(prompts, space)[0])
     evidence = (
         f"{probe.name}: {probe.distance:.2g} nats off, wrong again in {wrong} of {_BESIDE}; alone, right in {_AGAIN}"
     )
     if 2 * wrong > _BESIDE:
         return Finding("another request's tokens", _LEAK, evidence)
     return Finding("not deterministic", "Not deterministic: equal requests beside equal others differ.", evidence)
+
+
+def _is_wrong(session: Session, trial: Trial) -> bool:
+    apart = distance(session.reference.answer(trial.prompt), trial.answer)
+    return apart > session.reference.explaining(trial.prompt, apart).limit
 
 
 def _from_like(answers: Sequence[Answer], answer: Answer) -> float:

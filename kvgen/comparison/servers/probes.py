@@ -145,8 +145,13 @@ def edit_near_the_end(session: Session) -> Iterator[Trial]:
 
 
 def edit_in_the_middle(session: Session) -> Iterator[Trial]:
-    text, other, half = session.text, session.others[0], len(session.text) // 2
-    yield session.hit_in_part(text, half, text[:half] + other[half : half + 2] + text[half + 2 :])
+    yield session.hit_in_part(session.text, len(session.text) // 2, edited(session))
+
+
+def edited(session: Session) -> Prompt:
+    """The text with two other tokens in the middle."""
+    text, half = session.text, len(session.text) // 2
+    return text[:half] + session.others[0][half : half + 2] + text[half + 2 :]
 
 
 def rewind(session: Session) -> Iterator[Trial]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from kvgen.comparison.servers.probes import ProbeTrials, ServerProbe, Session, Trial
+from kvgen.comparison.servers.probes import ProbeTrials, ServerProbe, Session, Trial, edited
 from kvgen.comparison.verdict import Verdict
 
 _SHORT = (8, 12, 20, 32, 40)
@@ -54,9 +54,8 @@ def rewinds(session: Session) -> Iterator[Trial]:
 
 def edited_again(session: Session) -> Iterator[Trial]:
     """A prompt that differs in the middle from one that is cached, asked for twice."""
-    text, half = session.text, len(session.text) // 2
-    edited = text[:half] + session.others[0][half : half + 2] + text[half + 2 :]
-    yield session.hit(edited, text, edited)
+    prompt = edited(session)
+    yield session.hit(prompt, session.text, prompt)
 
 
 def many_orders(session: Session) -> Iterator[Trial]:

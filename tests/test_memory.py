@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,6 +19,7 @@ import pytest
 
 import kvgen
 from kvgen import system
+from kvgen.generation.kept import KeptCaches
 from kvgen.loading import load as loading
 from tests import gguf_files
 from tests.families import make_model
@@ -127,7 +129,12 @@ def test_the_vocabulary_is_read_before_the_weights(tiny_llama, monkeypatch: pyte
     assert events.index("load_native") > events.index("after return_freed_memory")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc_trim")
+needs_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc_trim"
+)
+
+
+@needs_glibc
 def test_freed_memory_goes_back_to_the_system() -> None:
     c, size = ctypes.CDLL(None), 100_000  # below what the C library maps by itself
     c.malloc.restype = ctypes.c_void_p
@@ -140,6 +147,18 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     system.return_freed_memory()
     assert before - psutil.Process().memory_info().rss > 80e6
     c.free(ctypes.c_void_p(parts[-1]))
+
+
+@needs_glibc
+def test_the_memory_of_caches_that_go_is_not_kept() -> None:
+    def cache() -> SimpleNamespace:  # of many parts that the C library does not map by themselves
+        return SimpleNamespace(nbytes=10_000_000, parts=[b"x" * 100_000 for _ in range(100)])
+
+    kept = KeptCaches(20, [cache() for _ in range(20)])
+    before = psutil.Process().memory_info().rss
+    for _ in range(19):
+        kept.drop_first()
+    assert before - psutil.Process().memory_info().rss > 100e6
 
 
 def test_the_command_line_collects_garbage_rarely() -> None:

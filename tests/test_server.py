@@ -30,6 +30,7 @@ from starlette.requests import Request
 from uvicorn.server import ServerState
 
 import kvgen
+from kvgen.cli.sockets import tcp_socket
 from kvgen.errors import ContextError
 from kvgen.generation.step import Step
 from kvgen.server.answers import Answer, as_json
@@ -519,6 +520,21 @@ def test_addresses_that_others_can_reach_need_a_key() -> None:
     result = subprocess.run([*KVGEN, "serve", "--host", "0.0.0.0"], capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout) == (2, "")
     assert "KVGEN_API_KEY" in result.stderr
+
+
+def test_the_body_of_an_answer_does_not_wait_for_its_header_to_be_acknowledged() -> None:
+    async def without_delay() -> int:
+        accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+        with tcp_socket("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listening):
+                _, client = await asyncio.open_connection(*listening.getsockname())
+                connection = (await accepted).get_extra_info("socket")
+                found: int = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                client.close()
+                (await accepted).close()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(without_delay(), 60))
 
 
 def test_a_port_in_use_is_one_line(server: Served) -> None:

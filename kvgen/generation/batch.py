@@ -167,7 +167,7 @@ class Batch:
                     begun.append(row)
                     self._rows.append(row)
                 number, waiting = number + 1, None
-            yield self._drop_cancelled()
+            yield self._drop_cancelled(number)
             if self._rows:
                 yield self._pass()
             elif failure is not None:
@@ -271,10 +271,11 @@ class Batch:
             yield row.number, error
         row.new, row.read = row.new - PREFILL_CHUNK, row.read + PREFILL_CHUNK
 
-    def _drop_cancelled(self) -> Iterator[tuple[int, KvgenError]]:
-        """End the rows whose requests were cancelled; their caches are kept."""
-        for row in [row for row in self._rows if row.number in self._cancelled]:
-            self._cancelled.discard(row.number)
+    def _drop_cancelled(self, begun: int) -> Iterator[tuple[int, KvgenError]]:
+        """End the rows whose requests were cancelled, of the first `begun` requests; their caches are kept."""
+        cancelled = {number for number in self._cancelled.copy() if number < begun}
+        self._cancelled -= cancelled  # those of rows that had ended too
+        for row in [row for row in self._rows if row.number in cancelled]:
             self._rows.remove(row)
             self._keep(row)
             yield row.number, CancelledError("the request was cancelled")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvgen.system import return_freed_memory
+
+_WORTH_RETURNING = 64 << 20  # bytes; it takes milliseconds
+
 
 class KeptCaches:
     """Up to `most` caches, the least recently used first; the first ones go when there are more.
@@ -13,7 +17,7 @@ class KeptCaches:
     """
 
     def __init__(self, most: int, caches: Iterable[Any] = ()) -> None:
-        self.nbytes, self._most = 0, most
+        self.nbytes, self._most, self._freed = 0, most, 0
         self._sized: list[tuple[Any, int]] = []
         for cache in caches:
             self._append(cache)
@@ -36,7 +40,12 @@ class KeptCaches:
         return here is not None
 
     def drop_first(self) -> None:
-        self.nbytes -= self._sized.pop(0)[1]
+        """Drop the least recently used one. Caches leave gaps of all sizes in the heap, so they are given back."""
+        nbytes = self._sized.pop(0)[1]
+        self.nbytes, self._freed = self.nbytes - nbytes, self._freed + nbytes
+        if self._freed >= _WORTH_RETURNING:
+            self._freed = 0
+            return_freed_memory()
 
     def _append(self, cache: Any) -> None:
         if cache is not None:

@@ -139,8 +139,9 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request before its next pass, unless it has ended."""
-        if number in self._pending:
-            self._batch.cancel(number)
+        with self._lock:
+            if number in self._pending:
+                self._batch.cancel(number)
 
     def close(self) -> None:
         """Cancel what is left and end the thread."""

@@ -45,7 +45,7 @@ parameters.model.path, parameters.n_parallel = sys.argv[1], int(sys.argv[2])
 parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 128 * int(sys.argv[2]), 2048, 512
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(sys.argv[3])
 server = xllamacpp.Server(parameters)
-print("serving on", server.listening_address, flush=True)
+print("\\nserving on", server.listening_address, flush=True)  # what it logs may have left a line open
 time.sleep(1 << 30)
 """
 

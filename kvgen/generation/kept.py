@@ -40,7 +40,7 @@ class KeptCaches:
         return here is not None
 
     def drop_first(self) -> None:
-        """Drop the least recently used one. Caches leave gaps of all sizes in the heap, so they are given back."""
+        """Drop the least recently used one. Gaps that caches leave between others add up, so they go to the system."""
         nbytes = self._sized.pop(0)[1]
         self.nbytes, self._freed = self.nbytes - nbytes, self._freed + nbytes
         if self._freed >= _WORTH_RETURNING:
